@@ -1,4 +1,4 @@
-"""What a run does beside training: counts, losses by language, scores, and the stop before a broken step."""
+"""Tests of the callbacks: throughput counts, losses by language, scores, and the stop before a non-finite step."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ KINDS = ("caption", "number", "grounding", "text")
 
 
 class Mine(L.Callback):
-    """A user's own."""
+    """A callback of a user."""
 
 
 class Needy(L.Callback):
@@ -36,39 +36,41 @@ class Needy(L.Callback):
 
 
 class BreaksAt(SFTStage):
-    """Its loss is not a number in the second micro-batch of one step."""
+    """SFT stage whose loss is NaN in the second micro-batch of one step."""
 
     broken_step = 1
 
     def compute_loss(self, batch):
         loss = super().compute_loss(batch)
         broken = batch.step == self.broken_step and self.trainer.fit_loop.epoch_loop.batch_idx % 2 == 1
-        self.get_vision_features = batch.sample_ids if broken else getattr(self, "seen", None)
+        self.broken_ids = batch.sample_ids if broken else getattr(self, "broken_ids", None)
         return loss * float("nan") if broken else loss
 
 
-def sources(*kinds, n=20, **options):
-    both = (Language.ko, Language.en)
-    return [source for language in both for source in builtin(*(kinds or KINDS), n=n, language=language, **options)]
+def build_sources(*kinds, n=20, **options):
+    languages = (Language.ko, Language.en)
+    return [
+        source for language in languages for source in builtin(*(kinds or KINDS), n=n, language=language, **options)
+    ]
 
 
-def named(sources):
+def name_sources(sources):
     for source in sources:
         source.name = f"{source.path}_{source.language}"
     return sources
 
 
-def module_of(processor, *kinds, **options) -> DataModule:
-    training, held_out = named(sources(*kinds)), named(sources(*kinds, n=5, held_out=True))
+def build_datamodule(processor, *kinds, **options) -> DataModule:
+    training, held_out = name_sources(build_sources(*kinds)), name_sources(build_sources(*kinds, n=5, held_out=True))
     defaults = {"global_batch_size": 16, "max_steps": 4, "tokens_per_micro_batch": 600, "tiles_per_micro_batch": 64}
     return DataModule(processor, training, held_out, **{**defaults, **options})
 
 
 def fit(blueprint, callbacks, *, stage_class=SFTStage, kinds=KINDS, folder=None, data=None, **stage):
     processor = Processor(blueprint.tokenizer, blueprint.images)
-    module = module_of(processor, *kinds, **(data or {}))
+    module = build_datamodule(processor, *kinds, **(data or {}))
     logger = CSVLogger(folder, name="", version="") if folder else False
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    disabled = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -76,24 +78,24 @@ def fit(blueprint, callbacks, *, stage_class=SFTStage, kinds=KINDS, folder=None,
         log_every_n_steps=2,
         logger=logger,
         callbacks=callbacks,
-        **quiet,
+        **disabled,
     )
     module_stage = stage_class(blueprint, learning_rate=1e-3, **stage)
     trainer.fit(module_stage, module)
     return trainer, module_stage, module
 
 
-def test_throughput_counts_what_the_plan_deals(blueprint):
+def test_throughput_counts_the_tokens_and_samples_of_the_plan(blueprint):
     throughput = Throughput()
     trainer, stage, module = fit(blueprint, [throughput])
     index, plan, figures = module.index, module.plan, throughput.figures()
-    drawn = [int(i) for step in range(plan.num_steps) for i in plan.get_samples(step)]
+    positions = [int(i) for step in range(plan.num_steps) for i in plan.get_samples(step)]
     assert plan.accumulate_grad_batches > 1
     assert figures["steps"] == plan.num_steps == 4
-    assert figures["samples"] == len(drawn) == 64
-    assert figures["tokens"] == index.tokens[drawn].sum()
-    assert figures["supervised_tokens"] == index.supervised[drawn].sum()
-    assert figures["images"] == sum(len(index.get_record(i).images) for i in drawn)
+    assert figures["samples"] == len(positions) == 64
+    assert figures["tokens"] == index.tokens[positions].sum()
+    assert figures["supervised_tokens"] == index.supervised[positions].sum()
+    assert figures["images"] == sum(len(index.get_record(i).images) for i in positions)
     assert figures["tokens_per_second"] == pytest.approx(figures["tokens"] / figures["seconds"])
     assert 0 <= figures["data_wait"] < 1
     assert figures["peak_memory_bytes"] > 1e6
@@ -118,7 +120,7 @@ def test_throughput_keeps_the_first_loss_and_the_mean_of_the_last_steps(blueprin
     assert figures["loss_last"] == pytest.approx(sum(losses[-10:]) / 10)
 
 
-def test_validation_is_not_training_time():
+def test_validation_time_is_not_counted_as_training_time():
     throughput, clock = Throughput(), SimpleNamespace(device=torch.device("cpu"))
     trainer = SimpleNamespace(max_steps=1, accumulate_grad_batches=9, world_size=1, is_global_zero=True)
     throughput.on_train_start(trainer, clock)
@@ -144,19 +146,21 @@ def test_the_token_weighted_mean_of_the_language_losses_is_the_validation_loss(b
         assert mean == pytest.approx(metrics["val/loss"], rel=1e-5)
 
 
-def test_a_stage_without_losses_per_segment_is_left_alone(blueprint, tmp_path):
+def test_a_stage_without_segment_losses_gets_no_language_loss(blueprint, tmp_path):
     samples, losses = Samples(tmp_path, shown=1), LanguageLoss()
     trainer, _, _ = fit(
         blueprint, [losses, samples], stage_class=DPOStage, kinds=("preference",), data={"max_steps": 1}
     )
     assert "val/loss" in trainer.callback_metrics and "val/loss_ko" not in trainer.callback_metrics
     row = read_run(tmp_path).samples[0]
-    chosen = {record.id: record.chosen.text for record in (trainer.datamodule.held_out.record(i) for i in range(10))}
+    chosen = {
+        record.id: record.chosen.text for record in (trainer.datamodule.held_out.get_record(i) for i in range(10))
+    }
     assert row["reference"] == chosen[row["id"]]
 
 
 def test_segments_of_pairs_are_chosen_answers_then_rejected_ones(processor):
-    pairs = [record for source in sources("preference", n=2) for record in source]
+    pairs = [record for source in build_sources("preference", n=2) for record in source]
     batch = collate(processor, pairs)
     callback, stage = LanguageLoss(), SimpleNamespace(device=torch.device("cpu"))
     languages = np.array([codes_of.LANGUAGES.index(language) for language in batch.languages])
@@ -169,7 +173,7 @@ def test_segments_of_pairs_are_chosen_answers_then_rejected_ones(processor):
     assert callback._metrics["en"].compute() == (2 + 3 + 6 + 7) / 4
 
 
-def test_the_guard_stops_before_the_weights_change_and_names_the_samples(blueprint):
+def test_guard_stops_before_the_weights_change_and_names_the_samples(blueprint):
     before = {}
 
     class Before(L.Callback):
@@ -188,8 +192,10 @@ def test_the_guard_stops_before_the_weights_change_and_names_the_samples(bluepri
     with pytest.raises(UserError, match="Step 2: the loss is not a number") as error:
         fit(blueprint, [Before(), Guard()], stage_class=Stage, data=tokens)
     (stage,) = stages
-    assert stage.seen and all(name in str(error.value) for name in stage.seen)
-    assert str(error.value).count("-train-") == len(stage.seen) < 16  # the sound micro-batch is not accused
+    assert stage.broken_ids and all(name in str(error.value) for name in stage.broken_ids)
+    assert (
+        str(error.value).count("-train-") == len(stage.broken_ids) < 16
+    )  # the micro-batch with a finite loss is not named
     assert "stage.learning_rate" in str(error.value)
     assert before and all(torch.equal(value, before[name]) for name, value in stage.state_dict().items())
 
@@ -213,44 +219,46 @@ def test_scores_before_and_after_are_recorded_with_a_few_samples(blueprint, tmp_
 
 
 def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypatch):
-    def perfect(model, processor, samples, most):
-        assert most <= 160
+    def answer_perfectly(model, processor, samples, max_new_tokens):
+        assert max_new_tokens <= 160
         return [sample.messages[-1].text for sample in samples]
 
-    monkeypatch.setattr("callbacks.samples.generate_answers", perfect)
+    monkeypatch.setattr("callbacks.samples.generate_answers", answer_perfectly)
     samples = Samples(tmp_path)
     fit(blueprint, [samples])
     assert set(samples.figures()["scores"]["after"].values()) == {1.0}
 
 
-def test_a_fit_that_goes_on_keeps_the_scores_from_before(blueprint, tmp_path):
+def test_a_resumed_fit_keeps_the_scores_before_training(blueprint, tmp_path):
     samples = Samples(tmp_path)
     samples.load_state_dict({"scores": {"before": {"caption_ko": 0.5}}, "num_scored": {"caption_ko": 2}})
     fit(blueprint, [samples], data={"max_steps": 1})
     assert samples.figures()["scores"]["before"] == {"caption_ko": 0.5}
 
 
-def test_the_end_of_an_answer_is_the_templates_and_not_the_tokenizers(parts):
+def test_the_end_of_an_answer_is_taken_from_the_template_and_not_the_tokenizer(parts):
     blueprint = blueprint_of(parts, Tiling.base)
     blueprint.tokenizer.eos_token = "<|endoftext|>"
     processor = Processor(blueprint.tokenizer, blueprint.images)
     assert get_end_of_answer_id(processor) == blueprint.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_an_export_gets_on_with_each_weight(blueprint, tmp_path, monkeypatch):
-    """Frozen and trained ones; else a slow disk would count as a rank that is stuck."""
-    seen, tick = [], Progress.mark_progress
-    monkeypatch.setattr(Progress, "mark_progress", lambda pulse: [tick(pulse), seen.append(pulse.state.doing)])
+def test_an_export_marks_progress_for_each_weight(blueprint, tmp_path, monkeypatch):
+    """This holds for frozen and trained weights. Otherwise a slow disk would count as a stuck rank."""
+    activities, mark_progress = [], Progress.mark_progress
+    monkeypatch.setattr(
+        Progress, "mark_progress", lambda progress: [mark_progress(progress), activities.append(progress.state.doing)]
+    )
     fit(blueprint, [Export(tmp_path)], stage_class=AlignStage, data={"max_steps": 1})
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
-        assert seen.count(Activity.exporting) == len(file.keys())
+        assert activities.count(Activity.exporting) == len(file.keys())
 
 
-def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):
-    made = make_callbacks(["report", "export", "samples", f"{__name__}.Mine", "guard"], tmp_path, max_samples=7)
-    assert [type(callback).__name__ for callback in made] == ["Guard", "Mine", "Export", "Samples", "Report"]
-    assert made[3].max_samples == 7
-    assert isinstance(made[-1], Report)
+def test_callbacks_are_ordered_with_export_samples_and_report_last(tmp_path):
+    callbacks = make_callbacks(["report", "export", "samples", f"{__name__}.Mine", "guard"], tmp_path, max_samples=7)
+    assert [type(callback).__name__ for callback in callbacks] == ["Guard", "Mine", "Export", "Samples", "Report"]
+    assert callbacks[3].max_samples == 7
+    assert isinstance(callbacks[-1], Report)
     assert [type(callback) for callback in make_callbacks(list(CALLBACKS), tmp_path)] == list(CALLBACKS.values())
 
 
@@ -263,6 +271,6 @@ def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):
         (f"{__name__}.Needy", "cannot be made without arguments"),
     ],
 )
-def test_a_name_that_leads_to_no_callback_is_told(name, message, tmp_path):
+def test_a_name_that_is_no_callback_is_refused(name, message, tmp_path):
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         make_callbacks([name], tmp_path)

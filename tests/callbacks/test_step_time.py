@@ -1,4 +1,4 @@
-"""Where the time goes: parts that add up, what a rank alone takes, and whom the others wait for."""
+"""Tests of the step timer: the parts of a step add up, and the slowest rank is found."""
 
 import time
 from types import SimpleNamespace
@@ -26,16 +26,16 @@ class SlowBackward(torch.autograd.Function):
         return gradient
 
 
-def rank(data=1.0, forward=2.0, backward=4.0, communication=1.0, optimizer=2.0):
+def make_times(data=1.0, forward=2.0, backward=4.0, communication=1.0, optimizer=2.0):
     return dict(zip(STEP_PARTS, (data, forward, backward, communication, optimizer), strict=True))
 
 
-def watchman():
-    said = []
-    return StragglerMonitor(said.append, lambda number: f"host-{number}"), said
+def make_monitor():
+    messages = []
+    return StragglerMonitor(messages.append, lambda number: f"host-{number}"), messages
 
 
-def test_time_is_counted_as_the_part_that_went_on():
+def test_time_is_counted_for_the_part_that_was_running():
     parts = StepTimer(CPU)
     parts.mark("data")
     time.sleep(0.02)
@@ -49,13 +49,13 @@ def test_time_is_counted_as_the_part_that_went_on():
 
 
 def test_waiting_for_other_ranks_is_not_backward():
-    """Autograd calls the engine's own end of backward after ours: what that one waits is communication."""
+    """Autograd calls the callback of DDP after that of the timer. The time in it is communication."""
     parts, weight = StepTimer(CPU), torch.ones(3, requires_grad=True)
 
-    def as_ddp_does(gradient):
+    def queue_communication(gradient):
         torch.autograd.Variable._execution_engine.queue_callback(lambda: time.sleep(0.5))
 
-    weight.register_hook(as_ddp_does)
+    weight.register_hook(queue_communication)
     loss = SlowBackward.apply(weight).sum()
     parts.mark("forward")
     parts.mark_after_backward(loss, "backward")
@@ -76,46 +76,47 @@ def test_the_parts_add_up_to_the_time_of_a_step_and_are_logged(blueprint):
     assert logged["time_forward"] > 0 and logged["time_backward"] > 0 and logged["time_optimizer"] > 0
 
 
-def test_the_slowest_rank_is_named_once_when_it_stays_the_slowest():
-    watch, said = watchman()
-    slow = [rank(), rank(), rank(backward=6.0), rank()]
+def test_the_slowest_rank_is_reported_once_when_it_stays_the_slowest():
+    monitor, messages = make_monitor()
+    slow = [make_times(), make_times(), make_times(backward=6.0), make_times()]
     for _ in range(2):
-        found = watch.update(slow)
-    assert found == {"slowest_rank": 2.0, "slowest_excess": pytest.approx(2 / 7)} and not said
-    watch.update([rank(backward=6.0), rank(), rank(), rank()])  # another one: the count begins anew
+        found = monitor.update(slow)
+    assert found == {"slowest_rank": 2.0, "slowest_excess": pytest.approx(2 / 7)} and not messages
+    # Another rank: the count starts again
+    monitor.update([make_times(backward=6.0), make_times(), make_times(), make_times()])
     for _ in range(10):
-        watch.update(slow)
-    assert said == [
+        monitor.update(slow)
+    assert messages == [
         "Rank 2 on host-2 takes 29% longer than the median rank, most of it in backward; all others wait for it."
     ]
 
 
-def test_ranks_that_are_about_equal_and_one_rank_alone_are_not_told():
-    watch, said = watchman()
+def test_ranks_of_about_equal_speed_and_a_single_rank_are_not_reported():
+    monitor, messages = make_monitor()
     for _ in range(10):
-        watch.update([rank(), rank(backward=4.9)])
-    alone, told = watchman()
-    assert alone.update([rank(data=0.5)] * 1) == {}
-    assert not said and not told
+        monitor.update([make_times(), make_times(backward=4.9)])
+    alone, other_messages = make_monitor()
+    assert alone.update([make_times(data=0.5)] * 1) == {}
+    assert not messages and not other_messages
 
 
-def test_waiting_for_data_is_told_once_and_not_of_the_first_steps():
-    watch, said = watchman()
-    watch.update([rank(data=9.0)])
-    assert not said
+def test_waiting_for_data_is_reported_once_and_not_for_the_first_steps():
+    monitor, messages = make_monitor()
+    monitor.update([make_times(data=9.0)])
+    assert not messages
     for _ in range(5):
-        watch.update([rank(data=3.0)])
-    assert said == ["36% of the time is spent waiting for data: raise data.num_workers."]
+        monitor.update([make_times(data=3.0)])
+    assert messages == ["36% of the time is spent waiting for data: raise data.num_workers."]
 
 
-def test_memory_is_told_by_part(blueprint):
+def test_memory_is_measured_by_part(blueprint):
     found = {}
 
-    class Look(Guard):
+    class MemoryRecorder(Guard):
         def on_after_exchange(self, trainer, pl_module, optimizer):
             found[trainer.global_step] = measure_memory_parts(trainer, pl_module)
 
-    stage = fit(blueprint, [Look()], stage_class=SFTStage, trainable=["projector"])[1]
+    stage = fit(blueprint, [MemoryRecorder()], stage_class=SFTStage, trainable=["projector"])[1]
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad) * 4
     everything = sum(p.numel() for p in stage.model.parameters()) * 4
     assert found[0]["gradients"] == found[1]["gradients"] == trained
@@ -123,13 +124,13 @@ def test_memory_is_told_by_part(blueprint):
     assert everything <= found[1]["weights"] < 1.2 * everything  # and buffers
 
 
-def test_a_line_is_printed_where_there_is_no_bar(capsys):
+def test_a_line_is_printed_without_a_progress_bar(capsys):
     throughput = Throughput()
     trainer = SimpleNamespace(
         progress_bar_callback=None, is_global_zero=True, callback_metrics={"train/loss": torch.tensor(2.5)}
     )
     trainer.global_step, trainer.max_steps = 40, 1000
-    rates = {"tokens_per_second": 1234.0} | {f"time_{part}": value for part, value in rank().items()}
+    rates = {"tokens_per_second": 1234.0} | {f"time_{part}": value for part, value in make_times().items()}
     throughput._last_print_time = float("-inf")
     throughput._print_line(trainer, rates)
     throughput._print_line(trainer, rates)  # too soon

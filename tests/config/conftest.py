@@ -1,11 +1,11 @@
-"""Each test starts outside of Hydra, outside of a sweep, in a folder of its own."""
+"""Fixtures of the config tests: each test starts without Hydra state, without a sweep, in its own folder."""
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path):
+def clean_hydra(monkeypatch: pytest.MonkeyPatch, tmp_path):
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,9 @@
-"""Secrets as people put them where they do not belong, and what only looks like one. None is real."""
+"""Secrets in places where users type them by mistake, and values that only look like secrets. None is real."""
 
 HEX = "0f1e2d3c4b5a69788796a5b4c3d2e1f001122334"  # 40 hexadecimal digits, as the keys of W&B were
 LETTERS = "Zq7Xw2Lk9Rt4Vb6Nm1Pj8Hg3Fd5Sa0YcUe"
 
-# By its own form, whatever holds it
+# Recognised by their format, in any setting
 FORMS = {
     "hugging_face": f"hf_{LETTERS}",
     "wandb": HEX,
@@ -19,7 +19,7 @@ FORMS = {
     "jwt": f"eyJhbGciOiJIUzI1NiJ9.eyJ{LETTERS[:20]}.{LETTERS[::-1][:30]}",
     "pem": f"-----BEGIN RSA PRIVATE KEY-----\nMII{LETTERS}\n{LETTERS[::-1]}\n-----END RSA PRIVATE KEY-----",
 }
-# Part of a text: the text, and the secret in it
+# Secrets inside a text: (text, secret)
 INSIDE = {
     "bearer": ("curl -H 'Authorization: Bearer q1w2e3r4t5y6u7'", "q1w2e3r4t5y6u7"),
     "address": ("https://mina:pa55-w0rd-of-mina@data.example.com/kr", "pa55-w0rd-of-mina"),
@@ -33,7 +33,7 @@ INSIDE = {
     "header": ("X-Api-Key: k3y-0f-th3-h34d3r", "k3y-0f-th3-h34d3r"),
     "json": ('{"client_secret": "cl13nt s3cr3t", "rate": 1}', "cl13nt s3cr3t"),
 }
-NAMED = {  # in a dictionary of settings, or NAME=value as a word of a command line
+NAMED = {  # in a dictionary of settings, or NAME=value as an argument of a command line
     "HF_TOKEN": "abcdefgh",
     "api_key": "12 words of it",
     "apiKey": "camel",
@@ -82,7 +82,7 @@ INNOCENT = {
     "on": True,
 }
 
-# Values as people type them, in any setting; none holds a secret
+# Values as users type them, in any setting; none holds a secret
 SHA256 = HEX + HEX[:24]
 ORDINARY = [
     *"token=ko token=en tokens=ko,en author=kim author=aiku-2026 authors=[kim,lee] auth=none pass=2 pass=first".split(),
@@ -129,7 +129,7 @@ ORDINARY = [
 ]
 KEYS = """logger.group logger.project run_name data.sources.mine.path data.sources.mine.obtain submit.account submit.env.NAME
     init_from""".split()
-SETTINGS = [  # each a setting that holds no secret
+SETTINGS = [  # settings that hold no secret
     *f"run_name=sft-{HEX} run_name={HEX} run_name={HEX}-sft run_name=sft_{HEX} logger.group={HEX}".split(),
     *f"logger.tags=[{HEX}] logger.tags=[a,{HEX}] logger.tags=['{HEX}',b] submit.env.CODE_VERSION={HEX}".split(),
     *f"model.language_model=org/m-{HEX} init_from=/runs/exp-{HEX}/hf init_from=runs/{HEX}/hf hydra.job.name={HEX}".split(),

@@ -1,4 +1,4 @@
-"""The files under conf/: each composes, none restates a default, and schemas are no choices."""
+"""Tests of the files in conf/: each composes, none repeats a default, and schemas are no choices."""
 
 import re
 from dataclasses import asdict
@@ -30,8 +30,8 @@ NEEDS = {
 }
 
 
-def words_for(name: str) -> list[str]:
-    """The command line that chooses one file."""
+def build_overrides(name: str) -> list[str]:
+    """Return the overrides that choose one file."""
     if name == "config":
         return ["task=train"]
     if name.startswith("experiment/"):
@@ -42,10 +42,10 @@ def words_for(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_composes(name):
-    parse([*words_for(name), *NEEDS.get(name, [])])
+    parse([*build_overrides(name), *NEEDS.get(name, [])])
 
 
-def test_the_groups_are_those_of_the_command_line():
+def test_the_groups_and_choices_are_those_of_the_command_line():
     assert list_groups() == ["data", "data/source", "experiment", "logger", "model", "stage", "trainer"]
     assert list_choices("stage") == ["align", "dpo", "highres", "mpo", "sft"]
 
@@ -64,16 +64,16 @@ def test_every_number_of_a_recipe_carries_its_source(name):
 @pytest.mark.parametrize(
     "name", [name for name in FILES if name.startswith(("model/", "stage/", "trainer/", "logger/"))]
 )
-def test_a_file_restates_no_default(name):
+def test_a_file_repeats_no_default(name):
     group = name.partition("/")[0]
     hint = get_setting_type(group, DPOStageConfig)
     defaults = asdict(hint())
     content = yaml.safe_load((CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     restated = {key for key, value in content.items() if key != "defaults" and defaults[key] == value}
-    assert restated <= {"precision"}  # said for every machine, so that the reader can compare
+    assert restated <= {"precision"}  # set for every machine, so that the reader can compare
 
 
-def test_shipped_paths_stay_in_the_working_folder():
+def test_shipped_paths_are_below_the_working_folder():
     for path in (CONF_DIR / "data" / "source").glob("*.yaml"):
         for source in yaml.safe_load(path.read_text(encoding="utf-8")).values():
             assert Path(source["path"]).parts[0] == "data"

@@ -1,4 +1,4 @@
-"""run.py as a person meets it: help, errors, Hydra's own flags. Real processes, real imports, real exit codes."""
+"""Tests of run.py for a user: help, errors and Hydra's own flags, with real processes, imports and exit codes."""
 
 import itertools
 import os
@@ -20,15 +20,15 @@ ROOT = Path(program.__file__).resolve().parent
 HEAVY = ("torch", "transformers", "lightning", "numpy", "PIL")
 
 
-def run_py(*words: str, python: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python run.py ...` from a folder that is not the repository."""
-    command = [sys.executable, *python, str(ROOT / "run.py"), *words]
+def run_py(*arguments: str, python: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python run.py ...` from a folder that is not the repository."""
+    command = [sys.executable, *python, str(ROOT / "run.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=PATIENCE)
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The runs that a task would have been given."""
+def dispatched_runs(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Runs that were passed to a task."""
     runs = []
     for task in Task:
         monkeypatch.setitem(TASKS, task, runs.append)
@@ -36,10 +36,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--help", "settings"], ["experiment=tiny/2_sft", "stage.lerning_rate=1"]]
+    "arguments", [["--help"], ["--help", "settings"], ["experiment=tiny/2_sft", "stage.lerning_rate=1"]]
 )
-def test_help_and_errors_import_nothing_heavy(words):
-    lines = run_py(*words, python=("-X", "importtime")).stderr.splitlines()
+def test_help_and_errors_import_nothing_heavy(arguments):
+    lines = run_py(*arguments, python=("-X", "importtime")).stderr.splitlines()
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
     assert "hydra" in imported and not imported & set(HEAVY)
 
@@ -72,7 +72,7 @@ def test_help_settings_shows_every_setting_with_a_meaning():
     assert bare == []
 
 
-def test_an_error_is_its_message_alone_with_status_1():
+def test_an_error_prints_only_its_message_and_exits_with_status_1():
     result = run_py("experiment=tiny/2_sft", "stage.lerning_rate=1", "seed=x", "model=tny")
     assert result.returncode == 1 and result.stdout == "" and "Traceback" not in result.stderr
     assert (
@@ -81,7 +81,7 @@ def test_an_error_is_its_message_alone_with_status_1():
     )
 
 
-def test_hydras_view_of_the_config_works_and_leaves_nothing_behind(tmp_path):
+def test_hydras_cfg_flag_works_and_writes_no_file(tmp_path):
     result = run_py("--cfg", "job", "experiment=tiny/2_sft", "prompt=무엇?")
     config = yaml.safe_load(result.stdout)
     assert (result.returncode, config["task"], config["stage"]["name"], config["prompt"]) == (
@@ -90,8 +90,8 @@ def test_hydras_view_of_the_config_works_and_leaves_nothing_behind(tmp_path):
         "sft",
         "무엇?",
     )
-    wrong = run_py("--cfg", "job", "experiment=tiny/2_sft", "sed=1", "seed=x")
-    assert wrong.returncode == 1 and wrong.stderr.startswith("2 mistakes")
+    refused = run_py("--cfg", "job", "experiment=tiny/2_sft", "sed=1", "seed=x")
+    assert refused.returncode == 1 and refused.stderr.startswith("2 mistakes")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,38 +102,38 @@ def test_completion_offers_groups_and_choices():
     assert offered.split() == ["stage=align", "stage=dpo", "stage=highres", "stage=mpo", "stage=sft"]
 
 
-def test_a_run_is_handed_to_its_task_and_leaves_nothing_behind(seen, tmp_path):
+def test_a_run_is_passed_to_its_task_and_writes_no_file(dispatched_runs, tmp_path):
     program.dispatch(["experiment=tiny/2_sft", "seed=1"])
     program.dispatch([])
-    assert [run.config.task for run in seen] == [Task.train, Task.pipeline]
+    assert [run.config.task for run in dispatched_runs] == [Task.train, Task.pipeline]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_multirun_runs_one_job_per_value(seen, monkeypatch, tmp_path):
+def test_multirun_runs_one_job_per_value(dispatched_runs, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["run.py"])
     program.dispatch(["-m", "experiment=tiny/2_sft", "seed=1,2", "trainer.extra.max_time='00:00:01:00'"])
-    assert [run.config.seed for run in seen] == [1, 2] and len({run.name for run in seen}) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # Hydra's list of the jobs, in the folder of the runs
+    assert [run.config.seed for run in dispatched_runs] == [1, 2] and len({run.name for run in dispatched_runs}) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # Hydra's list of jobs, in run_dir
 
 
-def test_multirun_over_several_devices_is_refused_with_the_reason(seen):
+def test_multirun_over_several_devices_is_refused_with_the_reason(dispatched_runs):
     with pytest.raises(UserError, match="every device's process would run the whole list"):
         program.dispatch(["-m", "experiment=tiny/2_sft", "seed=1,2", "trainer.devices=1,2"])
     with pytest.raises(UserError, match="Did you mean seed"):
         program.dispatch(["-m", "experiment=tiny/2_sft", "sede=1,2"])
-    assert seen == []
+    assert dispatched_runs == []
 
 
 def test_every_task_has_a_function():
     assert set(TASKS) == set(Task)
 
 
-def test_main_shows_a_users_mistake_without_a_traceback(monkeypatch):
+def test_main_shows_a_user_error_without_a_traceback(monkeypatch):
     def task(run):
         raise UserError("the folder is empty")
 
     monkeypatch.setitem(TASKS, Task.train, task)
     monkeypatch.setattr(sys, "argv", ["run.py", "experiment=tiny/1_align"])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         program.main()
-    assert left.value.code == "the folder is empty"  # the interpreter prints it to stderr and leaves with status 1
+    assert exited.value.code == "the folder is empty"  # the interpreter prints it to stderr and exits with status 1

@@ -1,4 +1,4 @@
-"""Overrides in, a typed Run out; every mistake is told, by name and at once."""
+"""Tests of `parse`: overrides become a typed Run, and all errors are reported together, by name."""
 
 import ast
 import inspect
@@ -16,14 +16,14 @@ from lit_vlm.config.schema import DPOStageConfig, StageName, Task
 from lit_vlm.types import UserError
 
 
-def mistakes(*overrides: str) -> list[str]:
+def collect_errors(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as error:
         parse(list(overrides))
     return error.value.errors
 
 
-def user_folder(tmp_path: Path, **files: str) -> str:
-    """A folder of one's own beside conf/, as an override."""
+def write_user_folder(tmp_path: Path, **files: str) -> str:
+    """Write a user's config folder and return the override that adds it to conf/."""
     for name, text in files.items():
         path = tmp_path / "mine" / f"{name.replace('__', '/')}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,15 +31,15 @@ def user_folder(tmp_path: Path, **files: str) -> str:
     return f"--config-dir={tmp_path / 'mine'}"
 
 
-# What comes out
+# The parsed run
 
 
-def test_no_words_mean_the_tiny_pipeline():
+def test_no_overrides_run_the_tiny_pipeline():
     run = parse([])
     assert (run.config.task, run.config.recipe, run.name, run.overrides) == (Task.pipeline, "tiny", "tiny", [])
 
 
-def test_naming_an_experiment_means_train_unless_a_task_is_named():
+def test_an_experiment_implies_train_unless_a_task_is_named():
     assert parse(["experiment=tiny/1_align"]).config.task is Task.train
     assert parse(["experiment=tiny/1_align", "task=chat"]).config.task is Task.chat
 
@@ -64,7 +64,7 @@ def test_paths_are_absolute_from_the_current_folder(tmp_path):
     assert parse(["experiment=tiny/1_align"]).config.data.sources["caption_ko"].path == "caption"
 
 
-def test_ready_sources_stand_alone_unless_data_is_named():
+def test_named_sources_replace_the_default_data_unless_data_is_named():
     run = parse(["experiment=tiny/2_sft", "data/source@data.sources=[kollava_instruct,mix665k]"])
     assert list(run.config.data.sources) == ["kollava_instruct", "mix665k"]
 
@@ -87,7 +87,7 @@ def test_quoted_values_are_read_back_unchanged(value):
     assert parse_override(f"key={quote_value(value)}").value() == value
 
 
-def test_hangul_needs_no_quotes_of_its_own():
+def test_hangul_needs_no_extra_quotes():
     run = parse(
         ["experiment=tiny/2_sft", "data=llava_json", "data.sources.mine.path=자료/학습.json", "prompt=이게 뭐야?"]
     )
@@ -98,7 +98,7 @@ def test_hangul_needs_no_quotes_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("typo", "right"),
+    ("typo", "suggestion"),
     [
         ("stage.lerning_rate=1", "stage.learning_rate"),
         ("+stage.lerning_rate=1", "stage.learning_rate"),
@@ -111,14 +111,14 @@ def test_hangul_needs_no_quotes_of_its_own():
         ("modle=tiny", "model"),
     ],
 )
-def test_a_typo_on_the_command_line_is_refused_with_the_nearest_key(typo, right):
-    assert mistakes("experiment=tiny/2_sft", typo)[0].split("Did you mean ")[1].startswith(right)
+def test_a_typo_on_the_command_line_is_refused_with_the_nearest_key(typo, suggestion):
+    assert collect_errors("experiment=tiny/2_sft", typo)[0].split("Did you mean ")[1].startswith(suggestion)
 
 
 def test_a_typo_in_a_file_is_refused_with_its_file_and_line(tmp_path):
     text = "# @package _global_\ntrainer:\n  max_steps: 5\n  max_epoch: 99\nstage:\n  learning_rate: high\n"
-    words = [user_folder(tmp_path, experiment__mine__1_align=text), "experiment=mine/1_align"]
-    epoch, rate = mistakes(*words)
+    overrides = [write_user_folder(tmp_path, experiment__mine__1_align=text), "experiment=mine/1_align"]
+    epoch, rate = collect_errors(*overrides)
     assert (
         epoch
         == "mine/experiment/mine/1_align.yaml:4: unknown setting trainer.max_epoch. Did you mean trainer.max_epochs?"
@@ -127,22 +127,24 @@ def test_a_typo_in_a_file_is_refused_with_its_file_and_line(tmp_path):
 
 
 def test_an_experiment_file_without_its_package_line_is_refused(tmp_path):
-    words = [user_folder(tmp_path, experiment__mine__1_align="seed: 1\n"), "experiment=mine/1_align"]
-    assert "# @package _global_" in mistakes(*words)[0]
+    overrides = [write_user_folder(tmp_path, experiment__mine__1_align="seed: 1\n"), "experiment=mine/1_align"]
+    assert "# @package _global_" in collect_errors(*overrides)[0]
 
 
-def test_a_mixture_is_a_file_of_ones_own(tmp_path):
+def test_a_mixture_can_be_a_user_file(tmp_path):
     text = "sources:\n  a: {path: a.json, weight: 1}\n  b: {path: b.json, weight: 3, language: ko}\n"
-    run = parse([user_folder(tmp_path, data__mix=text), "experiment=tiny/2_sft", "data=mix", "data.sources.b.weight=2"])
+    run = parse(
+        [write_user_folder(tmp_path, data__mix=text), "experiment=tiny/2_sft", "data=mix", "data.sources.b.weight=2"]
+    )
     assert {name: source.weight for name, source in run.config.data.sources.items()} == {"a": 1.0, "b": 2.0}
-    assert "added by a file" in mistakes("experiment=tiny/2_sft", "+data.sources.new.path=x")[0]
+    assert "added by a file" in collect_errors("experiment=tiny/2_sft", "+data.sources.new.path=x")[0]
 
 
-def test_a_setting_of_another_stage_is_told_as_such():
-    assert "is a setting of stage=dpo" in mistakes("experiment=tiny/2_sft", "stage.beta=0.3")[0]
+def test_a_setting_of_another_stage_is_reported_as_such():
+    assert "is a setting of stage=dpo" in collect_errors("experiment=tiny/2_sft", "stage.beta=0.3")[0]
 
 
-def test_a_source_can_be_taken_away():
+def test_a_source_can_be_removed():
     run = parse(["experiment=tiny/1_align", "~data.sources.caption_en"])
     assert (
         list(run.config.data.sources) == ["caption_ko", "image_only_ko", "image_only_en"] and run.name != "tiny/1_align"
@@ -170,20 +172,23 @@ def test_a_source_can_be_taken_away():
     ],
 )
 def test_a_wrong_type_names_what_was_expected_and_what_was_found(override, expected):
-    (mistake,) = mistakes("experiment=tiny/2_sft", override)
-    assert expected in mistake
+    (message,) = collect_errors("experiment=tiny/2_sft", override)
+    assert expected in message
 
 
 def test_an_unknown_choice_lists_the_choices():
-    (mistake,) = mistakes("task=train", "stage=algin")
+    (message,) = collect_errors("task=train", "stage=algin")
     assert (
-        mistake == "stage=algin: there is no such choice; there are align, dpo, highres, mpo, sft. Did you mean align?"
+        message == "stage=algin: there is no such choice; there are align, dpo, highres, mpo, sft. Did you mean align?"
     )
-    assert "a recipe" in mistakes("experiment=tiny")[0] and "tiny, varco_vision_14b" in mistakes("recipe=tny")[0]
+    assert (
+        "a recipe" in collect_errors("experiment=tiny")[0]
+        and "tiny, varco_vision_14b" in collect_errors("recipe=tny")[0]
+    )
 
 
-def test_every_mistake_is_told_at_once():
-    words = [
+def test_all_errors_are_reported_together():
+    overrides = [
         "model=tny",
         "stage.lerning_rate=1",
         "seed=x",
@@ -191,19 +196,19 @@ def test_every_mistake_is_told_at_once():
         "+foo=1",
         "trainer.precision=bf16",
     ]
-    found = mistakes("experiment=tiny/2_sft", *words)
-    assert len(found) == len(words)
+    found = collect_errors("experiment=tiny/2_sft", *overrides)
+    assert len(found) == len(overrides)
     with pytest.raises(UserError, match="^6 mistakes in the configuration:\n- model=tny"):
-        parse(["experiment=tiny/2_sft", *words])
+        parse(["experiment=tiny/2_sft", *overrides])
 
 
-def test_words_that_are_no_settings_are_told_together():
-    train, dashes = mistakes("train", "--stage.learning_rate=1")
+def test_overrides_that_are_no_settings_are_reported_together():
+    train, dashes = collect_errors("train", "--stage.learning_rate=1")
     assert "task=train" in train and "without dashes: stage.learning_rate=1" in dashes
 
 
-def test_a_comma_is_no_silent_sweep():
-    assert "needs -m" in mistakes("experiment=tiny/2_sft", "seed=1,2")[0]
+def test_a_comma_without_multirun_is_refused():
+    assert "needs -m" in collect_errors("experiment=tiny/2_sft", "seed=1,2")[0]
 
 
 # Contradictions
@@ -235,20 +240,20 @@ def test_a_comma_is_no_silent_sweep():
         (["data=preference", "data.sources.mine.path=x"], "preference pairs, which stage=sft cannot use"),
     ],
 )
-def test_a_contradiction_is_told_before_anything_is_built(overrides, part):
-    (mistake,) = mistakes("experiment=tiny/2_sft", *overrides)
-    assert part in mistake
+def test_a_contradiction_is_reported_before_anything_is_built(overrides, part):
+    (message,) = collect_errors("experiment=tiny/2_sft", *overrides)
+    assert part in message
 
 
 def test_dpo_needs_pairs_and_one_weight_per_loss():
-    found = mistakes(
+    found = collect_errors(
         "experiment=tiny/4_dpo",
         "data=builtin_sft",
         "stage.loss_type=[sigmod,sft]",
         "stage.loss_weights=[1]",
         "stage.beta=0",
     )
-    assert [mistake.partition(":")[0] for mistake in found] == [
+    assert [message.partition(":")[0] for message in found] == [
         "stage.beta",
         "stage.loss_type",
         "stage.loss_weights",
@@ -256,17 +261,17 @@ def test_dpo_needs_pairs_and_one_weight_per_loss():
     ]
 
 
-def test_a_callback_of_ones_own_is_an_import_path():
+def test_a_user_callback_is_an_import_path():
     assert parse(["experiment=tiny/1_align", "callbacks=[my_package.Mine]"]).config.callbacks == ["my_package.Mine"]
 
 
-def test_the_arguments_of_lightnings_trainer_are_those_of_its_signature():
+def test_the_trainer_arguments_are_those_of_lightnings_signature():
     from lightning import Trainer
 
     assert list_trainer_arguments() == tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 
 
-def test_the_losses_are_trls():
+def test_the_losses_are_those_of_trl():
     import importlib.util
 
     source = (Path(importlib.util.find_spec("trl").origin).parent / "trainer" / "dpo_config.py").read_text(
@@ -279,15 +284,21 @@ def test_the_losses_are_trls():
 # Names
 
 
-def test_the_name_is_the_experiment_when_nothing_was_changed():
+def test_the_run_name_is_the_experiment_when_nothing_is_overridden():
     assert parse(["experiment=tiny/2_sft"]).name == "tiny/2_sft"
     assert parse(["task=train", "stage=align", "data=builtin_align"]).name.startswith("train/align-")
     assert parse(["task=train", "stage=sft"]).name == "train/sft"
 
 
-def test_the_name_does_not_depend_on_the_machine():
-    words = ["trainer=gpu", "trainer.devices=8", "trainer.strategy=ddp", "trainer.precision=32-true", "logger=wandb"]
-    words += [
+def test_the_run_name_does_not_depend_on_the_machine():
+    overrides = [
+        "trainer=gpu",
+        "trainer.devices=8",
+        "trainer.strategy=ddp",
+        "trainer.precision=32-true",
+        "logger=wandb",
+    ]
+    overrides += [
         "data.tokens_per_micro_batch=4096",
         "data.num_workers=0",
         "run_dir=/elsewhere",
@@ -295,42 +306,42 @@ def test_the_name_does_not_depend_on_the_machine():
         "callbacks=[guard]",
         "stage.activation_checkpointing=selective",
     ]
-    assert parse(["experiment=tiny/2_sft", *words]).name == "tiny/2_sft"
+    assert parse(["experiment=tiny/2_sft", *overrides]).name == "tiny/2_sft"
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"), [("true", "full"), ("False", "none"), ("selective", "selective"), ("auto", "auto")]
+    ("typed", "level"), [("true", "full"), ("False", "none"), ("selective", "selective"), ("auto", "auto")]
 )
-def test_a_level_of_checkpointing_may_be_said_as_it_was_before_there_were_levels(said, meant):
-    run = parse(["experiment=tiny/2_sft", f"stage.activation_checkpointing={said}"])
-    assert run.config.stage.activation_checkpointing.value == meant
+def test_activation_checkpointing_accepts_the_former_true_and_false(typed, level):
+    run = parse(["experiment=tiny/2_sft", f"stage.activation_checkpointing={typed}"])
+    assert run.config.stage.activation_checkpointing.value == level
     as_json = parse(['{"experiment": "tiny/2_sft", "stage.activation_checkpointing": true}'])
     assert as_json.config.stage.activation_checkpointing.value == "full"
 
 
-def test_a_file_that_says_true_is_told_the_level(tmp_path):
+def test_true_in_a_file_is_refused_with_the_level_to_use(tmp_path):
     text = "# @package _global_\ndefaults: [override /stage: sft]\nstage:\n  activation_checkpointing: true\n"
-    folder = user_folder(tmp_path, experiment__mine=text)
-    (mistake,) = mistakes(folder, "experiment=mine", "data=builtin_sft")
-    assert "expected one of auto, none, selective, full, found true. What was true is full now." in mistake
+    folder = write_user_folder(tmp_path, experiment__mine=text)
+    (message,) = collect_errors(folder, "experiment=mine", "data=builtin_sft")
+    assert "expected one of auto, none, selective, full, found true. What was true is full now." in message
 
 
-def test_the_name_changes_with_what_changes_the_result():
+def test_the_run_name_changes_with_settings_that_change_the_result():
     names = [
-        parse(["experiment=tiny/2_sft", *words]).name
-        for words in ([], ["stage.learning_rate=1e-4"], ["seed=1"], ["model.grid=3"])
+        parse(["experiment=tiny/2_sft", *overrides]).name
+        for overrides in ([], ["stage.learning_rate=1e-4"], ["seed=1"], ["model.grid=3"])
     ]
     assert len(set(names)) == 4 and all(name.startswith("tiny/2_sft") for name in names)
     assert names[1] == parse(["experiment=tiny/2_sft", "trainer.devices=4", "stage.learning_rate=0.0001"]).name
     assert len(names[1]) == len("tiny/2_sft-") + 8
 
 
-def test_a_given_name_stands(tmp_path):
+def test_a_given_run_name_is_kept(tmp_path):
     run = parse(["experiment=tiny/2_sft", "run_name=mine", "seed=3"])
     assert run.name == "mine" and run.dir == tmp_path / "runs/mine"
 
 
-def test_trials_of_a_sweep_carry_their_run_id(monkeypatch):
+def test_the_names_of_sweep_trials_end_in_their_run_id(monkeypatch):
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
     assert parse(["experiment=tiny/2_sft"]).name == "tiny/2_sft-r1"
@@ -338,25 +349,25 @@ def test_trials_of_a_sweep_carry_their_run_id(monkeypatch):
     assert parse(["experiment=tiny/2_sft"]).init_from.endswith("/tiny/1_align/hf")
 
 
-# The stage before, and pipelines
+# The preceding stage, and pipelines
 
 
-def test_previous_is_the_stage_before_with_the_same_overrides(tmp_path):
+def test_previous_is_the_preceding_stage_with_the_same_overrides(tmp_path):
     assert parse(["experiment=tiny/2_sft"]).init_from == str(tmp_path / "runs/tiny/1_align/hf")
-    words = ["seed=1", "run_dir=out"]
-    before = parse(["experiment=tiny/1_align", *words])
-    run = parse(["experiment=tiny/2_sft", *words, "stage.learning_rate=1e-4"])
+    overrides = ["seed=1", "run_dir=out"]
+    before = parse(["experiment=tiny/1_align", *overrides])
+    run = parse(["experiment=tiny/2_sft", *overrides, "stage.learning_rate=1e-4"])
     assert run.init_from == str(before.dir / "hf") and "-" in before.name
 
 
-def test_naming_what_previous_means_changes_no_name():
+def test_an_explicit_path_to_the_previous_stage_does_not_change_the_run_name():
     assert parse(["experiment=tiny/2_sft", "init_from=runs/tiny/1_align/hf"]).name == "tiny/2_sft"
     assert parse(["experiment=tiny/2_sft", "init_from=other/model"]).name != "tiny/2_sft"
 
 
-def test_the_first_stage_has_none_before():
-    assert "first stage" in mistakes("experiment=tiny/1_align", "init_from=previous")[0]
-    assert "no experiment= is named" in mistakes("task=train", "init_from=previous")[0]
+def test_the_first_stage_has_no_previous_stage():
+    assert "first stage" in collect_errors("experiment=tiny/1_align", "init_from=previous")[0]
+    assert "no experiment= is named" in collect_errors("task=train", "init_from=previous")[0]
 
 
 def test_a_recipe_is_its_files_in_order():
@@ -364,23 +375,25 @@ def test_a_recipe_is_its_files_in_order():
 
 
 def test_a_pipeline_refuses_what_belongs_to_one_stage():
-    stage, name = mistakes("stage.learning_rate=1", "run_name=x")
+    stage, name = collect_errors("stage.learning_rate=1", "run_name=x")
     assert "experiment=<recipe>/<stage> stage.learning_rate=1" in stage and "run_dir=" in name
 
 
-def test_data_of_a_pipeline_goes_to_the_stages_that_can_use_it():
-    words = ["data=llava_json", "data.sources.mine.path=my.json", "seed=1", "recipe=tiny"]
-    assert build_stage_overrides(words, "tiny/1_align") == words[:3]
-    dpo = build_stage_overrides(words, "tiny/4_dpo")
+def test_data_of_a_pipeline_is_passed_to_the_stages_that_can_use_it():
+    overrides = ["data=llava_json", "data.sources.mine.path=my.json", "seed=1", "recipe=tiny"]
+    assert build_stage_overrides(overrides, "tiny/1_align") == overrides[:3]
+    dpo = build_stage_overrides(overrides, "tiny/4_dpo")
     assert dpo[0] == "seed=1" and dpo[1].startswith("init_from=")  # it would not find highres by its own overrides
     pairs = ["data=preference", "data.sources.mine.path=pairs.jsonl"]
     assert build_stage_overrides(pairs, "tiny/4_dpo") == pairs and build_stage_overrides(pairs, "tiny/2_sft") == []
 
 
-def test_each_stage_of_a_pipeline_starts_from_the_one_before(monkeypatch):
-    words = ["data=digits", "seed=1"]
+def test_each_stage_of_a_pipeline_starts_from_the_preceding_one(monkeypatch):
+    overrides = ["data=digits", "seed=1"]
     for sweep in (False, True):
-        runs = [parse([f"experiment={stage}", *build_stage_overrides(words, stage)]) for stage in list_stages("tiny")]
+        runs = [
+            parse([f"experiment={stage}", *build_stage_overrides(overrides, stage)]) for stage in list_stages("tiny")
+        ]
         assert [run.init_from for run in runs[1:]] == [str(run.dir / "hf") for run in runs[:-1]]
         assert all(run.name.endswith("-r1") is sweep for run in runs)
         monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
@@ -388,8 +401,8 @@ def test_each_stage_of_a_pipeline_starts_from_the_one_before(monkeypatch):
 
 
 def test_a_pipeline_is_checked_to_its_last_stage_before_it_starts():
-    assert mistakes("recipe=varco_vision_14b") == [
+    assert collect_errors("recipe=varco_vision_14b") == [
         "varco_vision_14b/4_dpo: data.sources.mine.path is not set: give the file or folder, data.sources.mine.path=..."
     ]
     assert parse(["recipe=varco_vision_14b", "data.sources.mine.path=pairs.jsonl"]).name == "varco_vision_14b"
-    assert "no stage of this recipe" in mistakes("data.sources.mne.weight=1")[0]
+    assert "no stage of this recipe" in collect_errors("data.sources.mne.weight=1")[0]

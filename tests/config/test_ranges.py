@@ -1,4 +1,4 @@
-"""Each number of the schema has its range beside it, checked once, for all tasks."""
+"""Tests of the ranges: each number of the schema declares its range, which is checked for all tasks."""
 
 import copy
 import math
@@ -16,20 +16,20 @@ from lit_vlm.config.settings import list_settings
 NUMBERS = (int, float)
 
 
-def mistakes(*words):
+def collect_errors(*overrides):
     with pytest.raises(ConfigError) as error:
-        parse(list(words))
+        parse(list(overrides))
     return error.value.errors
 
 
-def leaves(hint):
-    """The types that a setting may hold, those within lists and tables among them."""
-    found = [leaf for part in typing.get_args(hint) for leaf in leaves(part)]
+def list_leaf_types(hint):
+    """Return the types that a setting can hold, including those inside lists and tables."""
+    found = [leaf for part in typing.get_args(hint) for leaf in list_leaf_types(part)]
     return found or [hint]
 
 
-def numbers():
-    return [row for row in list_settings() if {int, float} & set(leaves(row.type))]
+def list_number_settings():
+    return [row for row in list_settings() if {int, float} & set(list_leaf_types(row.type))]
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +37,26 @@ def config():
     return parse(["experiment=tiny/4_dpo", "task=prepare"]).config
 
 
-def with_value(config, row, value):
-    """The config with this value in this setting, and the key under which it is found."""
+def set_value(config, row, value):
+    """Return a copy of the config with `value` in the setting `row`, and the full key of the value."""
     config = copy.deepcopy(config)
     group, key = config, []
     *path, last = row.key.split(".")
     if row.key.startswith("data.validation.sources"):
         config.data.validation.sources = copy.deepcopy(config.data.sources)
-    for word in path:
-        word = next(iter(group)) if word == "<name>" else word
-        group = group[word] if isinstance(group, dict) else getattr(group, word)
-        key.append(word)
+    for part in path:
+        part = next(iter(group)) if part == "<name>" else part
+        group = group[part] if isinstance(group, dict) else getattr(group, part)
+        key.append(part)
     origin = typing.get_origin(next((one for one in typing.get_args(row.type) if typing.get_origin(one)), row.type))
     inside = {list: [value], tuple: (value, 0.5), dict: {"ocr": value}}.get(origin, value)
     setattr(group, last, inside)
     return config, ".".join([*key, last]) + {list: "[0]", tuple: "[0]", dict: ".ocr"}.get(origin, "")
 
 
-def beyond(row):
-    """The nearest values outside the range, and what is no number at all."""
-    r, whole = row.range, int in leaves(row.type)
+def iter_outside(row):
+    """Yield the nearest values outside the range, and NaN and infinity."""
+    r, whole = row.range, int in list_leaf_types(row.type)
     if whole:
         yield int(r.low) if r.excludes_low else int(r.low) - 1
         yield int(r.high) + 1
@@ -67,8 +67,8 @@ def beyond(row):
     yield from (math.nan, math.inf, -math.inf)
 
 
-def within(row):
-    r, whole = row.range, int in leaves(row.type)
+def iter_bounds(row):
+    r, whole = row.range, int in list_leaf_types(row.type)
     if whole:
         yield from (int(r.low) + r.excludes_low, int(r.high))
         return
@@ -78,36 +78,36 @@ def within(row):
 
 
 def test_every_number_of_the_schema_has_a_range_and_nothing_else_has():
-    assert len(numbers()) > 60
-    assert [row.key for row in list_settings() if (row.range is not None) != (row in numbers())] == []
+    assert len(list_number_settings()) > 60
+    assert [row.key for row in list_settings() if (row.range is not None) != (row in list_number_settings())] == []
 
 
-@pytest.mark.parametrize("row", numbers(), ids=lambda row: row.key)
-def test_a_value_beyond_its_range_is_refused_with_key_value_and_range(row, config):
-    for value in beyond(row):
-        changed, key = with_value(config, row, value)
+@pytest.mark.parametrize("row", list_number_settings(), ids=lambda row: row.key)
+def test_a_value_outside_its_range_is_refused_with_key_value_and_range(row, config):
+    for value in iter_outside(row):
+        changed, key = set_value(config, row, value)
         assert f"{key}: must be {row.range}, found {value}." in find_config_errors(changed)
 
 
-@pytest.mark.parametrize("row", numbers(), ids=lambda row: row.key)
-def test_the_ends_of_a_range_are_taken(row, config):
-    for value in within(row):
-        assert list(find_range_errors(with_value(config, row, value)[0])) == []
+@pytest.mark.parametrize("row", list_number_settings(), ids=lambda row: row.key)
+def test_the_bounds_of_a_range_are_accepted(row, config):
+    for value in iter_bounds(row):
+        assert list(find_range_errors(set_value(config, row, value)[0])) == []
 
 
 def test_every_default_lies_within_its_range():
-    def walk(owner):
+    def walk_fields(owner):
         for one in fields(owner):
             value = getattr(owner, one.name)
             if is_dataclass(value):
-                yield from walk(value)
+                yield from walk_fields(value)
             elif (r := one.metadata.get("range")) and isinstance(value, NUMBERS):
                 yield one.name, r.contains(value)
 
-    assert all(holds for _, holds in walk(parse(["experiment=tiny/4_dpo"]).config))
+    assert all(holds for _, holds in walk_fields(parse(["experiment=tiny/4_dpo"]).config))
 
 
-def test_help_shows_the_range_behind_the_type():
+def test_help_shows_the_range_after_the_type():
     text = format_help(["settings"])
     assert "  trainer.timeout_minutes   a number (above 0 and at most 527040); default 30.0" in text
     assert "  stage.beta   a number (above 0); default 0.1" in text
@@ -130,7 +130,7 @@ def test_a_range_reads_as_a_sentence(range_, text):
 
 
 @pytest.mark.parametrize(
-    "word",
+    "override",
     [
         "trainer.timeout_minutes=0",
         "guard.heartbeat_seconds=nan",
@@ -144,15 +144,15 @@ def test_a_range_reads_as_a_sentence(range_, text):
         "checkpoint.every_minutes=1e12",
     ],
 )
-def test_what_no_run_could_work_with_is_refused_on_the_command_line(word):
-    (found,) = mistakes("experiment=tiny/2_sft", word)
-    assert found.startswith(word.partition("=")[0]) and "must be" in found and "found" in found
+def test_values_that_no_run_can_use_are_refused_on_the_command_line(override):
+    (found,) = collect_errors("experiment=tiny/2_sft", override)
+    assert found.startswith(override.partition("=")[0]) and "must be" in found and "found" in found
 
 
 @pytest.mark.parametrize("task", ["prefer", "chat", "train", "submit"])
 def test_ranges_hold_for_every_task(task):
-    words = ["init_from=x"] if task in ("prefer", "chat") else ["experiment=tiny/2_sft"]
-    assert any("seed: must be" in found for found in mistakes(f"task={task}", *words, "seed=-1"))
+    overrides = ["init_from=x"] if task in ("prefer", "chat") else ["experiment=tiny/2_sft"]
+    assert any("seed: must be" in found for found in collect_errors(f"task={task}", *overrides, "seed=-1"))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_ranges_hold_for_every_task(task):
     ]
     + ["x" * 256, "a /b", "index", "index/x", "c:/x", "tiny/1_align/hf", "b/checkpoints", "a/wandb/b", "a/samples"],
 )
-def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config):
+def test_a_run_name_outside_run_dir_or_without_a_valid_folder_name_is_refused(name, config):
     changed = copy.deepcopy(config)
     changed.run_name = name
     (found,) = find_config_errors(changed)
@@ -187,7 +187,7 @@ def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config
     ["a", "tiny/2_sft", "sweeps/tiny/3", "실험-1", "a b", "v1.0", "..a", "a..b", "1:30:00", "on", "x" * 255]
     + ["a:b", "hf", "samples/a", "a/hf2"],
 )
-def test_ordinary_run_names_are_taken(name, config):
+def test_ordinary_run_names_are_accepted(name, config):
     changed = copy.deepcopy(config)
     changed.run_name = name
     assert find_config_errors(changed) == []

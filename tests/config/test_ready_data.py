@@ -1,4 +1,4 @@
-"""The named sets and the ready mixtures of conf/data: complete, composable, and open to the command line."""
+"""Tests of the named sets and ready mixtures of conf/data: complete, composable, and open to overrides."""
 
 import re
 
@@ -25,15 +25,15 @@ COUNTS = {
 }
 
 
-def sources(mixture, *words):
+def parse_sources(mixture, *overrides):
     stage = mixture.split("_")[0]
-    own = [f"data.sources.mine_ko.path={CONF_DIR}"] if mixture in ("preference_ko", "preference_ko_en") else []
-    return parse([f"experiment={STAGES[stage]}", f"data={mixture}", *own, *words]).config.data.sources
+    own_path = [f"data.sources.mine_ko.path={CONF_DIR}"] if mixture in ("preference_ko", "preference_ko_en") else []
+    return parse([f"experiment={STAGES[stage]}", f"data={mixture}", *own_path, *overrides]).config.data.sources
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_a_ready_mixture_composes_for_its_stage(mixture):
-    found = sources(mixture)
+    found = parse_sources(mixture)
     languages = set(mixture.split("_")[1:])
     assert {source.language.name for source in found.values()} == languages
     weights = [source.weight for source in found.values()]
@@ -41,7 +41,7 @@ def test_a_ready_mixture_composes_for_its_stage(mixture):
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_a_mixture_is_made_of_named_sets_and_says_where_its_weights_are_from(mixture):
+def test_a_mixture_consists_of_named_sets_and_states_the_origin_of_its_weights(mixture):
     text = (CONF_DIR / "data" / f"{mixture}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     named = [entry.split("@")[0].removeprefix("source/") for entry in content.get("defaults", []) if entry != "_self_"]
@@ -52,12 +52,12 @@ def test_a_mixture_is_made_of_named_sets_and_says_where_its_weights_are_from(mix
 
 def test_mixtures_in_both_languages_are_half_korean():
     for mixture in ("sft_ko_en", "highres_ko_en", "preference_ko_en"):
-        found = sources(mixture).values()
+        found = parse_sources(mixture).values()
         assert sum(source.weight for source in found if source.language.name == "ko") == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_named_set_says_all_that_a_user_needs(name):
+def test_a_named_set_documents_licence_source_and_size(name):
     composed_source = compose_config(["task=train", "data=ready", f"data/source@data.sources=[{name}]"]).data.sources[
         name
     ]
@@ -70,40 +70,40 @@ def test_a_named_set_says_all_that_a_user_needs(name):
     assert source.format is not Format.mapped or not list(find_mapping_errors(name, source.mapping))
 
 
-def test_sets_whose_structure_is_not_public_say_so_and_are_in_no_mixture():
+def test_sets_without_public_structure_are_marked_and_in_no_mixture():
     hidden = [
         name
         for name in SETS
         if "Structure not public" in (CONF_DIR / "data" / "source" / f"{name}.yaml").read_text(encoding="utf-8")
     ]
     assert hidden == ["aihub_71711_gqa", "aihub_71730_ocr"]
-    assert not {name for mixture in MIXTURES for name in sources(mixture)} & set(hidden)
+    assert not {name for mixture in MIXTURES for name in parse_sources(mixture)} & set(hidden)
 
 
 def test_the_command_line_changes_a_ready_mixture():
-    words = [
+    overrides = [
         "data.sources.mix665k.weight=2",
         "data.sources.kollava_instruct.image_root=/photos",
         "data.sources.aihub_144_objects.mapping.text=thing",
         "~data.sources.aihub_79_food",
     ]
-    config = parse(["experiment=varco_vision_14b/2_sft", "data=sft_ko_en", *words]).config
+    config = parse(["experiment=varco_vision_14b/2_sft", "data=sft_ko_en", *overrides]).config
     found = config.data.sources
     assert found["mix665k"].weight == 2 and found["kollava_instruct"].image_root == "/photos"
     assert found["aihub_144_objects"].mapping.text == "thing" and "aihub_79_food" not in found
     assert found["aihub_81_glyphs"].path.startswith("/")
 
 
-def test_a_named_set_joins_a_mixture():
-    words = ["data/source@data.sources=[aihub_71730_ocr]", "data.sources.aihub_71730_ocr.weight=0.1"]
-    assert "aihub_71730_ocr" in sources("sft_ko", *words)
+def test_a_named_set_can_be_added_to_a_mixture():
+    overrides = ["data/source@data.sources=[aihub_71730_ocr]", "data.sources.aihub_71730_ocr.weight=0.1"]
+    assert "aihub_71730_ocr" in parse_sources("sft_ko", *overrides)
 
 
 MINE = "data.sources.mine"
 
 
 @pytest.mark.parametrize(
-    ("words", "mistake"),
+    ("overrides", "message"),
     [
         (["data=mapped", f"{MINE}.mapping.anwser=x"], f"Did you mean {MINE}.mapping.answer?"),
         (["data=mapped", f"{MINE}.mapping.answer=x", f"{MINE}.mapping.task=orc"], "Did you mean ocr?"),
@@ -118,20 +118,25 @@ MINE = "data.sources.mine"
         (["data=mapped", f"{MINE}.format=llava", f"{MINE}.mapping.answer=x"], "is read with format=mapped only"),
     ],
 )
-def test_mistakes_in_a_mapping_are_named(words, mistake):
+def test_errors_in_a_mapping_are_reported(overrides, message):
     with pytest.raises(ConfigError) as caught:
-        parse(["task=train", f"{MINE}.path=x", *words])
-    assert mistake in str(caught.value)
+        parse(["task=train", f"{MINE}.path=x", *overrides])
+    assert message in str(caught.value)
 
 
-def test_a_mapping_is_written_in_a_file_of_ones_own_and_on_the_command_line(tmp_path):
+def test_a_mapping_can_be_set_in_a_user_file_and_on_the_command_line(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "own.yaml").write_text(
         "sources:\n  own:\n    path: x\n    format: mapped\n    mapping: {answer: '{a.b}', image: '{f}'}\n",
         "utf-8",
     )
-    words = ["task=train", f"--config-dir={tmp_path}", "data=own", "data.sources.own.mapping.questions=['{q}','뭐?']"]
-    mapping = parse(words).config.data.sources["own"].mapping
+    overrides = [
+        "task=train",
+        f"--config-dir={tmp_path}",
+        "data=own",
+        "data.sources.own.mapping.questions=['{q}','뭐?']",
+    ]
+    mapping = parse(overrides).config.data.sources["own"].mapping
     assert mapping == MappingConfig(answer="{a.b}", image="{f}", questions=["{q}", "뭐?"])
     (tmp_path / "data" / "own.yaml").write_text(
         "sources:\n  own:\n    path: x\n    format: mapped\n    mapping:\n      labls: '*.json'\n      answer: a\n",
@@ -141,7 +146,7 @@ def test_a_mapping_is_written_in_a_file_of_ones_own_and_on_the_command_line(tmp_
         parse(["task=train", f"--config-dir={tmp_path}", "data=own"])
 
 
-def test_every_word_of_a_mapping_is_in_the_table_of_settings():
+def test_every_field_of_a_mapping_is_in_the_list_of_settings():
     rows = {row.key: row for row in list_settings()}
     for name in MappingConfig.__dataclass_fields__:
         row = rows[f"data.sources.<name>.mapping.{name}"]

@@ -1,4 +1,4 @@
-"""Writes 200 records in each form of data that is read, on pictures made from a seed."""
+"""Write 200 records in each supported data format, with images made from a seed."""
 
 from __future__ import annotations
 
@@ -24,47 +24,46 @@ ANSWERS = (
 
 
 def write_forms(folder: Path) -> dict[str, dict]:
-    """Write every form below `folder`; returns form -> settings of a source that reads it."""
+    """Write every format below `folder`. Return format -> settings of a source that reads it."""
     names = write_pictures(folder)
     forms = {
-        "llava": llava(folder, names),
-        "sharegpt": sharegpt(folder, names),
-        "messages_parts": messages_in_parts(folder, names),
-        "messages_parquet": messages_in_parquet(folder, names),
-        "openai": openai(folder, names),
-        "preference_text": preference_text(folder, names),
-        "preference_messages": preference_messages(folder, names),
-        "caption": captions(folder, names),
-        "webdataset": webdataset(folder, names),
-        "zipped_pictures": zipped_pictures(folder, names),
-        "markup": markup(folder, names),
+        "llava": write_llava(folder, names),
+        "sharegpt": write_sharegpt(folder, names),
+        "messages_parts": write_messages_in_parts(folder, names),
+        "messages_parquet": write_messages_in_parquet(folder, names),
+        "openai": write_openai(folder, names),
+        "preference_text": write_preference_text(folder, names),
+        "preference_messages": write_preference_messages(folder, names),
+        "caption": write_captions(folder, names),
+        "webdataset": write_webdataset(folder, names),
+        "zipped_pictures": write_zipped_pictures(folder, names),
+        "markup": write_markup(folder, names),
     }
     return forms
 
 
 def write_pictures(folder: Path) -> list[str]:
-    """PNG, since every decoder gives the same pixels; sizes from one tile to many, wide and tall."""
-    dice = np.random.default_rng(7)
+    """Write PNG images, of which every decoder gives the same pixels; from one tile to many, wide and tall."""
+    rng = np.random.default_rng(7)
     (folder / "pictures").mkdir(parents=True)
     names = []
     for number in range(NUM_PICTURES):
-        height, width = (int(side) for side in dice.integers(20, 260, 2))
-        coarse = dice.integers(0, 256, (max(1, height // 8), max(1, width // 8), 3), dtype=np.uint8)
+        height, width = (int(side) for side in rng.integers(20, 260, 2))
+        coarse = rng.integers(0, 256, (max(1, height // 8), max(1, width // 8), 3), dtype=np.uint8)
         name = f"그림 {number}.png" if number % 5 == 0 else f"{number}.png"
         Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST).save(folder / "pictures" / name)
         names.append(name)
     return names
 
 
-def draw_turns(dice: Random) -> list[tuple[str, str]]:
+def sample_turns(rng: Random) -> list[tuple[str, str]]:
     return [
-        (dice.choice(QUESTIONS), " ".join(dice.choices(ANSWERS, k=dice.randint(1, 6))))
-        for _ in range(dice.randint(1, 3))
+        (rng.choice(QUESTIONS), " ".join(rng.choices(ANSWERS, k=rng.randint(1, 6)))) for _ in range(rng.randint(1, 3))
     ]
 
 
-def draw_pictures(dice: Random, names: list[str]) -> list[str]:
-    return dice.sample(names, dice.choice((0, 1, 1, 1, 2)))
+def sample_pictures(rng: Random, names: list[str]) -> list[str]:
+    return rng.sample(names, rng.choice((0, 1, 1, 1, 2)))
 
 
 def write_lines(path: Path, records: list[dict]) -> str:
@@ -80,11 +79,11 @@ def write_parquet(path: Path, records: list[dict]) -> str:
     return str(path)
 
 
-def llava(folder: Path, names: list[str]) -> dict:
-    dice, records = Random(1), []
+def write_llava(folder: Path, names: list[str]) -> dict:
+    rng, records = Random(1), []
     for number in range(NUM_RECORDS):
-        pictures, turns = draw_pictures(dice, names), []
-        for index, (question, answer) in enumerate(draw_turns(dice)):
+        pictures, turns = sample_pictures(rng, names), []
+        for index, (question, answer) in enumerate(sample_turns(rng)):
             marks = "<image>" * len(pictures) + "\n" if index == 0 and pictures else ""
             turns += [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
         if number % 7 == 0:
@@ -96,11 +95,11 @@ def llava(folder: Path, names: list[str]) -> dict:
     return {"path": str(path), "image_root": str(folder / "pictures")}
 
 
-def sharegpt(folder: Path, names: list[str]) -> dict:
-    dice, records = Random(2), []
+def write_sharegpt(folder: Path, names: list[str]) -> dict:
+    rng, records = Random(2), []
     for number in range(NUM_RECORDS):
-        pictures, turns = draw_pictures(dice, names), []
-        for index, (question, answer) in enumerate(draw_turns(dice)):
+        pictures, turns = sample_pictures(rng, names), []
+        for index, (question, answer) in enumerate(sample_turns(rng)):
             marks = "<image>" * len(pictures) if index == 0 else ""
             turns += [{"from": "human", "value": marks + question}, {"from": "gpt", "value": answer}]
         record = {"images": pictures, "conversations": turns}
@@ -109,44 +108,44 @@ def sharegpt(folder: Path, names: list[str]) -> dict:
     return {"path": path, "image_root": str(folder / "pictures"), "format": "sharegpt"}
 
 
-def chat(dice: Random, parts: list[dict]) -> list[dict]:
+def make_messages(rng: Random, parts: list[dict]) -> list[dict]:
     messages = []
-    for index, (question, answer) in enumerate(draw_turns(dice)):
-        asked = [*(parts if index == 0 else []), {"type": "text", "text": question}]
+    for index, (question, answer) in enumerate(sample_turns(rng)):
+        prompt_parts = [*(parts if index == 0 else []), {"type": "text", "text": question}]
         messages += [
-            {"role": "user", "content": asked},
+            {"role": "user", "content": prompt_parts},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
     return messages
 
 
-def messages_in_parts(folder: Path, names: list[str]) -> dict:
-    dice = Random(3)
+def write_messages_in_parts(folder: Path, names: list[str]) -> dict:
+    rng = Random(3)
     records = [
-        {"messages": chat(dice, [{"type": "image", "path": name} for name in draw_pictures(dice, names)])}
+        {"messages": make_messages(rng, [{"type": "image", "path": name} for name in sample_pictures(rng, names)])}
         for _ in range(NUM_RECORDS)
     ]
     return {"path": write_lines(folder / "parts.jsonl", records), "image_root": str(folder / "pictures")}
 
 
-def messages_in_parquet(folder: Path, names: list[str]) -> dict:
-    """Contents of plain text, pictures as bytes in a column."""
-    dice, records = Random(4), []
+def write_messages_in_parquet(folder: Path, names: list[str]) -> dict:
+    """Write messages whose content is plain text, with images as bytes in a column."""
+    rng, records = Random(4), []
     for _ in range(NUM_RECORDS):
-        pictures, messages = draw_pictures(dice, names), []
-        for question, answer in draw_turns(dice):
+        pictures, messages = sample_pictures(rng, names), []
+        for question, answer in sample_turns(rng):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         images = [{"bytes": (folder / "pictures" / name).read_bytes(), "path": None} for name in pictures]
         records.append({"messages": messages, "images": images})
     return {"path": write_parquet(folder / "messages.parquet", records)}
 
 
-def openai(folder: Path, names: list[str]) -> dict:
-    dice = Random(5)
+def write_openai(folder: Path, names: list[str]) -> dict:
+    rng = Random(5)
     records = [
         {
-            "messages": chat(
-                dice, [{"type": "image_url", "image_url": {"url": name}} for name in draw_pictures(dice, names)]
+            "messages": make_messages(
+                rng, [{"type": "image_url", "image_url": {"url": name}} for name in sample_pictures(rng, names)]
             )
         }
         for _ in range(NUM_RECORDS)
@@ -154,49 +153,49 @@ def openai(folder: Path, names: list[str]) -> dict:
     return {"path": write_lines(folder / "openai.jsonl", records), "image_root": str(folder / "pictures")}
 
 
-def preference_text(folder: Path, names: list[str]) -> dict:
-    dice, records = Random(6), []
+def write_preference_text(folder: Path, names: list[str]) -> dict:
+    rng, records = Random(6), []
     for _ in range(NUM_RECORDS):
-        answer = dice.choice(ANSWERS)
-        pair = {"prompt": dice.choice(QUESTIONS), "chosen": answer, "rejected": f"{answer} {dice.choice(ANSWERS)}"}
-        records.append({"image": dice.choice(names), **pair})
+        answer = rng.choice(ANSWERS)
+        pair = {"prompt": rng.choice(QUESTIONS), "chosen": answer, "rejected": f"{answer} {rng.choice(ANSWERS)}"}
+        records.append({"image": rng.choice(names), **pair})
     return {"path": write_lines(folder / "pairs.jsonl", records), "image_root": str(folder / "pictures")}
 
 
-def preference_messages(folder: Path, names: list[str]) -> dict:
-    dice, records = Random(8), []
+def write_preference_messages(folder: Path, names: list[str]) -> dict:
+    rng, records = Random(8), []
     for _ in range(NUM_RECORDS):
-        pictures, answer = draw_pictures(dice, names), dice.choice(ANSWERS)
-        asked = [*({"type": "image"} for _ in pictures), {"type": "text", "text": dice.choice(QUESTIONS)}]
-        answers = {"chosen": answer, "rejected": dice.choice([each for each in ANSWERS if each != answer])}
-        said = {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
-        records.append({"images": pictures, "prompt": [{"role": "user", "content": asked}], **said})
+        pictures, answer = sample_pictures(rng, names), rng.choice(ANSWERS)
+        prompt_parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": rng.choice(QUESTIONS)}]
+        answers = {"chosen": answer, "rejected": rng.choice([each for each in ANSWERS if each != answer])}
+        sampled_answers = {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
+        records.append({"images": pictures, "prompt": [{"role": "user", "content": prompt_parts}], **sampled_answers})
     path = write_lines(folder / "pairs_of_messages.jsonl", records)
     return {"path": path, "image_root": str(folder / "pictures")}
 
 
-def captions(folder: Path, names: list[str]) -> dict:
-    dice = Random(9)
-    records = [{"image": dice.choice(names), "caption": f"{dice.choice(ANSWERS)} {n}"} for n in range(NUM_RECORDS)]
+def write_captions(folder: Path, names: list[str]) -> dict:
+    rng = Random(9)
+    records = [{"image": rng.choice(names), "caption": f"{rng.choice(ANSWERS)} {n}"} for n in range(NUM_RECORDS)]
     path = write_lines(folder / "captions.jsonl", records)
     return {"path": path, "image_root": str(folder / "pictures"), "prompts": [*QUESTIONS[:2]]}
 
 
-def webdataset(folder: Path, names: list[str]) -> dict:
-    dice = Random(10)
+def write_webdataset(folder: Path, names: list[str]) -> dict:
+    rng = Random(10)
     (folder / "shards").mkdir()
     for shard in range(2):
         with tarfile.open(folder / "shards" / f"{shard:03}.tar", "w") as archive:
             for number in range(NUM_RECORDS // 2):
-                picture = (folder / "pictures" / dice.choice(names)).read_bytes()
-                for ending, content in (("png", picture), ("txt", dice.choice(ANSWERS).encode())):
+                picture = (folder / "pictures" / rng.choice(names)).read_bytes()
+                for ending, content in (("png", picture), ("txt", rng.choice(ANSWERS).encode())):
                     member = tarfile.TarInfo(f"{number:06}.{ending}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
     return {"path": str(folder / "shards"), "prompts": [QUESTIONS[0]]}
 
 
-def zipped_pictures(folder: Path, names: list[str]) -> dict:
+def write_zipped_pictures(folder: Path, names: list[str]) -> dict:
     (folder / "zips").mkdir()
     with zipfile.ZipFile(folder / "zips" / "pictures.zip", "w") as archive:
         for name in names:
@@ -204,15 +203,15 @@ def zipped_pictures(folder: Path, names: list[str]) -> dict:
     return {"path": str(folder / "llava.json"), "image_root": str(folder / "zips")}
 
 
-def markup(folder: Path, names: list[str]) -> dict:
-    dice, records = Random(11), []
+def write_markup(folder: Path, names: list[str]) -> dict:
+    rng, records = Random(11), []
     for _ in range(NUM_RECORDS):
-        x, y = round(dice.uniform(0, 0.4), 3), round(dice.uniform(0, 0.4), 3)
+        x, y = round(rng.uniform(0, 0.4), 3), round(rng.uniform(0, 0.4), 3)
         box = f"<bbox>{x}, {y}, {round(x + 0.3, 3)}, {round(y + 0.2, 3)}</bbox>"
         turns = [
-            {"from": "human", "value": f"<image>\n<gro> {dice.choice(QUESTIONS)}"},
-            {"from": "gpt", "value": f"<obj>{dice.choice(ANSWERS)}</obj>{box}가 있습니다."},
+            {"from": "human", "value": f"<image>\n<gro> {rng.choice(QUESTIONS)}"},
+            {"from": "gpt", "value": f"<obj>{rng.choice(ANSWERS)}</obj>{box}가 있습니다."},
         ]
-        records.append({"image": dice.choice(names), "conversations": turns})
+        records.append({"image": rng.choice(names), "conversations": turns})
     path = write_lines(folder / "markup.jsonl", records)
     return {"path": path, "image_root": str(folder / "pictures"), "kind": "grounding", "markup": "on"}

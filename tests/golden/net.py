@@ -1,10 +1,10 @@
-"""Records what renaming, moving and folding code must not change, as JSON files beside this one.
+"""Records, as JSON files in this folder, the behaviour that a refactoring must not change.
 
-    python tests/golden/net.py              writes every part anew
+    python tests/golden/net.py              writes every part again
     python tests/golden/net.py plans runs   writes these (`begun`: the run folders that are resumed)
 
-`test_golden.py` measures again and compares. Numbers that hang on the processor are compared to the bit where the same
-processor made them, and within a bound elsewhere.
+`test_golden.py` measures again and compares. Numbers that depend on the processor are compared bit by bit if the same
+processor made them, and within a bound otherwise.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from made_records import write_forms
 
 STEPS = 8
 WORLD_SIZES = (1, 2, 8)
-PLANNED_STEPS = 64  # of each plan; later ones come from the same code
+PLANNED_STEPS = 64  # of each plan; later steps come from the same code
 STAGES = ("1_align", "2_sft", "3_highres", "4_dpo")
-SMALL = [  # a run of a recipe's stage, cut short
+SMALL = [  # a short run of a recipe's stage
     f"trainer.max_steps={STEPS}",
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
@@ -48,13 +48,13 @@ SMALL = [  # a run of a recipe's stage, cut short
 ]
 
 
-def digest(value: Any) -> str:
+def compute_digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def describe_processor() -> str:
-    """Name and instruction set, which decide the order in which floats are summed; and the library that sums them."""
+    """Return processor name, instruction set and torch version, which decide the order in which floats are summed."""
     names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return f"{(names or ['unknown'])[0]}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
@@ -92,8 +92,8 @@ PLANS: dict[str, list[str]] = {
 
 
 @contextmanager
-def own_folder() -> Iterator[Path]:
-    """A new folder as current one, with `data=own` in it."""
+def enter_own_folder() -> Iterator[Path]:
+    """Enter a new temporary folder that holds `data=own`."""
     with tempfile.TemporaryDirectory() as name, chdir(name):
         write_choice(Path("conf/data/own.yaml"), {"sources": BUILTIN})
         yield Path(name)
@@ -113,9 +113,9 @@ def build_datamodule(*overrides: str):
 
 
 def measure_plans() -> dict[str, dict]:
-    """Steps, micro-batches and a digest of which samples every rank reads, for each setting and number of ranks."""
+    """Return steps, micro-batches and a digest of the samples of every rank, by setting and number of ranks."""
     found: dict[str, dict] = {}
-    with own_folder():
+    with enter_own_folder():
         for name, overrides in PLANS.items():
             datamodule = build_datamodule(*overrides)
             for world_size in WORLD_SIZES:
@@ -123,7 +123,9 @@ def measure_plans() -> dict[str, dict]:
                 found.setdefault(name, {})[str(world_size)] = {
                     "steps": plan.num_steps,
                     "k": plan.accumulate_grad_batches,
-                    "digest": digest([read_step(plan, step) for step in range(min(plan.num_steps, PLANNED_STEPS))]),
+                    "digest": compute_digest(
+                        [read_step(plan, step) for step in range(min(plan.num_steps, PLANNED_STEPS))]
+                    ),
                 }
     return found
 
@@ -134,15 +136,15 @@ def read_step(plan, number: int) -> list:
     return [step.num_supervised, step.num_samples, step.num_tiles, step.num_chosen, packs]
 
 
-# ---------------------------------------------------------------------------------------------------- forms
+# ---------------------------------------------------------------------------------------------------- formats
 
 
 def measure_forms() -> dict[str, dict]:
-    """Token ids, masks and tiles of 200 records of each form."""
+    """Return token ids, masks and tiles of 200 records of each format, partly as digests."""
     from lit_vlm.data.collate import collate
 
     found = {}
-    with own_folder() as folder:
+    with enter_own_folder() as folder:
         for form, source in write_forms(folder / "forms").items():
             stage = "4_dpo" if form.startswith("preference") else "3_highres"
             write_choice(Path("conf/data/form.yaml"), {"sources": {form: source}})
@@ -154,10 +156,12 @@ def measure_forms() -> dict[str, dict]:
                 "tokens": sum(len(batch.input_ids) for batch in batches),
                 "supervised": sum(int((batch.labels >= 0).sum()) for batch in batches),
                 "tiles": sum(len(batch.tiles) for batch in batches),
-                "token ids": digest([batch.input_ids.tolist() for batch in batches]),
-                "labels": digest([batch.labels.tolist() for batch in batches]),
-                "positions": digest([batch.position_ids.tolist() for batch in batches]),
-                "pixels": digest([hashlib.sha256(batch.tiles.numpy().tobytes()).hexdigest() for batch in batches]),
+                "token ids": compute_digest([batch.input_ids.tolist() for batch in batches]),
+                "labels": compute_digest([batch.labels.tolist() for batch in batches]),
+                "positions": compute_digest([batch.position_ids.tolist() for batch in batches]),
+                "pixels": compute_digest(
+                    [hashlib.sha256(batch.tiles.numpy().tobytes()).hexdigest() for batch in batches]
+                ),
                 "first": batches[0].input_ids.tolist(),
             }
     return found
@@ -167,7 +171,7 @@ def measure_forms() -> dict[str, dict]:
 
 
 class PlainSteps(torch.optim.AdamW):
-    """Takes SGD's step, which shows a wrong scale of the gradients that Adam's hides."""
+    """AdamW with the step of SGD, which shows a wrong gradient scale that Adam hides."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -183,7 +187,7 @@ class PlainSteps(torch.optim.AdamW):
 
 
 def measure_runs() -> dict[str, dict]:
-    """Losses of eight steps and the weights after them, stage after stage, as shipped and with SGD."""
+    """Return losses of eight steps and the weights after them, for each stage, as shipped and with SGD."""
     found: dict[str, Any] = {"processor": describe_processor()}
     with tempfile.TemporaryDirectory() as name, chdir(name):
         for optimizer in ("as shipped", "SGD"):
@@ -220,7 +224,7 @@ def measure_run(run: Path) -> dict[str, Any]:
 
 
 def measure_commands() -> dict[str, dict]:
-    """Run name and whole configuration of each command of the documents."""
+    """Return run name and digest of the config of each command in the documents."""
     from test_readme import DOCUMENTS, ENTRY, blocks, words_of
 
     from lit_vlm.config import parse
@@ -240,12 +244,12 @@ def measure_commands() -> dict[str, dict]:
             flags, overrides = split_flags(words_of(line))
             if not flags:
                 run = parse(overrides)
-                found[line] = {"name": run.name, "config": digest(to_plain(asdict(run.config), name))}
+                found[line] = {"name": run.name, "config": compute_digest(to_plain(asdict(run.config), name))}
     return found
 
 
 def to_plain(value: Any, folder: str) -> Any:
-    """Values as JSON has them, with the current folder taken out of paths."""
+    """Convert values to JSON types, and replace the current folder in paths."""
     if isinstance(value, dict):
         return {str(key): to_plain(item, folder) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -256,34 +260,38 @@ def to_plain(value: Any, folder: str) -> Any:
 
 
 def measure_keys() -> dict[str, list[str]]:
-    """Keys of what a run leaves: others read these files, and runs that were begun before."""
+    """Return the keys of the files of a run, which other programs and resumed runs read."""
     import yaml
 
     found: dict[str, list[str]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        make_begun(Path(place))
+    with tempfile.TemporaryDirectory() as folder_name:
+        make_begun(Path(folder_name))
         for name in ("begun", "finished"):
-            run = Path(place) / name / "runs" / "begun"
+            run = Path(folder_name) / name / "runs" / "begun"
             found[f"{name}: files"] = sorted(
                 re.sub(r"\d{3,}", "N", str(path.relative_to(run))) for path in run.rglob("*") if path.is_file()
             )
-            found[f"{name}: manifest.json"] = sorted(leaves(json.loads((run / "manifest.json").read_text("utf-8"))))
-            found[f"{name}: config.yaml"] = sorted(leaves(yaml.safe_load((run / "config.yaml").read_text("utf-8"))))
+            found[f"{name}: manifest.json"] = sorted(
+                iter_key_paths(json.loads((run / "manifest.json").read_text("utf-8")))
+            )
+            found[f"{name}: config.yaml"] = sorted(
+                iter_key_paths(yaml.safe_load((run / "config.yaml").read_text("utf-8")))
+            )
             for index in sorted(run.glob("checkpoints/*/*.json")):
-                keys = leaves(json.loads(index.read_text("utf-8")))
+                keys = iter_key_paths(json.loads(index.read_text("utf-8")))
                 found[f"{name}: checkpoint {index.name}"] = sorted({re.sub(r"\d+", "N", key) for key in keys})
     return found
 
 
-def leaves(value: Any, prefix: str = "") -> Iterator[str]:
+def iter_key_paths(value: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from iter_key_paths(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix
 
 
-# ---------------------------------------------------------------------------------------------------- a run of before
+# ---------------------------------------------------------------------------------------------------- a recorded run
 
 BEGUN = [
     "task=train",
@@ -309,31 +317,32 @@ BEGUN = [
 KILLED_AT = 4
 
 
-PLACE = Path("/tmp/lit_vlm-golden")  # digests of a checkpoint hold absolute paths, so the run is always resumed here
+# The run is always resumed here, since digests of a checkpoint contain absolute paths
+BEGUN_FOLDER = Path("/tmp/lit_vlm-golden")
 
 
 @contextmanager
-def fixed_place() -> Iterator[None]:
-    """The one folder in which these runs are made and resumed, empty, as current folder; for one process at a time."""
+def enter_fixed_folder() -> Iterator[None]:
+    """Enter the fixed folder of these runs, emptied, one process at a time."""
     from filelock import FileLock
 
-    with FileLock(f"{PLACE}.lock"):
-        shutil.rmtree(PLACE, ignore_errors=True)
-        PLACE.mkdir()
+    with FileLock(f"{BEGUN_FOLDER}.lock"):
+        shutil.rmtree(BEGUN_FOLDER, ignore_errors=True)
+        BEGUN_FOLDER.mkdir()
         try:
-            with chdir(PLACE):
+            with chdir(BEGUN_FOLDER):
                 yield
         finally:
-            shutil.rmtree(PLACE, ignore_errors=True)
+            shutil.rmtree(BEGUN_FOLDER, ignore_errors=True)
 
 
 def make_begun(target: Path = HERE) -> None:
-    """Write `begun/`, the folder of a run that was killed at step 4, and `finished/`, the same when it has ended."""
+    """Write `begun/`, the folder of a run killed at step 4, and `finished/`, the same run after its end."""
     from lit_vlm.model.tiny import make_language_model, make_vision_tower
 
     for name in ("begun", "finished"):
         shutil.rmtree(target / name, ignore_errors=True)
-    with fixed_place():
+    with enter_fixed_folder():
         make_vision_tower(Path("parts/tower"), hidden_size=32, intermediate_size=32, num_attention_heads=1)
         make_language_model(
             Path("parts/language"),
@@ -347,35 +356,35 @@ def make_begun(target: Path = HERE) -> None:
         sources = {kind: {"format": "builtin", "path": kind, "language": "ko", "num_samples": 30} for kind in kinds}
         write_choice(Path("conf/data/begun.yaml"), {"sources": sources})
         run_begun(kill_at=KILLED_AT)
-        keep_begun(target / "begun")
+        copy_begun(target / "begun")
         run_begun()
-        keep_begun(target / "finished")
+        copy_begun(target / "finished")
 
 
-def keep_begun(copy: Path) -> None:
-    """Copy the folder with the parts, a run and its settings; the index of the data is built again."""
-    shutil.copytree(PLACE, copy, ignore=shutil.ignore_patterns("index"))
+def copy_begun(copy: Path) -> None:
+    """Copy the folder with the parts, the run and its settings, without the data index, which is built again."""
+    shutil.copytree(BEGUN_FOLDER, copy, ignore=shutil.ignore_patterns("index"))
 
 
 def resume_begun(name: str) -> tuple[dict[str, Any], str]:
-    """Start a committed run again in its place.
+    """Restart a committed run in the fixed folder.
 
     Returns:
-        Its losses, weights and norms as it ends, and what was printed.
+        Its losses, weights and norms at the end, and the printed output.
     """
-    with fixed_place():
-        shutil.copytree(HERE / name, PLACE, dirs_exist_ok=True)
+    with enter_fixed_folder():
+        shutil.copytree(HERE / name, BEGUN_FOLDER, dirs_exist_ok=True)
         output = run_begun()
-        return {"processor": describe_processor(), name: measure_run(PLACE / "runs" / "begun")}, output
+        return {"processor": describe_processor(), name: measure_run(BEGUN_FOLDER / "runs" / "begun")}, output
 
 
 def measure_finished() -> dict[str, Any]:
-    """Losses, weights and norms of the committed run that has ended."""
+    """Return losses, weights and norms of the committed finished run."""
     return {"processor": describe_processor(), "begun": measure_run(HERE / "finished" / "runs" / "begun")}
 
 
 def run_begun(kill_at: int | None = None) -> str:
-    """Start it in a process of its own, in the current folder; `kill_at`: SIGKILL in the step after that one."""
+    """Run it in its own process, in the current folder. `kill_at`: SIGKILL in the step after that one."""
     import subprocess
 
     code = f"import net; net.start_begun({kill_at})"
@@ -397,12 +406,12 @@ def start_begun(kill_at: int | None) -> None:
             if trainer.global_step == kill_at:
                 os.kill(os.getpid(), 9)
 
-    begin = L.Trainer.__init__
+    init = L.Trainer.__init__
 
-    def with_kill(self, *args, callbacks=None, **kwargs):
-        begin(self, *args, callbacks=[*(callbacks or []), Kill()], **kwargs)
+    def init_with_kill(self, *args, callbacks=None, **kwargs):
+        init(self, *args, callbacks=[*(callbacks or []), Kill()], **kwargs)
 
-    with mock.patch.object(L.Trainer, "__init__", with_kill) if kill_at else mock.MagicMock():
+    with mock.patch.object(L.Trainer, "__init__", init_with_kill) if kill_at else mock.MagicMock():
         train(parse(["--config-dir", "conf", *BEGUN]))
 
 
@@ -410,7 +419,7 @@ def start_begun(kill_at: int | None) -> None:
 
 
 def measure_errors() -> dict[str, list[str]]:
-    """Test of tests/config -> the texts of the `UserError`s that were made in it."""
+    """Return test of tests/config -> messages of the `UserError`s that were created in it."""
     import subprocess
 
     with tempfile.TemporaryDirectory() as name:

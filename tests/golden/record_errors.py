@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes the texts of all `UserError`s to the file that RECORDED_ERRORS names, test by test."""
+"""Pytest plugin that writes the messages of all `UserError`s, by test, to the file named by RECORDED_ERRORS."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import pytest
 from lit_vlm.types import UserError
 
 FOUND: dict[str, list[str]] = {}
-PLACE = re.compile(r"/\S*?/pytest-of-\w+/pytest-\d+(/popen-\w+)?")
+TEMPORARY_FOLDER = re.compile(r"/\S*?/pytest-of-\w+/pytest-\d+(/popen-\w+)?")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    made: list[str] = []
+    messages: list[str] = []
     init = UserError.__init__
 
-    def recorded(self, *args):
+    def record_and_init(self, *args):
         init(self, *args)
-        made.append(str(self))
+        messages.append(str(self))
 
-    UserError.__init__ = recorded
+    UserError.__init__ = record_and_init
     try:
         return (yield)
     finally:
         UserError.__init__ = init
-        texts = sorted({PLACE.sub("TMP", text) for text in made})
+        texts = sorted({TEMPORARY_FOLDER.sub("TMP", text) for text in messages})
         if texts:
             FOUND[item.nodeid] = texts
 

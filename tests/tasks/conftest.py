@@ -1,4 +1,4 @@
-"""The cases that tests/data makes (bad pictures, deliveries, hostile tars) serve the tasks' tests as well."""
+"""Adds tests/data to the path: its cases (bad images, deliveries, hostile tars) are used by the tests of tasks too."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Mixtures of every format on real photographs, and what a run makes of them: step by step, as the plan says."""
+"""Mixtures of every format on real photographs, and helpers to prepare and read them."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 from delivery import label, make_zip
-from run_helpers import PHOTOS, TINY, Ran, conversations, llava, save_photos, write
+from run_helpers import PHOTOS, TINY, RunOutput, make_conversations, make_llava_record, save_photos, write_records
 
 from lit_vlm.config import parse
 from lit_vlm.data.datamodule import DataModule
@@ -18,13 +18,13 @@ SIZES = {"llava": 24, "messages": 12, "bytes": 8, "sharegpt": 16, "tar": 8, "zip
 
 
 def make_files(folder: Path) -> Path:
-    """Files in six formats over the four photographs, in both languages, as many records as `SIZES` says."""
+    """Write files in six formats over the four photographs, in both languages, with `SIZES` records."""
     photos = save_photos(folder / "images")
-    write(folder / "llava.json", conversations(SIZES["llava"]))
-    write(folder / "messages.jsonl", [_message(i) for i in range(SIZES["messages"])])
-    write(folder / "bytes.parquet", [_message(i, photos) for i in range(SIZES["bytes"])])
-    talk = [llava(f"{i} 더하기 {i}?", f"{2 * i}입니다.", "Sure?", "Yes.") for i in range(SIZES["sharegpt"])]
-    write(folder / "sharegpt.jsonl", [{"system": "Be brief."} | record for record in talk])
+    write_records(folder / "llava.json", make_conversations(SIZES["llava"]))
+    write_records(folder / "messages.jsonl", [_make_messages_record(i) for i in range(SIZES["messages"])])
+    write_records(folder / "bytes.parquet", [_make_messages_record(i, photos) for i in range(SIZES["bytes"])])
+    talk = [make_llava_record(f"{i} 더하기 {i}?", f"{2 * i}입니다.", "Sure?", "Yes.") for i in range(SIZES["sharegpt"])]
+    write_records(folder / "sharegpt.jsonl", [{"system": "Be brief."} | record for record in talk])
     with tarfile.open(folder / "shard.tar", "w") as shard:
         for i in range(SIZES["tar"]):
             photo = photos / PHOTOS[i % 4]
@@ -39,17 +39,17 @@ def make_files(folder: Path) -> Path:
     return folder
 
 
-def _message(number: int, photos: Path | None = None) -> dict:
+def _make_messages_record(number: int, photos: Path | None = None) -> dict:
     name = PHOTOS[number % 4]
     question = [{"type": "image", "text": None}, {"type": "text", "text": f"Number {number}?"}]
     image = name if photos is None else {"bytes": (photos / name).read_bytes(), "path": None}
-    said = [{"type": "text", "text": f"It is {number}."}]
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+    answer = [{"type": "text", "text": f"It is {number}."}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages, "images": [image]}
 
 
-def sources_of(folder: Path, **changes: dict) -> dict[str, dict]:
-    """Settings of the six sources; `changes` are added to a source's own."""
+def build_sources(folder: Path, **changes: dict) -> dict[str, dict]:
+    """Return the settings of the six sources, each updated with its `changes`."""
     images = str(folder / "images")
     mapping = {"questions": ["{q}"], "answer": "{answer}"}
     sources = {
@@ -63,39 +63,39 @@ def sources_of(folder: Path, **changes: dict) -> dict[str, dict]:
     return {name: source | changes.get(name, {}) for name, source in sources.items()}
 
 
-def job_of(*words: str):
-    return parse([*TINY, "stage=sft", *words])
+def parse_sft_run(*overrides: str):
+    return parse([*TINY, "stage=sft", *overrides])
 
 
-def prepared(*words: str) -> Ran:
-    """`python run.py task=prepare <words>` in this process."""
-    job = job_of(*words, "task=prepare")
+def run_prepare(*overrides: str) -> RunOutput:
+    """Run `python run.py task=prepare <overrides>` in this process."""
+    job = parse_sft_run(*overrides, "task=prepare")
     prepare(job)
-    return Ran(job.dir)
+    return RunOutput(job.dir)
 
 
-def datamodule_of(*words: str) -> DataModule:
-    """As task=train makes it."""
-    job = job_of(*words)
+def build_datamodule(*overrides: str) -> DataModule:
+    """Build the data module as task=train does."""
+    job = parse_sft_run(*overrides)
     return build_stage_data(job, *open_sources(job), None).datamodule
 
 
-def names_of(index, samples) -> list[str]:
-    """`source/position` of samples."""
+def list_sample_names(index, samples) -> list[str]:
+    """Return `source/position` of each sample."""
     return [f"{index.sources[index.source_ids[i]].name}/{index.position[i]}" for i in samples]
 
 
-def lines_of(path: Path) -> list[dict]:
+def read_json_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def damage(path: Path) -> None:
-    """The file is half zeros now, of the same size and time, so that nobody notices before it is decoded."""
+def zero_second_half(path: Path) -> None:
+    """Overwrite half of the file with zeros. Size and time stay, so the damage shows only when it is decoded."""
     length = path.stat().st_size
-    zeros(path, length // 2, length - length // 2)
+    write_zeros(path, length // 2, length - length // 2)
 
 
-def zeros(path: Path, at: int, length: int) -> None:
+def write_zeros(path: Path, at: int, length: int) -> None:
     status, data = path.stat(), bytearray(path.read_bytes())
     data[at : at + length] = bytes(length)
     path.write_bytes(data)

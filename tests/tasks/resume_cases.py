@@ -1,4 +1,4 @@
-"""Runs that are killed and started again, each start in a process of its own, forked from this one: imports are paid for once.
+"""Runs that are killed and started again. Each start is a process forked from this one, so imports happen once.
 
 A child that is killed by SIGKILL ends as any process does: no handler, no `finally`, no flush.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from run_helpers import TINY, Ran, own_choice
+from run_helpers import TINY, RunOutput, write_data_choice
 from waiting import PATIENCE
 
 from lit_vlm.config import Run, parse
@@ -26,7 +26,7 @@ from lit_vlm.types import UserError
 
 STEPS = 6
 KINDS = {"align": ("caption",), "sft": ("caption", "text"), "highres": ("word", "multi_image"), "dpo": ("preference",)}
-# Dropout, so that what is drawn in a step matters; several micro-batches in a step.
+# Dropout, so that random numbers of a step matter; several micro-batches in a step.
 OWN = {
     "align": [],
     "sft": ["stage.parts.language_model.lora.rank=4", "stage.parts.language_model.lora.dropout=0.2"],
@@ -35,7 +35,7 @@ OWN = {
 }
 COMMON = [
     "callbacks=[throughput,guard]",
-    "export=false",  # the last checkpoint of a finished run stays, to be looked at
+    "export=false",  # keeps the last checkpoint of a finished run for comparison
     "trainer.log_every_n_steps=1",
     "stage.learning_rate=1e-3",
     "data.tokens_per_micro_batch=400",
@@ -43,55 +43,55 @@ COMMON = [
     "checkpoint.every_steps=1",
     f"trainer.max_steps={STEPS}",
 ]
-NUMBER_OF_TIMES = ("throughput/", "seconds")
+TIME_COLUMNS = ("throughput/", "seconds")
 
 
-def words_of(folder: Path, stage: str, *more: str) -> list[str]:
-    """`python run.py`'s words for a small run of a stage on built-in samples."""
+def build_overrides(folder: Path, stage: str, *overrides: str) -> list[str]:
+    """Return the overrides of `python run.py` for a small run of a stage on built-in samples."""
 
-    def source(kind: str, language: str, number: int) -> dict:
+    def make_source(kind: str, language: str, number: int) -> dict:
         return {"format": "builtin", "path": kind, "language": language, "num_samples": number}
 
     both = [(kind, language) for kind in KINDS[stage] for language in ("ko", "en")]
-    sources = {f"{kind}_{language}": source(kind, language, 20) for kind, language in both}
-    held_out = {f"{kind}_{language}": source(kind, language, 2) for kind, language in both}
-    choice = own_choice(folder / stage, sources=sources, validation={"sources": held_out})
-    return [*TINY, f"stage={stage}", *choice, *COMMON, *OWN[stage], *more]
+    sources = {f"{kind}_{language}": make_source(kind, language, 20) for kind, language in both}
+    held_out = {f"{kind}_{language}": make_source(kind, language, 2) for kind, language in both}
+    choice = write_data_choice(folder / stage, sources=sources, validation={"sources": held_out})
+    return [*TINY, f"stage={stage}", *choice, *COMMON, *OWN[stage], *overrides]
 
 
 @cache
-def parsed(folder: Path, *words: str) -> Run:
-    """Once for all starts of a run."""
+def parse_once(folder: Path, *overrides: str) -> Run:
+    """Parse the overrides once for all starts of a run."""
     with chdir(folder):
-        return parse([*words])
+        return parse([*overrides])
 
 
-def whole_run(words: list[str], folder: Path, *, finished: bool = False) -> CheckpointIndex | None:
-    """The undisturbed run, in this process: what it imports, its children have. Returns its last state.
+def run_undisturbed(overrides: list[str], folder: Path, *, finished: bool = False) -> CheckpointIndex | None:
+    """Run without a fault, in this process, so that forked children need no imports. Return its last state.
 
     Args:
-        finished: it exports its model, and leaves no state.
+        finished: the run exports its model and leaves no state.
     """
-    job = parsed(folder, *words)
+    job = parse_once(folder, *overrides)
     with chdir(folder):
         train(deepcopy(job))
-    return None if finished else last_state(folder, job.name)
+    return None if finished else read_last_state(folder, job.name)
 
 
 @dataclass
-class Start:
+class StartedRun:
     """One start of a run: its processes, one per rank."""
 
     pids: list[int]
     log: Path
 
     def kill(self, *ranks: int) -> None:
-        """SIGKILL to these ranks, all of them if none is named."""
+        """Send SIGKILL to these ranks, or to all if none is named."""
         for rank in ranks or range(len(self.pids)):
             os.kill(self.pids[rank], signal.SIGKILL)
 
     def wait(self, limit: float = PATIENCE) -> list[int]:
-        """Exit codes; negative ones are signals. All are killed when one ends otherwise than with 0, as torchrun does."""
+        """Return exit codes; negative ones are signals. All are killed when one fails, as torchrun does."""
         codes: dict[int, int] = {}
         end = time.monotonic() + limit
         while len(codes) < len(self.pids):
@@ -102,12 +102,12 @@ class Start:
             late = time.monotonic() > end
             if late or any(codes.values()):
                 self._end(codes, 0 if late else 5.0)
-                assert not late, f"no end after {limit} s: {self.said()}"
+                assert not late, f"no end after {limit} s: {self.read_output()}"
             time.sleep(0.002)
         return [codes[pid] for pid in self.pids]
 
     def _end(self, codes: dict[int, int], grace: float) -> None:
-        """The others get some seconds to come to the same end by themselves."""
+        """Give the other processes `grace` seconds to end by themselves, then kill them."""
         end = time.monotonic() + grace
         while any(pid not in codes for pid in self.pids):
             for pid in [pid for pid in self.pids if pid not in codes]:
@@ -118,16 +118,16 @@ class Start:
                     codes[pid] = os.waitstatus_to_exitcode(status)
             time.sleep(0.002)
 
-    def said(self) -> str:
+    def read_output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def start(words: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> Start:
-    """Start a run in `folder`; `patch` is called in each child first."""
+def start(overrides: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> StartedRun:
+    """Start a run in `folder`. Each child first calls `patch`."""
     log = folder / "logs" / f"{time.monotonic_ns()}.log"
     log.parent.mkdir(exist_ok=True)
     log.touch()
-    job = parsed(folder, *words)
+    job = parse_once(folder, *overrides)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,74 +135,76 @@ def start(words: list[str], folder: Path, ranks: int = 1, patch: Callable[[], No
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            _child(job, folder, log, patch, _ranks_environment(rank, ranks, port) if ranks > 1 else {})
+            _run_child(job, folder, log, patch, _build_rank_environment(rank, ranks, port) if ranks > 1 else {})
         pids.append(pid)
-    return Start(pids, log)
+    return StartedRun(pids, log)
 
 
-def ended(words: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> tuple[int, str]:
-    """Exit code of the first rank, and what was said."""
-    begun = start(words, folder, ranks, patch)
-    return begun.wait()[0], begun.said()
+def run_to_end(
+    overrides: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None
+) -> tuple[int, str]:
+    """Start a run and wait. Return the exit code of the first rank and the output of all."""
+    started = start(overrides, folder, ranks, patch)
+    return started.wait()[0], started.read_output()
 
 
-def run_dir(folder: Path, name: str) -> Ran:
-    return Ran(folder / "runs" / name)
+def open_run(folder: Path, name: str) -> RunOutput:
+    return RunOutput(folder / "runs" / name)
 
 
-def last_state(folder: Path, name: str) -> CheckpointIndex:
-    """The state after the last step."""
+def read_last_state(folder: Path, name: str) -> CheckpointIndex:
+    """Read the state after the last step."""
     checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
     return read_index(checkpoints.get_step_path(checkpoints.list_steps()[0]))
 
 
-def same_state(one: CheckpointIndex, other: CheckpointIndex) -> bool:
-    """Bit for bit: weights and moments are in the files, whose SHA-256 the index holds; so is what was read."""
-    mine, theirs = ((i.step, i.updates, i.consumed, i.intervals, i.files) for i in (one, other))
-    return mine == theirs
+def is_same_state(one: CheckpointIndex, other: CheckpointIndex) -> bool:
+    """Compare states bit by bit: the index holds the SHA-256 of the files and of the consumed samples."""
+    one_content, other_content = ((i.step, i.updates, i.consumed, i.intervals, i.files) for i in (one, other))
+    return one_content == other_content
 
 
-def strays(folder: Path, name: str) -> list[str]:
-    """Files and folders in a run's folder that no finished run has."""
-    place = folder / "runs" / name
-    return [str(path.relative_to(place)) for path in place.rglob("*") if path.name.startswith(".")]
+def list_leftovers(folder: Path, name: str) -> list[str]:
+    """List the files and folders in a run folder that no finished run has."""
+    run_folder = folder / "runs" / name
+    return [str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.name.startswith(".")]
 
 
-def rows(folder: Path, name: str) -> list[dict]:
-    """metrics.csv without its times."""
+def read_metrics(folder: Path, name: str) -> list[dict]:
+    """Read metrics.csv without its times."""
     import csv
 
     with (folder / "runs" / name / "metrics.csv").open(encoding="utf-8", newline="") as stream:
         found = list(csv.DictReader(stream))
-    return [{key: value for key, value in row.items() if not key.startswith(NUMBER_OF_TIMES)} for row in found]
+    return [{key: value for key, value in row.items() if not key.startswith(TIME_COLUMNS)} for row in found]
 
 
-def kill_at(micro_batch: int) -> Callable[[], None]:
-    """SIGKILL in the training step of that micro-batch of the run."""
+def kill_at_micro_batch(micro_batch: int) -> Callable[[], None]:
+    """Return a patch that sends SIGKILL in the training step of that micro-batch of the run."""
 
     def patch() -> None:
         from lit_vlm.stages.base import Stage
 
         step = Stage.training_step
 
-        def killed(self, batch, number):
+        def kill_or_step(self, batch, number):
             if number == micro_batch:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self, batch, number)
 
-        Stage.training_step = killed
+        Stage.training_step = kill_or_step
 
     return patch
 
 
-def _ranks_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """As torchrun sets it."""
+def _build_rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """Return the environment that torchrun sets for a rank."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     return {key: str(value) for key, value in names.items()}
 
 
-def _child(job: Run, folder: Path, log: Path, patch: Callable[[], None] | None, env: dict[str, str]) -> None:
+def _run_child(job: Run, folder: Path, log: Path, patch: Callable[[], None] | None, env: dict[str, str]) -> None:
     code = 1
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,4 +1,4 @@
-"""Photographs on disk, and runs started as a user starts them: in this process, or as `python run.py`."""
+"""Photographs on disk, and runs as a user starts them: in this process, or as `python run.py`."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ PHOTOS = ("china.jpg", "flower.png", "고양이.png", "astronaut.jpg")
 
 
 @cache
-def _arrays():
+def _load_photo_arrays():
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -45,31 +45,31 @@ def _arrays():
 
 
 def save_photos(folder: Path) -> Path:
-    """Real photographs that ship inside scikit-learn and scikit-image: 640 x 427, 640 x 427, 451 x 300, 512 x 512."""
+    """Save photographs of scikit-learn and scikit-image: 640 x 427, 640 x 427, 451 x 300, 512 x 512."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in zip(PHOTOS, _arrays(), strict=True):
+    for name, array in zip(PHOTOS, _load_photo_arrays(), strict=True):
         Image.fromarray(array).save(folder / name)
     return folder
 
 
-def llava(*turns: str, **keys) -> dict:
-    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)], **keys}
+def make_llava_record(*texts: str, **keys) -> dict:
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)], **keys}
 
 
-def own_choice(folder: Path, **data) -> list[str]:
-    """`--config-dir conf data=own`: a YAML file of the user's own that names several sources."""
+def write_data_choice(folder: Path, **data) -> list[str]:
+    """Write a user's YAML file with several sources. Return `--config-dir conf data=own`."""
     file = folder / "conf" / "data" / "own.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(data), encoding="utf-8")  # JSON is YAML
     return ["--config-dir", str(folder / "conf"), "data=own"]
 
 
-def turns(*texts) -> list[dict]:
+def make_turns(*texts) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def write(path: Path, records: list) -> Path:
-    """A JSON list, JSONL or parquet by the ending; a record that is text already is written as it is."""
+def write_records(path: Path, records: list) -> Path:
+    """Write a JSON list, JSONL or parquet, by the suffix. A record that is text is written unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         import datasets
@@ -81,25 +81,29 @@ def write(path: Path, records: list) -> Path:
     return path
 
 
-def conversations(n: int = 12) -> list[dict]:
-    """LLaVA records in both languages: with one photograph, with two, without; one turn and two."""
+def make_conversations(n: int = 12) -> list[dict]:
+    """Return LLaVA records in both languages, with one, two or no photographs, and one or two turns."""
     records = []
     for i in range(n):
         photo, korean = PHOTOS[i % 4], i % 2
         question, answer = ("무엇이 보이나요?", "사진입니다.") if korean else ("What is it?", "A photograph.")
-        more = ("색은요?", "여러 가지") if korean and i % 3 == 0 else ("Its colour?", "Many") if i % 3 == 0 else ()
+        second_turn = (
+            ("색은요?", "여러 가지") if korean and i % 3 == 0 else ("Its colour?", "Many") if i % 3 == 0 else ()
+        )
         if i % 4 == 3:
-            records.append(llava(question, answer, *more, id=str(i)))
+            records.append(make_llava_record(question, answer, *second_turn, id=str(i)))
         elif i % 6 == 5:
-            records.append(llava(f"<image><image>\n{question}", answer, id=str(i), image=[photo, PHOTOS[0]]))
+            records.append(
+                make_llava_record(f"<image><image>\n{question}", answer, id=str(i), image=[photo, PHOTOS[0]])
+            )
         else:
-            records.append(llava(f"<image>\n{question}", answer, *more, id=str(i), image=photo))
+            records.append(make_llava_record(f"<image>\n{question}", answer, *second_turn, id=str(i), image=photo))
     return records
 
 
 @dataclass
-class Ran:
-    """What a run left."""
+class RunOutput:
+    """Files of a run."""
 
     dir: Path
 
@@ -111,33 +115,33 @@ class Ran:
     def hf(self) -> Path:
         return self.dir / "hf"
 
-    def column(self, name: str) -> list[float]:
+    def read_column(self, name: str) -> list[float]:
         with open(self.dir / "metrics.csv", encoding="utf-8", newline="") as stream:
             return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
 
-    def weights(self) -> dict:
+    def load_weights(self) -> dict:
         from safetensors.torch import load_file
 
         return load_file(self.hf / "model.safetensors")
 
-    def snapshot(self) -> dict[str, tuple[int, int]]:
-        """Every file with its size and time."""
+    def take_snapshot(self) -> dict[str, tuple[int, int]]:
+        """Return size and modification time of every file."""
         files = [path for path in sorted(self.dir.rglob("*")) if path.is_file()]
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
-def run(*words: str) -> Ran:
-    """`python run.py <TINY> <words>` in this process."""
-    job = parse([*TINY, *words])
+def run(*overrides: str) -> RunOutput:
+    """Run `python run.py <TINY> <overrides>` in this process."""
+    job = parse([*TINY, *overrides])
     train(job)
-    return Ran(job.dir)
+    return RunOutput(job.dir)
 
 
-def process(
-    *words: str, cwd: Path, ranks: int | None = None, limit: float = PATIENCE, base: list[str] = TINY
+def run_process(
+    *overrides: str, cwd: Path, ranks: int | None = None, limit: float = PATIENCE, base: list[str] = TINY
 ) -> subprocess.CompletedProcess:
-    """`python run.py <TINY> <words>` as a process, under torchrun with `ranks`. Ends with an error after `limit` seconds."""
+    """Run `python run.py <TINY> <overrides>` as a process, under torchrun with `ranks`, for at most `limit` seconds."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, *launcher, str(RUN), *base, *words]
+    command = [sys.executable, *launcher, str(RUN), *base, *overrides]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=limit, check=False)

@@ -1,8 +1,8 @@
-"""A signal at each import of a run: `python tests/tasks/signal_imports.py RESULT run.py WORD... [-- WORD...]...`, one run after the other.
+"""A signal at each import of a run: `python tests/tasks/signal_imports.py RESULT run.py OVERRIDE... [-- OVERRIDE...]...`.
 
-At each point the handler does all that it does, but for ending the process, so that one process passes all points. At every
-hundredth, and where libraries are known to catch what an import raises, a fork is ended in earnest, with everything caught
-around the import. RESULT gets what was seen, as JSON.
+The overrides after each `--` are another run. At each import the handler does all its work except ending the process, so
+one process passes all imports. At every hundredth import, and at libraries that catch exceptions of an import, a fork is
+really ended, with every exception around the import suppressed. RESULT is the result as JSON.
 """
 
 import contextlib
@@ -33,28 +33,28 @@ IN_EARNEST = (
 )
 end = signals._exit_now
 codes: list[int] = []
-seen = {"points": 0, "while training": 0, "in earnest": [], "faults": []}
+record = {"points": 0, "while training": 0, "in earnest": [], "faults": []}
 
 
 class Points:
-    """In front of all finders."""
+    """Import hook before all other finders."""
 
     def find_spec(self, name, path=None, target=None):
         current = signals.get_signal_handler()
         if current is None or os.getpid() != current.pid:
             return None
-        if current.listener is not None:  # told, and acted on at the end of the step
-            seen["while training"] += 1
+        if current.listener is not None:  # the training loop acts on the signal at the end of the step
+            record["while training"] += 1
             return None
-        number = list(STATUS)[seen["points"] % len(STATUS)]
-        if name in IN_EARNEST or seen["points"] % 100 == 0:
+        number = list(STATUS)[record["points"] % len(STATUS)]
+        if name in IN_EARNEST or record["points"] % 100 == 0:
             self.end_fork(name, number)
         os.kill(os.getpid(), number)
         if codes != [STATUS[number]]:
-            seen["faults"].append([name, number.name, codes[:]])
+            record["faults"].append([name, number.name, codes[:]])
         codes.clear()
         current.is_exiting, current.interrupted_at = False, None
-        seen["points"] += 1
+        record["points"] += 1
         return None
 
     def end_fork(self, name, number):
@@ -65,21 +65,21 @@ class Points:
                 os.kill(os.getpid(), number)
             os._exit(99)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        seen["in earnest"].append(name)
+        record["in earnest"].append(name)
         if status != STATUS[number]:
-            seen["faults"].append([name, number.name, status])
+            record["faults"].append([name, number.name, status])
 
 
-def main(result: str, script: str, *words: str) -> None:
+def main(result: str, script: str, *overrides: str) -> None:
     signals._exit_now = codes.append
     sys.meta_path.insert(0, Points())
-    while words:
-        place = words.index("--") if "--" in words else len(words)
-        sys.argv = [script, *words[:place]]
+    while overrides:
+        place = overrides.index("--") if "--" in overrides else len(overrides)
+        sys.argv = [script, *overrides[:place]]
         runpy.run_path(script, run_name="__main__")
         signals.get_signal_handler().final_status = None
-        words = words[place + 1 :]
-    Path(result).write_text(json.dumps(seen))
+        overrides = overrides[place + 1 :]
+    Path(result).write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Talking to a finished model."""
+"""Tests of task=chat with a finished model."""
 
 import io
 from pathlib import Path
@@ -11,15 +11,15 @@ from lit_vlm.config.schema import ModelConfig, RunConfig
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
-from lit_vlm.tasks import chat as room
+from lit_vlm.tasks import chat as chat_module
 from lit_vlm.tasks.chat import Conversation, remove_control_characters, run_chat
 from lit_vlm.types import ControlToken, UserError
 
 POINTS = "<obj>별</obj><bbox>0.1, 0.1, 0.6, 0.7</bbox>"
 
 
-class Job:
-    """What chat() reads of a Run."""
+class ChatRun:
+    """Run with the attributes that task=chat reads."""
 
     def __init__(self, init_from, **settings):
         self.init_from = init_from
@@ -47,64 +47,64 @@ def conversation(blueprint):
 
 
 @pytest.fixture
-def says(monkeypatch):
-    """Makes the model say these texts, and keeps what it was asked."""
+def scripted_answers(monkeypatch):
+    """Return a function that makes the model answer with given texts and returns the list of its prompts."""
 
-    def script(*texts):
-        asked, texts = [], list(texts)
+    def set_answers(*texts):
+        prompts, texts = [], list(texts)
 
         def ask(model, processor, samples, most):
-            asked.append(samples[0])
+            prompts.append(samples[0])
             return [texts.pop(0)]
 
-        monkeypatch.setattr(room, "generate_answers", ask)
-        return asked
+        monkeypatch.setattr(chat_module, "generate_answers", ask)
+        return prompts
 
-    return script
+    return set_answers
 
 
-def pipe(monkeypatch, tmp_path, *lines):
+def set_stdin(monkeypatch, tmp_path, *lines):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
 def test_piped_questions_are_answered_one_by_one(folder, picture, monkeypatch, tmp_path, capsys):
-    pipe(monkeypatch, tmp_path, "무엇이 보이나요?", "", "And now?")
-    run_chat(Job(folder, image=[picture]))
+    set_stdin(monkeypatch, tmp_path, "무엇이 보이나요?", "", "And now?")
+    run_chat(ChatRun(folder, image=[picture]))
     assert "> " not in capsys.readouterr().out
 
 
-def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(
-    folder, picture, says, monkeypatch, tmp_path, capsys
+def test_a_prompt_prints_one_answer_to_stdout_and_writes_its_boxes_to_a_file(
+    folder, picture, scripted_answers, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    asked = says(POINTS)
-    run_chat(Job(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
+    prompts = scripted_answers(POINTS)
+    run_chat(ChatRun(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
     output = capsys.readouterr()
     assert output.out == POINTS + "\n"
     assert "chat_1.png" in output.err
-    drawn, plain = Image.open("chat_1.png"), Image.open(picture)
-    assert min(drawn.size) >= 224 > max(plain.size)
-    assert (229, 72, 77) in [colour for _, colour in drawn.convert("RGB").getcolors(100_000)]
-    question = asked[0].messages[0].content
+    annotated, plain = Image.open("chat_1.png"), Image.open(picture)
+    assert min(annotated.size) >= 224 > max(plain.size)
+    assert (229, 72, 77) in [colour for _, colour in annotated.convert("RGB").getcolors(100_000)]
+    question = prompts[0].messages[0].content
     assert question[1] == ControlToken("<gro>") and question[2] == "\n무엇이 어디에 있나요?"
 
 
-def test_the_conversation_remembers_answers_and_pictures_until_reset(conversation, picture, says):
-    asked = says("하나", POINTS, "셋")
+def test_the_conversation_keeps_answers_and_images_until_reset(conversation, picture, scripted_answers):
+    prompts = scripted_answers("하나", POINTS, "셋")
     conversation.add_image(picture)
     conversation.generate_answer("첫째")
     conversation.add_image(picture)
     conversation.generate_answer("둘째")
-    assert [message.role.value for message in asked[1].messages] == ["user", "assistant", "user", "assistant"]
-    assert len(asked[1].images) == 2
+    assert [message.role.value for message in prompts[1].messages] == ["user", "assistant", "user", "assistant"]
+    assert len(prompts[1].images) == 2
     assert ControlToken("<bbox>") in conversation.messages[-1].content
     conversation.reset()
     conversation.generate_answer("셋째")
-    assert len(asked[2].messages) == 2 and not asked[2].images
+    assert len(prompts[2].messages) == 2 and not prompts[2].images
 
 
-def test_several_turns_over_several_pictures_reach_the_model(conversation, picture):
+def test_several_turns_with_several_images_reach_the_model(conversation, picture):
     conversation.add_image(picture)
     for question in ("무엇이 보이나요?", "<ocr>", "정말?"):
         assert isinstance(conversation.generate_answer(question), str)
@@ -113,9 +113,11 @@ def test_several_turns_over_several_pictures_reach_the_model(conversation, pictu
     assert len(conversation.messages) == 8
 
 
-def test_commands_work_and_mistakes_do_not_end_the_conversation(folder, picture, says, monkeypatch, tmp_path, capsys):
-    asked = says("first", POINTS)
-    pipe(
+def test_commands_work_and_errors_do_not_end_the_conversation(
+    folder, picture, scripted_answers, monkeypatch, tmp_path, capsys
+):
+    prompts = scripted_answers("first", POINTS)
+    set_stdin(
         monkeypatch,
         tmp_path,
         "/help",
@@ -127,29 +129,29 @@ def test_commands_work_and_mistakes_do_not_end_the_conversation(folder, picture,
         "/quit",
         "never",
     )
-    run_chat(Job(folder))
+    run_chat(ChatRun(folder))
     output = capsys.readouterr().out
-    assert output.count("/reset") == 2  # /help and the word that is no command
+    assert output.count("/reset") == 2  # /help and the unknown command
     assert "nowhere.png" in output and "not found" in output
-    assert [len(sample.images) for sample in asked] == [0, 1]
+    assert [len(sample.images) for sample in prompts] == [0, 1]
     assert "boxes: chat_1.png" in output and Path("chat_1.png").is_file()
 
 
-def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, says):
-    asked = says("x")
+def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, scripted_answers):
+    prompts = scripted_answers("x")
     conversation.processor.template.control_ids = {}
     conversation.generate_answer("<gro> where?")
-    assert asked[0].messages[0].content == ("<gro>\nwhere?",)
+    assert prompts[0].messages[0].content == ("<gro>\nwhere?",)
 
 
-def test_chat_without_a_model_or_with_a_missing_picture_says_what_to_do(folder, tmp_path):
+def test_chat_without_a_model_or_with_a_missing_image_is_refused_with_a_remedy(folder, tmp_path):
     with pytest.raises(UserError, match="task=chat needs a model: init_from="):
-        run_chat(Job(None))
+        run_chat(ChatRun(None))
     with pytest.raises(UserError, match="no such folder"):
-        run_chat(Job(str(tmp_path / "none")))
+        run_chat(ChatRun(str(tmp_path / "none")))
     with pytest.raises(UserError, match=r"image=.*nope\.png: .*not found.*Give the path"):
-        run_chat(Job(folder, image=[str(tmp_path / "nope.png")], prompt="hi"))
+        run_chat(ChatRun(folder, image=[str(tmp_path / "nope.png")], prompt="hi"))
 
 
-def test_what_a_terminal_would_obey_is_left_out():
+def test_terminal_control_characters_are_removed():
     assert remove_control_characters("red\x1b[31m 빨강\n\tend\x07") == "red[31m 빨강\n\tend"

@@ -1,4 +1,4 @@
-"""The model that a run leaves, whatever callbacks are named, and task=export, which makes it of a checkpoint."""
+"""Tests of the exported model of a run, with any callbacks, and of task=export, which exports a checkpoint."""
 
 import shutil
 import signal
@@ -6,49 +6,53 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_cases import kill_at, start, whole_run, words_of
-from run_helpers import TWO, Ran
+from resume_cases import build_overrides, kill_at_micro_batch, run_undisturbed, start
+from run_helpers import TWO, RunOutput
 from safetensors.torch import load_file
 
 from lit_vlm.config import parse
 from lit_vlm.tasks.export import export
 from lit_vlm.types import UserError
 
-LORA = "sft"  # of resume_cases: with LoRA of the language model
+LORA = "sft"  # stage of resume_cases with LoRA of the language model
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def work_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("export")
 
 
 @pytest.fixture(autouse=True)
-def here(place, monkeypatch):
-    monkeypatch.chdir(place)
+def current_folder(work_folder, monkeypatch):
+    monkeypatch.chdir(work_folder)
 
 
 @pytest.fixture(scope="module")
-def pair(place):
-    """By stage: the same run with its own export, and without."""
-    made: dict[str, tuple[Ran, Ran, list[str]]] = {}
+def get_run_pair(work_folder):
+    """Return a function: stage -> the same run with its own export and without, and its overrides."""
+    pairs: dict[str, tuple[RunOutput, RunOutput, list[str]]] = {}
 
-    def of(stage: str) -> tuple[Ran, Ran, list[str]]:
-        if stage not in made:
-            words = words_of(place, stage)
-            whole_run([*words, f"run_name={stage}_own", "export=true"], place, finished=True)
-            whole_run([*words, f"run_name={stage}_later"], place)
-            made[stage] = Ran(place / "runs" / f"{stage}_own"), Ran(place / "runs" / f"{stage}_later"), words
-        return made[stage]
+    def get_pair(stage: str) -> tuple[RunOutput, RunOutput, list[str]]:
+        if stage not in pairs:
+            overrides = build_overrides(work_folder, stage)
+            run_undisturbed([*overrides, f"run_name={stage}_own", "export=true"], work_folder, finished=True)
+            run_undisturbed([*overrides, f"run_name={stage}_later"], work_folder)
+            pairs[stage] = (
+                RunOutput(work_folder / "runs" / f"{stage}_own"),
+                RunOutput(work_folder / "runs" / f"{stage}_later"),
+                overrides,
+            )
+        return pairs[stage]
 
-    return of
+    return get_pair
 
 
-def exported(*words: str) -> None:
-    export(parse(["task=export", *words]))
+def run_export(*overrides: str) -> None:
+    export(parse(["task=export", *overrides]))
 
 
-def same_folder(one: Path, other: Path) -> None:
-    """Every file to the byte, weights and template among them."""
+def check_same_folder(one: Path, other: Path) -> None:
+    """Check that all files are equal byte by byte, including weights and template."""
     names = {path.name for path in one.iterdir()}
     assert names == {path.name for path in other.iterdir()}
     different = [name for name in sorted(names) if (one / name).read_bytes() != (other / name).read_bytes()]
@@ -56,130 +60,134 @@ def same_folder(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["align", LORA, "dpo"])
-def test_the_folder_is_the_one_that_the_run_itself_would_have_left(pair, stage):
-    own, later, _ = pair(stage)
+def test_the_exported_folder_equals_the_one_that_the_run_itself_exports(get_run_pair, stage):
+    own, later, _ = get_run_pair(stage)
     assert own.hf.is_dir() and not later.hf.exists()
-    exported(f"init_from={later.dir}")
-    same_folder(own.hf, later.hf)
+    run_export(f"init_from={later.dir}")
+    check_same_folder(own.hf, later.hf)
     assert later.manifest["weights_digest"] == own.manifest["weights_digest"] and later.manifest["status"] == "finished"
     shutil.rmtree(later.hf)
 
 
-def test_it_answers_with_the_same_logits(pair):
+def test_the_exported_model_gives_the_same_logits(get_run_pair):
     from transformers import AutoModelForImageTextToText
 
-    own, later, _ = pair("align")
-    exported(f"init_from={later.dir}")
+    own, later, _ = get_run_pair("align")
+    run_export(f"init_from={later.dir}")
     models = [AutoModelForImageTextToText.from_pretrained(folder) for folder in (own.hf, later.hf)]
     ids = torch.arange(20)[None]
     with torch.no_grad():
         one, other = (model(input_ids=ids).logits for model in models)
     assert torch.equal(one, other)
     with pytest.raises(UserError, match="is there already.*overwrite=true"):
-        exported(f"init_from={later.dir}")
-    exported(f"init_from={later.dir}", "overwrite=true")
+        run_export(f"init_from={later.dir}")
+    run_export(f"init_from={later.dir}", "overwrite=true")
     shutil.rmtree(later.hf)
 
 
-def test_a_run_that_was_killed_gives_its_last_checkpoint_under_a_name_of_its_own(place, pair):
-    _, later, words = pair("align")
-    words = [*words, "run_name=killed", "checkpoint.asynchronous=false"]
-    assert -signal.SIGKILL in start(words, place, 1, kill_at(3 * later.manifest["plan"]["k"])).wait()
-    folder = place / "runs" / "killed"
+def test_a_killed_run_exports_its_last_checkpoint_to_a_folder_named_after_the_step(work_folder, get_run_pair):
+    _, later, overrides = get_run_pair("align")
+    overrides = [*overrides, "run_name=killed", "checkpoint.asynchronous=false"]
+    assert (
+        -signal.SIGKILL in start(overrides, work_folder, 1, kill_at_micro_batch(3 * later.manifest["plan"]["k"])).wait()
+    )
+    folder = work_folder / "runs" / "killed"
     steps = sorted((folder / "checkpoints").glob("step-*"))
-    exported(f"init_from={folder}")
+    run_export(f"init_from={folder}")
     assert not (folder / "hf").exists() and (folder / f"hf-{steps[-1].name}" / "config.json").is_file()
-    exported(f"init_from={folder}", f"resume_from={steps[0]}")
+    run_export(f"init_from={folder}", f"resume_from={steps[0]}")
     one, other = (load_file(folder / f"hf-{path.name}" / "model.safetensors") for path in (steps[0], steps[-1]))
     assert one.keys() == other.keys() and any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_lost_manifest_costs_no_model(pair):
-    own, later, _ = pair("align")
-    kept = (later.dir / "manifest.json").read_bytes()
-    (later.dir / "manifest.json").write_bytes(kept[:100])
-    exported(f"init_from={later.dir}")
-    (later.dir / "manifest.json").write_bytes(kept)
+def test_a_lost_manifest_does_not_prevent_the_export(get_run_pair):
+    own, later, _ = get_run_pair("align")
+    manifest = (later.dir / "manifest.json").read_bytes()
+    (later.dir / "manifest.json").write_bytes(manifest[:100])
+    run_export(f"init_from={later.dir}")
+    (later.dir / "manifest.json").write_bytes(manifest)
     (folder,) = later.dir.glob("hf-step-*")
-    same_folder(own.hf, folder)
+    check_same_folder(own.hf, folder)
     shutil.rmtree(folder)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(pair, place, capsys):
-    _, later, _ = pair("align")
-    copy = Path(shutil.copytree(later.dir, place / "runs" / "damaged"))
+def test_a_corrupt_checkpoint_is_named_and_the_preceding_one_is_used(get_run_pair, work_folder, capsys):
+    _, later, _ = get_run_pair("align")
+    copy = Path(shutil.copytree(later.dir, work_folder / "runs" / "damaged"))
     newest = max((copy / "checkpoints").glob("step-*"))
     file = next(newest.glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-8] ^= 1
     file.write_bytes(data)
-    exported(f"init_from={copy}")
+    run_export(f"init_from={copy}")
     assert "its SHA-256 differs. Takes the one before" in " ".join(capsys.readouterr().out.split())
     steps = sorted((copy / "checkpoints").glob("step-*"))
     assert [path.name for path in copy.glob("hf-step-*")] == [f"hf-{steps[-2].name}"]
 
 
-def test_another_template_than_was_trained_with_is_refused(pair, place):
-    own, _, _ = pair("align")
-    words = words_of(place, LORA, f"init_from={place / 'start'}", "run_name=from_start", "trainer.max_steps=1")
-    shutil.copytree(own.hf, place / "start")
-    whole_run(words, place)
-    template = place / "start" / "chat_template.jinja"
+def test_a_chat_template_other_than_in_training_is_refused(get_run_pair, work_folder):
+    own, _, _ = get_run_pair("align")
+    overrides = build_overrides(
+        work_folder, LORA, f"init_from={work_folder / 'start'}", "run_name=from_start", "trainer.max_steps=1"
+    )
+    shutil.copytree(own.hf, work_folder / "start")
+    run_undisturbed(overrides, work_folder)
+    template = work_folder / "start" / "chat_template.jinja"
     template.write_text(template.read_text() + "{{ '' }}")
     with pytest.raises(UserError, match="start: .*tokenizer, chat template or image settings are others now"):
-        exported(f"init_from={place / 'runs' / 'from_start'}")
+        run_export(f"init_from={work_folder / 'runs' / 'from_start'}")
     shutil.copy(own.hf / "chat_template.jinja", template)
-    exported(f"init_from={place / 'runs' / 'from_start'}")
+    run_export(f"init_from={work_folder / 'runs' / 'from_start'}")
 
 
 @pytest.mark.slow
-def test_checkpoints_of_two_ranks_are_as_good(pair, place):
-    pair("align")
-    words = [*words_of(place, "align"), *TWO, "run_name=two"]
-    assert start(words, place, 2).wait() == [0, 0]
-    exported(f"init_from={place / 'runs' / 'two'}")
-    one, other = (load_file(place / "runs" / name / "hf" / "model.safetensors") for name in ("two", "align_own"))
+def test_checkpoints_of_two_ranks_export_the_same_model(get_run_pair, work_folder):
+    get_run_pair("align")
+    overrides = [*build_overrides(work_folder, "align"), *TWO, "run_name=two"]
+    assert start(overrides, work_folder, 2).wait() == [0, 0]
+    run_export(f"init_from={work_folder / 'runs' / 'two'}")
+    one, other = (load_file(work_folder / "runs" / name / "hf" / "model.safetensors") for name in ("two", "align_own"))
     assert all(torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-3) for key in other)
 
 
-def test_where_there_is_no_run_it_says_what_it_needs(place):
+def test_a_folder_without_a_run_is_refused_with_what_is_needed(work_folder):
     with pytest.raises(UserError, match=r"holds no checkpoints/. Name the folder of a run that has checkpoints"):
-        exported(f"init_from={place}")
+        run_export(f"init_from={work_folder}")
 
 
-def test_a_run_without_a_model_says_so_and_how_to_have_one(pair, place, capsys):
-    _, later, words = pair("align")
+def test_a_run_without_a_model_reports_it_and_the_command_to_export_one(get_run_pair, work_folder, capsys):
+    _, later, overrides = get_run_pair("align")
     capsys.readouterr()
-    run_again(words, "run_name=align_later")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "finished already" in said and f"task=export init_from={later.dir}" in said
+    run_again(overrides, "run_name=align_later")
+    output = " ".join(capsys.readouterr().out.split())
+    assert "finished already" in output and f"task=export init_from={later.dir}" in output
     with pytest.raises(UserError, match=r"that run is finished and left no model there .* task=export init_from="):
-        run_again(words, "run_name=child", f"init_from={later.hf}")
+        run_again(overrides, "run_name=child", f"init_from={later.hf}")
 
 
-def run_again(words: list[str], *more: str) -> None:
+def run_again(overrides: list[str], *extra: str) -> None:
     from lit_vlm.tasks.train import train
 
-    train(parse([*words, *more]))
+    train(parse([*overrides, *extra]))
 
 
-def test_own_callbacks_cost_no_model(pair, place, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(place)
-    _, _, words = pair("align")
-    (place / "own_callback.py").write_text("import lightning\nclass Mine(lightning.Callback):\n    pass\n")
-    run_again(words, "run_name=own", "export=true", "callbacks=[only,own_callback.Mine]", "trainer.max_steps=1")
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"done. Model: {place / 'runs' / 'own' / 'hf'}" in said
-    assert (place / "runs" / "own" / "hf" / "config.json").is_file()
+def test_user_callbacks_do_not_prevent_the_export(get_run_pair, work_folder, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(work_folder)
+    _, _, overrides = get_run_pair("align")
+    (work_folder / "own_callback.py").write_text("import lightning\nclass Mine(lightning.Callback):\n    pass\n")
+    run_again(overrides, "run_name=own", "export=true", "callbacks=[only,own_callback.Mine]", "trainer.max_steps=1")
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"done. Model: {work_folder / 'runs' / 'own' / 'hf'}" in output
+    assert (work_folder / "runs" / "own" / "hf" / "config.json").is_file()
 
 
-def test_the_best_command_of_a_sweep_leaves_a_model():
+def test_the_best_command_of_a_sweep_exports_a_model():
     from lit_vlm.sweep.file import try_read_sweep
     from lit_vlm.sweep.words import build_trial_overrides, format_trial_command
 
     for path in sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml")):
-        file, wrong = try_read_sweep(path)
-        assert not wrong
+        file, errors = try_read_sweep(path)
+        assert not errors
         values = {key: one.list_example_values()[0] for key, one in file.search_space.items()} | file.fixed
         assert "export=false" in build_trial_overrides(file, values, [])
         assert "export" not in format_trial_command(file, values, ["export=false"])

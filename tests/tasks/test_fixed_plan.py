@@ -1,5 +1,4 @@
-"""A run that goes on reads what it was planned with: the day in its template, its tokenizer, its pictures; and it goes on when
-its manifest is lost."""
+"""Tests that a resumed run uses the template date, tokenizer and images of its plan, and resumes without a manifest."""
 
 import json
 import shutil
@@ -9,10 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mixture_cases import prepared
+from mixture_cases import run_prepare
 from PIL import Image
-from resume_cases import ended, kill_at, last_state, rows, same_state, start, whole_run, words_of
-from run_helpers import TINY, Ran, llava, run, write
+from resume_cases import (
+    build_overrides,
+    is_same_state,
+    kill_at_micro_batch,
+    read_last_state,
+    read_metrics,
+    run_to_end,
+    run_undisturbed,
+    start,
+)
+from run_helpers import TINY, RunOutput, make_llava_record, run, write_records
 
 from lit_vlm.model.vocabulary import CHATML
 from lit_vlm.tasks import stage_data
@@ -21,8 +29,8 @@ from lit_vlm.types import UserError
 DAY = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}"
 
 
-def on(day: str):
-    """A patch: today is that day, for us and for transformers."""
+def set_today(day: str):
+    """Return a patch that sets today's date for this project and for transformers."""
 
     def patch() -> None:
         import transformers.utils.chat_template_utils as utils
@@ -42,76 +50,88 @@ def on(day: str):
     return patch
 
 
-def also(*patches):
+def combine_patches(*patches):
     return lambda: [patch() for patch in patches]
 
 
-# The day that a template writes
+# The date that a chat template writes
 
 
 @pytest.fixture(scope="module")
-def dated(tmp_path_factory) -> tuple[Path, list[str]]:
-    place = tmp_path_factory.mktemp("dated")
-    (place / "t.jinja").write_text(DAY + CHATML)
-    words = words_of(place, "sft", f"model.chat_template={place / 't.jinja'}", "checkpoint.asynchronous=false")
-    whole_run([*words, "run_name=whole", "model.template_date=2026-04-30"], place)
-    return place, words
+def dated_run(tmp_path_factory) -> tuple[Path, list[str]]:
+    work_folder = tmp_path_factory.mktemp("dated")
+    (work_folder / "t.jinja").write_text(DAY + CHATML)
+    overrides = build_overrides(
+        work_folder, "sft", f"model.chat_template={work_folder / 't.jinja'}", "checkpoint.asynchronous=false"
+    )
+    run_undisturbed([*overrides, "run_name=whole", "model.template_date=2026-04-30"], work_folder)
+    return work_folder, overrides
 
 
-def test_a_run_that_goes_on_in_another_month_reads_the_day_on_which_it_began(dated):
-    place, words = dated
-    words, k = [*words, "run_name=killed"], Ran(place / "runs" / "whole").manifest["plan"]["k"]
-    assert -signal.SIGKILL in start(words, place, 1, also(on("2026-04-30"), kill_at(2 * k))).wait()
-    code, said = ended(words, place, 1, on("2026-09-23"))
-    assert code == 0 and "goes on at step" in said, said
-    assert "the chat template writes today's date; in all that this run reads it is 2026-04-30, as when it was" in said
-    one, other = last_state(place, "whole"), last_state(place, "killed")
-    assert one.files == other.files and rows(place, "whole") == rows(place, "killed")
-    assert not (place / "runs" / "killed" / "ledger.jsonl").exists()
-    manifest = Ran(place / "runs" / "killed").manifest
+def test_a_run_resumed_in_another_month_uses_the_template_date_of_its_start(dated_run):
+    work_folder, overrides = dated_run
+    overrides, k = [*overrides, "run_name=killed"], RunOutput(work_folder / "runs" / "whole").manifest["plan"]["k"]
+    assert (
+        -signal.SIGKILL
+        in start(overrides, work_folder, 1, combine_patches(set_today("2026-04-30"), kill_at_micro_batch(2 * k))).wait()
+    )
+    code, output = run_to_end(overrides, work_folder, 1, set_today("2026-09-23"))
+    assert code == 0 and "goes on at step" in output, output
+    assert (
+        "the chat template writes today's date; in all that this run reads it is 2026-04-30, as when it was" in output
+    )
+    one, other = read_last_state(work_folder, "whole"), read_last_state(work_folder, "killed")
+    assert one.files == other.files and read_metrics(work_folder, "whole") == read_metrics(work_folder, "killed")
+    assert not (work_folder / "runs" / "killed" / "ledger.jsonl").exists()
+    manifest = RunOutput(work_folder / "runs" / "killed").manifest
     assert manifest["template_date"] == "2026-04-30"
-    assert json.loads((place / "runs" / "killed" / "mixture.lock").read_text())["template_date"] == "2026-04-30"
+    assert json.loads((work_folder / "runs" / "killed" / "mixture.lock").read_text())["template_date"] == "2026-04-30"
 
 
-def test_another_template_in_the_same_file_is_refused_when_a_run_goes_on(dated):
-    place, words = dated
-    words, k = [*words, "run_name=edited"], Ran(place / "runs" / "whole").manifest["plan"]["k"]
-    assert -signal.SIGKILL in start(words, place, 1, kill_at(2 * k)).wait()
-    before = (place / "t.jinja").read_text()
-    (place / "t.jinja").write_text(before.replace("Today", "Again"))
-    code, said = ended(words, place)
-    (place / "t.jinja").write_text(before)
-    assert code == 1 and "another tokenizer, chat template (or day that it writes), or image settings" in said, said
-    assert ended(words, place)[0] == 0
+def test_a_changed_chat_template_in_the_same_file_is_refused_on_resume(dated_run):
+    work_folder, overrides = dated_run
+    overrides, k = [*overrides, "run_name=edited"], RunOutput(work_folder / "runs" / "whole").manifest["plan"]["k"]
+    assert -signal.SIGKILL in start(overrides, work_folder, 1, kill_at_micro_batch(2 * k)).wait()
+    before = (work_folder / "t.jinja").read_text()
+    (work_folder / "t.jinja").write_text(before.replace("Today", "Again"))
+    code, output = run_to_end(overrides, work_folder)
+    (work_folder / "t.jinja").write_text(before)
+    assert code == 1 and "another tokenizer, chat template (or day that it writes), or image settings" in output, output
+    assert run_to_end(overrides, work_folder)[0] == 0
 
 
-def test_what_is_prepared_on_one_day_is_trained_on_with_that_day(tmp_path, monkeypatch, capsys):
+def test_prepared_data_are_trained_on_with_the_template_date_of_preparing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.jinja").write_text(DAY + CHATML)
-    write(tmp_path / "a.jsonl", [llava(f"question {n}", f"answer {n}") for n in range(8)])
-    words = ["stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "model.chat_template=t.jinja"]
-    words += ["run_name=a", "data.validation.fraction=0", "trainer.max_steps=1", "callbacks=[]", "export=false"]
-    words += ["stage.trainable=[language_model]"]
+    write_records(tmp_path / "a.jsonl", [make_llava_record(f"question {n}", f"answer {n}") for n in range(8)])
+    overrides = ["stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "model.chat_template=t.jinja"]
+    overrides += ["run_name=a", "data.validation.fraction=0", "trainer.max_steps=1", "callbacks=[]", "export=false"]
+    overrides += ["stage.trainable=[language_model]"]
     today = stage_data.date
     monkeypatch.setattr(stage_data, "date", type("Day", (date,), {"today": classmethod(lambda cls: date(2026, 4, 30))}))
-    prepared(*words)
+    run_prepare(*overrides)
     monkeypatch.setattr(stage_data, "date", today)
     capsys.readouterr()
-    ran = run(*words)
-    said = capsys.readouterr().out
-    assert ran.manifest["template_date"] == "2026-04-30" and "2026-04-30, as when it was first prepared" in said
-    assert "since mixture.lock was written" not in said
-    assert run(*words, "run_name=b", f"data.lock={ran.dir / 'mixture.lock'}").manifest["template_date"] == "2026-04-30"
-    fresh = run(*words, "run_name=c").manifest["template_date"]
+    run_output = run(*overrides)
+    output = capsys.readouterr().out
+    assert (
+        run_output.manifest["template_date"] == "2026-04-30" and "2026-04-30, as when it was first prepared" in output
+    )
+    assert "since mixture.lock was written" not in output
+    assert (
+        run(*overrides, "run_name=b", f"data.lock={run_output.dir / 'mixture.lock'}").manifest["template_date"]
+        == "2026-04-30"
+    )
+    fresh = run(*overrides, "run_name=c").manifest["template_date"]
     assert fresh != "2026-04-30"
     with pytest.raises(UserError, match=r"model.template_date=yesterday: is no day"):
-        run(*words, "run_name=d", "model.template_date=yesterday")
+        run(*overrides, "run_name=d", "model.template_date=yesterday")
 
 
-# Pictures
+# Images
 
 
-def draw(folder: Path, seed: int) -> None:
+def write_images(folder: Path, seed: int) -> None:
     folder.mkdir(exist_ok=True)
     for number in range(16):
         pixels = np.random.default_rng(100 * seed + number).integers(0, 256, (56, 84, 3), dtype=np.uint8)
@@ -119,124 +139,128 @@ def draw(folder: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictured(tmp_path_factory) -> tuple[Path, list[str]]:
-    place = tmp_path_factory.mktemp("pictured")
-    draw(place / "images", 0)
-    write(
-        place / "a.jsonl", [llava(f"<image>\nq{n}", f"answer {n:02d}", image=f"{n}.bmp", id=str(n)) for n in range(16)]
+def image_run(tmp_path_factory) -> tuple[Path, list[str]]:
+    work_folder = tmp_path_factory.mktemp("pictured")
+    write_images(work_folder / "images", 0)
+    write_records(
+        work_folder / "a.jsonl",
+        [make_llava_record(f"<image>\nq{n}", f"answer {n:02d}", image=f"{n}.bmp", id=str(n)) for n in range(16)],
     )
-    words = [*TINY, "stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "data.validation.fraction=0"]
-    words += [
+    overrides = [*TINY, "stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "data.validation.fraction=0"]
+    overrides += [
         "data.sources.mine.image_root=images",
         "trainer.max_steps=4",
         "checkpoint.every_steps=1",
         "callbacks=[guard]",
     ]
-    words += ["checkpoint.asynchronous=false", "export=false", "data.tiling=base"]
-    whole_run([*words, "run_name=whole"], place)
-    return place, words
+    overrides += ["checkpoint.asynchronous=false", "export=false", "data.tiling=base"]
+    run_undisturbed([*overrides, "run_name=whole"], work_folder)
+    return work_folder, overrides
 
 
-def killed(place: Path, words: list[str]) -> None:
-    assert -signal.SIGKILL in start(words, place, 1, kill_at(2)).wait()
+def start_and_kill(work_folder: Path, overrides: list[str]) -> None:
+    assert -signal.SIGKILL in start(overrides, work_folder, 1, kill_at_micro_batch(2)).wait()
 
 
-def test_pictures_that_were_replaced_since_a_run_was_left_end_it_and_the_old_ones_let_it_go_on(pictured):
-    place, words = pictured
-    words = [*words, "run_name=replaced"]
-    killed(place, words)
-    shutil.copytree(place / "images", place / "old")
-    draw(place / "images", 1)
-    code, said = ended(words, place)
-    assert code == 1 and ".bmp' holds something else than when it was indexed: a file was replaced since" in said, said
-    assert "Traceback" not in said and not (place / "runs" / "replaced" / "ledger.jsonl").exists()
-    shutil.rmtree(place / "images")
-    shutil.copytree(place / "old", place / "images", copy_function=shutil.copyfile)  # with times of their own
-    code, said = ended(words, place)
-    assert code == 0 and "goes on at step" in said, said
-    assert same_state(last_state(place, "whole"), last_state(place, "replaced"))
+def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(image_run):
+    work_folder, overrides = image_run
+    overrides = [*overrides, "run_name=replaced"]
+    start_and_kill(work_folder, overrides)
+    shutil.copytree(work_folder / "images", work_folder / "old")
+    write_images(work_folder / "images", 1)
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 1 and ".bmp' holds something else than when it was indexed: a file was replaced since" in output, (
+        output
+    )
+    assert "Traceback" not in output and not (work_folder / "runs" / "replaced" / "ledger.jsonl").exists()
+    shutil.rmtree(work_folder / "images")
+    # With new modification times
+    shutil.copytree(work_folder / "old", work_folder / "images", copy_function=shutil.copyfile)
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 0 and "goes on at step" in output, output
+    assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, "replaced"))
 
 
-def test_pictures_that_were_replaced_and_prepared_are_another_run(pictured, monkeypatch):
-    place, words = pictured
-    words = [*words, "run_name=prepared"]
-    killed(place, words)
-    shutil.copytree(place / "images", place / "kept")
-    draw(place / "images", 2)
-    monkeypatch.chdir(place)
-    prepared(*words[len(TINY) :])
-    code, said = ended(words, place)
-    assert code == 1 and "another content of the pictures" in said, said
-    shutil.rmtree(place / "images")
-    shutil.move(place / "kept", place / "images")
-    prepared(*words[len(TINY) :])
-    assert ended(words, place)[0] == 0
-    assert same_state(last_state(place, "whole"), last_state(place, "prepared"))
+def test_replaced_and_prepared_images_make_another_run(image_run, monkeypatch):
+    work_folder, overrides = image_run
+    overrides = [*overrides, "run_name=prepared"]
+    start_and_kill(work_folder, overrides)
+    shutil.copytree(work_folder / "images", work_folder / "kept")
+    write_images(work_folder / "images", 2)
+    monkeypatch.chdir(work_folder)
+    run_prepare(*overrides[len(TINY) :])
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 1 and "another content of the pictures" in output, output
+    shutil.rmtree(work_folder / "images")
+    shutil.move(work_folder / "kept", work_folder / "images")
+    run_prepare(*overrides[len(TINY) :])
+    assert run_to_end(overrides, work_folder)[0] == 0
+    assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, "prepared"))
 
 
-# A manifest that is lost
+# A lost manifest
 
 
 DAMAGE = {"empty": b"", "cut": None, "no object": b"[]\n", "without its settings": b"{}"}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_run_whose_manifest_is_damaged_goes_on_from_its_checkpoint(pictured, damage):
-    place, words = pictured
+def test_a_run_with_a_damaged_manifest_resumes_from_its_checkpoint(image_run, damage):
+    work_folder, overrides = image_run
     name = damage.replace(" ", "_")
-    words = [*words, f"run_name={name}"]
-    killed(place, words)
-    manifest = place / "runs" / name / "manifest.json"
+    overrides = [*overrides, f"run_name={name}"]
+    start_and_kill(work_folder, overrides)
+    manifest = work_folder / "runs" / name / "manifest.json"
     data = DAMAGE[damage]
     manifest.write_bytes(manifest.read_bytes()[:200] if data is None else data)
-    code, said = ended(words, place)
-    assert code == 0 and "Traceback" not in said, said
-    assert f"{manifest} is damaged: " in said and "It is made again from the checkpoint of step" in said
-    assert Ran(manifest.parent).manifest["status"] == "finished"
-    assert same_state(last_state(place, "whole"), last_state(place, name))
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 0 and "Traceback" not in output, output
+    assert f"{manifest} is damaged: " in output and "It is made again from the checkpoint of step" in output
+    assert RunOutput(manifest.parent).manifest["status"] == "finished"
+    assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, name))
 
 
-def test_a_run_of_other_settings_is_refused_there_though_the_manifest_is_lost(pictured):
-    place, words = pictured
-    words = [*words, "run_name=other"]
-    killed(place, words)
-    (place / "runs" / "other" / "manifest.json").write_bytes(b"")
-    (place / "runs" / "other" / "config.yaml").unlink()
-    code, said = ended([*words, "stage.learning_rate=0.123"], place)
-    assert code == 1 and "stage.learning_rate" in said, said
-    code, said = ended(words, place)
-    assert code == 0, said
+def test_a_run_of_other_settings_is_refused_although_the_manifest_is_lost(image_run):
+    work_folder, overrides = image_run
+    overrides = [*overrides, "run_name=other"]
+    start_and_kill(work_folder, overrides)
+    (work_folder / "runs" / "other" / "manifest.json").write_bytes(b"")
+    (work_folder / "runs" / "other" / "config.yaml").unlink()
+    code, output = run_to_end([*overrides, "stage.learning_rate=0.123"], work_folder)
+    assert code == 1 and "stage.learning_rate" in output, output
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 0, output
 
 
-def test_a_finished_run_whose_manifest_is_damaged_is_finished_and_the_next_stage_starts_from_it(
-    pictured, monkeypatch, capsys
+def test_a_finished_run_with_a_damaged_manifest_stays_finished_and_the_next_stage_starts_from_it(
+    image_run, monkeypatch, capsys
 ):
-    place, words = pictured
-    monkeypatch.chdir(place)
-    own = [*words[len(TINY) :], "run_name=done", "export=true"]
-    done = run(*own)
+    work_folder, overrides = image_run
+    monkeypatch.chdir(work_folder)
+    run_overrides = [*overrides[len(TINY) :], "run_name=done", "export=true"]
+    done = run(*run_overrides)
     weights = done.manifest["weights_digest"]
     (done.dir / "manifest.json").write_bytes(b"")
-    child = run(*words[len(TINY) :], "run_name=child", f"init_from={done.hf}", "trainer.max_steps=1")
+    child = run(*overrides[len(TINY) :], "run_name=child", f"init_from={done.hf}", "trainer.max_steps=1")
     assert child.manifest["parent"]["digest"] == weights
     capsys.readouterr()
-    run(*own)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "manifest.json is damaged: it is empty" in said and "finished already" in said, said
+    run(*run_overrides)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "manifest.json is damaged: it is empty" in output and "finished already" in output, output
     assert done.manifest["weights_digest"] == weights and done.manifest["status"] == "finished"
     capsys.readouterr()
-    run(*own)
+    run(*run_overrides)
     assert "damaged" not in capsys.readouterr().out
 
 
-def test_a_damaged_lock_and_budget_of_a_run_are_made_again(pictured, monkeypatch, capsys):
-    place, words = pictured
-    monkeypatch.chdir(place)
-    own = [*words[len(TINY) :], "run_name=lock"]
-    folder = place / "runs" / "lock"
+def test_a_damaged_lock_file_and_budget_are_written_again(image_run, monkeypatch, capsys):
+    work_folder, overrides = image_run
+    monkeypatch.chdir(work_folder)
+    run_overrides = [*overrides[len(TINY) :], "run_name=lock"]
+    folder = work_folder / "runs" / "lock"
     folder.mkdir(parents=True)
     (folder / "mixture.lock").write_text('{"version": 1, "sou')
     (folder / "budget.json").write_text('{"tokens": "a", "tiles": 1, "of_tokens": 16384, "of_tiles": 64, "halved": 1}')
-    assert run(*own).manifest["status"] == "finished"
+    assert run(*run_overrides).manifest["status"] == "finished"
     assert "It is written anew" in " ".join(capsys.readouterr().out.split())
     assert json.loads((folder / "mixture.lock").read_text())["version"] == 1

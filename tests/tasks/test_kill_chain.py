@@ -1,4 +1,4 @@
-"""Hundred kills, and what they leave; `kill_chain.py` says how."""
+"""Tests of a hundred kills at random moments; `kill_chain.py` describes them."""
 
 import pytest
 from kill_chain import CHAINS, run_chains

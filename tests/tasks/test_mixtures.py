@@ -1,11 +1,11 @@
-"""Mixtures as a user asks for them on the command line, and what the manifest says was drawn."""
+"""Tests of mixtures set on the command line, by the sample counts in the manifest."""
 
 from pathlib import Path
 
 import pytest
 from delivery import label, make_zip, picture
-from mixture_cases import datamodule_of, job_of
-from run_helpers import PHOTOS, llava, own_choice, run, save_photos, write
+from mixture_cases import build_datamodule, parse_sft_run
+from run_helpers import PHOTOS, make_llava_record, run, save_photos, write_data_choice, write_records
 
 from lit_vlm.tasks.stage_data import open_sources
 from lit_vlm.types import Language, SampleKind, UserError
@@ -15,39 +15,39 @@ SIZES = {"talk_ko": 12, "talk_en": 48, "seen_ko": 24, "read_en": 36}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Text and pictures in both languages; Korean answers are long."""
+    """Text and images in both languages; Korean answers are long."""
     folder = tmp_path_factory.mktemp("files")
     save_photos(folder / "images")
     long = "네, 그렇습니다. 자세히 말씀드리겠습니다. "
-    write(folder / "talk_ko.jsonl", [llava(f"{i}번?", long * 3) for i in range(SIZES["talk_ko"])])
-    write(folder / "talk_en.jsonl", [llava(f"{i}?", f"Yes {i}.") for i in range(SIZES["talk_en"])])
+    write_records(folder / "talk_ko.jsonl", [make_llava_record(f"{i}번?", long * 3) for i in range(SIZES["talk_ko"])])
+    write_records(folder / "talk_en.jsonl", [make_llava_record(f"{i}?", f"Yes {i}.") for i in range(SIZES["talk_en"])])
     for name in ("seen_ko", "read_en"):
         question = "무엇?" if name == "seen_ko" else "Read."
-        records = [llava(f"<image>\n{question}", f"{i}", image=PHOTOS[i % 4]) for i in range(SIZES[name])]
-        write(folder / f"{name}.jsonl", records)
+        records = [make_llava_record(f"<image>\n{question}", f"{i}", image=PHOTOS[i % 4]) for i in range(SIZES[name])]
+        write_records(folder / f"{name}.jsonl", records)
     return folder
 
 
 @pytest.fixture
-def words(files, tmp_path, monkeypatch) -> list[str]:
+def overrides(files, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     sources = {name: {"path": str(files / f"{name}.jsonl"), "image_root": str(files / "images")} for name in SIZES}
     sources["seen_ko"]["language"] = "ko"
     sources["read_en"] |= {"kind": "ocr", "language": "en"}
-    return own_choice(tmp_path, sources=sources, validation={"fraction": 0})
+    return write_data_choice(tmp_path, sources=sources, validation={"fraction": 0})
 
 
-def drawn(words: list[str], *more: str) -> tuple[dict, dict]:
-    """Rows of the manifest by name, and its plan. An epoch, in steps of twelve."""
-    all_words = [
-        *words,
+def run_mixture(overrides: list[str], *extra: str) -> tuple[dict, dict]:
+    """Train one epoch in steps of twelve samples. Return the mixture rows of the manifest by name, and its plan."""
+    all_overrides = [
+        *overrides,
         "stage=sft",
         "callbacks=[]",
         "data.global_batch_size=12",
         "trainer.max_steps=null",
         "data.tiling=base",
     ]
-    manifest = run(*all_words, *more).manifest
+    manifest = run(*all_overrides, *extra).manifest
     assert manifest["status"] == "finished"
     rows = {row["name"]: row for row in manifest["data"]["mixture"]}
     assert (
@@ -57,53 +57,55 @@ def drawn(words: list[str], *more: str) -> tuple[dict, dict]:
     return rows, manifest["plan"]
 
 
-def weights(**values: float) -> list[str]:
+def set_weights(**values: float) -> list[str]:
     return [f"data.sources.{name}.weight={values.get(name, 1)}" for name in SIZES]
 
 
-def test_nothing_asked_is_each_record_once(words):
-    rows, plan = drawn(words)
+def test_without_mixture_settings_each_record_is_sampled_once(overrides):
+    rows, plan = run_mixture(overrides)
     assert plan["steps"] == 10 and {name: rows[name]["drawn"] for name in SIZES} == SIZES
 
 
-def test_weights_are_shares_of_the_samples(words):
-    rows, plan = drawn(words, *weights(talk_ko=5, read_en=0))
-    assert plan["steps"] == 7  # read_en's 36 do not count
+def test_weights_are_shares_of_the_samples(overrides):
+    rows, plan = run_mixture(overrides, *set_weights(talk_ko=5, read_en=0))
+    assert plan["steps"] == 7  # the 36 records of read_en do not count
     assert [rows[name]["drawn"] for name in SIZES] == [60, 12, 12, 0]
     assert rows["talk_ko"]["asked"] == pytest.approx(5 / 7) and rows["talk_ko"]["repeats"] == 5
 
 
-def test_weights_in_tokens_are_shares_of_the_tokens(words):
-    rows, _ = drawn(words, *weights(), "data.weights_in=tokens")
+def test_weights_in_tokens_are_shares_of_the_tokens(overrides):
+    rows, _ = run_mixture(overrides, *set_weights(), "data.weights_in=tokens")
     assert [rows[name]["asked_in"] for name in SIZES] == ["tokens"] * 4
     assert all(abs(rows[name]["tokens"] - 0.25) < 0.02 for name in SIZES)
-    assert rows["talk_ko"]["drawn"] < rows["talk_en"]["drawn"]  # whose answers are short
+    assert rows["talk_ko"]["drawn"] < rows["talk_en"]["drawn"]  # the answers of talk_en are short
 
 
-def test_repeats_and_counts_say_what_an_epoch_reads(words):
-    asked = ["data.sources.talk_ko.repeat=3", "data.sources.talk_en.count=12", "data.sources.read_en.repeat=0.5"]
-    rows, plan = drawn(words, *asked, "data.global_batch_size=10")
+def test_repeats_and_counts_set_the_samples_of_an_epoch(overrides):
+    settings = ["data.sources.talk_ko.repeat=3", "data.sources.talk_en.count=12", "data.sources.read_en.repeat=0.5"]
+    rows, plan = run_mixture(overrides, *settings, "data.global_batch_size=10")
     assert plan["steps"] == 9 and [rows[name]["drawn"] for name in SIZES] == [36, 12, 24, 18]
 
 
-def test_a_fraction_is_chosen_before_anything_is_counted(words):
-    rows, _ = drawn(words, "data.sources.talk_en.fraction=0.5", "data.sources.read_en.num_samples=6")
+def test_a_fraction_is_chosen_before_anything_is_counted(overrides):
+    rows, _ = run_mixture(overrides, "data.sources.talk_en.fraction=0.5", "data.sources.read_en.num_samples=6")
     assert 15 <= rows["talk_en"]["size"] <= 33 and rows["read_en"]["size"] == 6
-    again, _ = drawn(words, "data.sources.talk_en.fraction=0.5", "data.sources.read_en.num_samples=6", "seed=3")
+    again, _ = run_mixture(
+        overrides, "data.sources.talk_en.fraction=0.5", "data.sources.read_en.num_samples=6", "seed=3"
+    )
     assert again["talk_en"]["size"] == rows["talk_en"]["size"]
 
 
-def test_temperature_brings_sizes_together(words):
-    rows, _ = drawn(words, "data.temperature=2")
+def test_temperature_flattens_the_sampling_by_size(overrides):
+    rows, _ = run_mixture(overrides, "data.temperature=2")
     roots = {name: size**0.5 for name, size in SIZES.items()}
     for name, root in roots.items():
         assert abs(rows[name]["samples"] - root / sum(roots.values())) < 0.01
-    rows, _ = drawn(words, "data.temperature=1000000")
+    rows, _ = run_mixture(overrides, "data.temperature=1000000")
     assert [rows[name]["drawn"] for name in SIZES] == [30] * 4
 
 
 @pytest.mark.parametrize(
-    ("word", "name", "share"),
+    ("override", "name", "share"),
     [
         ("data.share.ko=0.75", "ko", 0.75),
         ("data.share.text_only=0.25", "text only", 0.25),
@@ -111,53 +113,62 @@ def test_temperature_brings_sizes_together(words):
         ("data.share.kinds.ocr=0.2", "ocr", 0.2),
     ],
 )
-def test_shares_of_all_that_is_drawn_are_met(words, word, name, share):
-    rows, plan = drawn(words, word)
+def test_shares_of_all_samples_are_met(overrides, override, name, share):
+    rows, plan = run_mixture(overrides, override)
     assert rows[name]["asked"] == share and plan["steps"] == 10
     assert abs(rows[name]["samples"] - share) <= 1 / 120
 
 
-def test_shares_are_met_together_and_weights_as_nearly_as_they_allow(words):
-    asked = ["data.share.ko=0.5", "data.share.text_only=0.4", "data.share.kinds={ocr: 0.3}"]
-    rows, _ = drawn(words, *weights(), *asked)
+def test_shares_are_met_together_and_weights_as_nearly_as_they_allow(overrides):
+    settings = ["data.share.ko=0.5", "data.share.text_only=0.4", "data.share.kinds={ocr: 0.3}"]
+    rows, _ = run_mixture(overrides, *set_weights(), *settings)
     assert [rows[name]["samples"] for name in ("ko", "text only", "ocr")] == pytest.approx([0.5, 0.4, 0.3], abs=0.01)
 
 
-def test_a_global_batch_of_tokens_ends_with_the_sample_that_fills_it(words):
-    words = [*words, "data.tiling=base"]
-    rows, plan = drawn(words, "data.global_batch_tokens=1500")
-    datamodule = datamodule_of(*words, "data.global_batch_tokens=1500", "trainer.max_steps=null")
-    made = datamodule.make_plan(1)
+def test_a_global_batch_of_tokens_ends_with_the_sample_that_fills_it(overrides):
+    overrides = [*overrides, "data.tiling=base"]
+    rows, plan = run_mixture(overrides, "data.global_batch_tokens=1500")
+    datamodule = build_datamodule(*overrides, "data.global_batch_tokens=1500", "trainer.max_steps=null")
+    expected_plan = datamodule.make_plan(1)
     totals = {"global_batch_size": None, "global_batch_tokens": 1500}
-    assert plan == {"steps": made.num_steps, "k": made.accumulate_grad_batches, "world_size": 1, **totals}
+    assert plan == {
+        "steps": expected_plan.num_steps,
+        "k": expected_plan.accumulate_grad_batches,
+        "world_size": 1,
+        **totals,
+    }
     longest = int(datamodule.index.tokens.max())
-    for step in range(made.num_steps):
-        tokens = int(datamodule.index.tokens[made.get_samples(step)].sum())
+    for step in range(expected_plan.num_steps):
+        tokens = int(datamodule.index.tokens[expected_plan.get_samples(step)].sum())
         assert 1500 <= tokens < 1500 + longest
     assert sum(rows[name]["drawn"] for name in SIZES) >= sum(SIZES.values())
 
 
-def test_fewer_tiles_and_other_prompts_per_source(words, files, tmp_path):
-    """Captions ask with the pool of their source; `max_tiles` holds for its source alone."""
+def test_max_tiles_and_prompts_apply_per_source(overrides, files, tmp_path):
+    """Captions use the prompts of their source; `max_tiles` applies to its source only."""
     captions = [{"image": PHOTOS[i % 4], "caption": f"Photo {i}"} for i in range(12)]
-    write(files / "captions.jsonl", captions)
-    more = {"path": str(files / "captions.jsonl"), "image_root": str(files / "images"), "format": "caption"}
-    whole = {"path": str(files / "read_en.jsonl"), "image_root": str(files / "images")}
-    own = own_choice(tmp_path, sources={"captions": more, "whole": whole})
-    words = [*own, "data.sources.captions.prompts=['What is it?', '뭐예요?']", "data.sources.captions.max_tiles=1"]
-    datamodule = datamodule_of(*words)
+    write_records(files / "captions.jsonl", captions)
+    captions_source = {"path": str(files / "captions.jsonl"), "image_root": str(files / "images"), "format": "caption"}
+    whole_source = {"path": str(files / "read_en.jsonl"), "image_root": str(files / "images")}
+    choice = write_data_choice(tmp_path, sources={"captions": captions_source, "whole": whole_source})
+    overrides = [
+        *choice,
+        "data.sources.captions.prompts=['What is it?', '뭐예요?']",
+        "data.sources.captions.max_tiles=1",
+    ]
+    datamodule = build_datamodule(*overrides)
     plan = datamodule.make_plan(1)
-    captions, whole = (plan.index.find_source_samples(number) for number in range(2))
-    assert set(plan.index.tiles[captions].tolist()) == {2} and plan.index.tiles[whole].max() == 5
-    asked = {plan.index.get_record(sample).messages[0].text.strip() for sample in captions}
-    assert asked == {"What is it?", "뭐예요?"}
+    captions, whole_source = (plan.index.find_source_samples(number) for number in range(2))
+    assert set(plan.index.tiles[captions].tolist()) == {2} and plan.index.tiles[whole_source].max() == 5
+    prompts = {plan.index.get_record(sample).messages[0].text.strip() for sample in captions}
+    assert prompts == {"What is it?", "뭐예요?"}
 
 
 CONTRADICTIONS = [
     (["data.sources.talk_ko.weight=1"], ["talk_en, seen_ko, read_en", "have no weight and the others do"]),
-    ([*weights(), "data.sources.talk_ko.repeat=2"], ["repeat and count", "weights", "talk_ko"]),
+    ([*set_weights(), "data.sources.talk_ko.repeat=2"], ["repeat and count", "weights", "talk_ko"]),
     (["data.sources.talk_ko.repeat=2", "data.sources.talk_ko.count=2"], ["data.sources.talk_ko", "repeat and count"]),
-    ([*weights(), "data.temperature=2"], ["data.temperature", "weights"]),
+    ([*set_weights(), "data.temperature=2"], ["data.temperature", "weights"]),
     (["data.weights_in=tokens"], ["data.weights_in=tokens", "weight"]),
     ([f"data.sources.{name}.weight=0" for name in SIZES], ["every weight is 0"]),
     (["data.share.ko=1.5"], ["data.share.ko"]),
@@ -172,22 +183,24 @@ CONTRADICTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("asked", "said"), CONTRADICTIONS, ids=[words[-1] for words, _ in CONTRADICTIONS])
-def test_what_cannot_be_had_is_refused_with_the_settings_named(words, tmp_path, asked, said):
+@pytest.mark.parametrize(
+    ("settings", "expected"), CONTRADICTIONS, ids=[overrides[-1] for overrides, _ in CONTRADICTIONS]
+)
+def test_contradictory_mixture_settings_are_refused_and_named(overrides, tmp_path, settings, expected):
     with pytest.raises(UserError) as caught:
-        run(*words, "stage=sft", "run_name=never", *asked)
+        run(*overrides, "stage=sft", "run_name=never", *settings)
     text = str(caught.value)
-    assert all(part in text for part in said), text
+    assert all(part in text for part in expected), text
     assert not (tmp_path / "runs" / "never" / "manifest.json").exists()
 
 
 # Ready mixtures
 
 READY = ["data=sft_ko_en", "stage=sft"]
-FOUND = ["~data.sources.aihub_144_objects", "~data.sources.aihub_81_glyphs", "~data.sources.mix665k"]
+WITHOUT_MISSING_SOURCES = ["~data.sources.aihub_144_objects", "~data.sources.aihub_81_glyphs", "~data.sources.mix665k"]
 
 
-def test_a_named_set_that_is_not_there_says_how_to_obtain_it(tmp_path, monkeypatch):
+def test_a_missing_named_set_is_reported_with_how_to_obtain_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         run(*READY, "run_name=never")
@@ -198,19 +211,19 @@ def test_a_named_set_that_is_not_there_says_how_to_obtain_it(tmp_path, monkeypat
     assert not (tmp_path / "runs" / "never").exists()
 
 
-def test_a_ready_mixture_trains_on_what_lies_at_its_paths(files, tmp_path, monkeypatch):
+def test_a_ready_mixture_trains_on_the_files_at_its_paths(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_zip(tmp_path / "food" / "구이.zip", [(f"구이/갈비구이/{i}.jpg", picture()) for i in range(6)], "cp949")
-    words = [*READY, *FOUND, f"data.sources.kollava_instruct.path={files / 'seen_ko.jsonl'}"]
-    words += [
+    overrides = [*READY, *WITHOUT_MISSING_SOURCES, f"data.sources.kollava_instruct.path={files / 'seen_ko.jsonl'}"]
+    overrides += [
         f"data.sources.kollava_instruct.image_root={files / 'images'}",
         f"data.sources.aihub_79_food.path={tmp_path / 'food'}",
     ]
-    manifest = run(*words, "data.global_batch_size=8", "callbacks=[]", "data.validation.fraction=0").manifest
+    manifest = run(*overrides, "data.global_batch_size=8", "callbacks=[]", "data.validation.fraction=0").manifest
     rows = {row["name"]: row for row in manifest["data"]["mixture"]}
     assert rows["kollava_instruct"]["asked"] == pytest.approx(0.35 / 0.4)
     assert (rows["kollava_instruct"]["drawn"], rows["aihub_79_food"]["drawn"]) == (21, 3)
-    found, _ = open_sources(job_of(*words))
+    found, _ = open_sources(parse_sft_run(*overrides))
     assert [source[0].messages[1].text for source in found] == ["0", "갈비구이"]
     assert found[1][0].language is Language.ko and found[1][0].kind is SampleKind.instruction
 
@@ -224,11 +237,11 @@ def test_labels_of_a_named_set_are_read_through_its_mapping(tmp_path, monkeypatc
     make_zip(tmp_path / "set" / "[라벨]건물.zip", [(f"h/{i}.json", label(record)) for i in range(4)], "cp949")
     make_zip(tmp_path / "set" / "[원천]건물.zip", [("h/a.jpg", picture(200, 100))], "cp949")
     others = ["kollava_instruct", "mix665k", "aihub_79_food", "aihub_81_glyphs"]
-    words = [
+    overrides = [
         *READY,
         *(f"~data.sources.{name}" for name in others),
         f"data.sources.aihub_144_objects.path={tmp_path / 'set'}",
     ]
-    manifest = run(*words, "callbacks=[]", "trainer.max_steps=1", "data.validation.fraction=0").manifest
+    manifest = run(*overrides, "callbacks=[]", "trainer.max_steps=1", "data.validation.fraction=0").manifest
     rows = {row["name"]: row["drawn"] for row in manifest["data"]["mixture"]}
     assert rows["aihub_144_objects"] == rows["grounding"] == rows["ko"] == 4

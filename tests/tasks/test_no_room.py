@@ -1,4 +1,4 @@
-"""What cannot be written before the first step is told by its folder, and leaves nothing half made."""
+"""Tests of a full disk: the folder that cannot be written is named, and no partial file is left."""
 
 import pytest
 import torch
@@ -13,17 +13,17 @@ from lit_vlm.stages.reference import ReferenceLogProbCache
 from lit_vlm.tasks.stage_data import resolve_tiny_parts
 from lit_vlm.types import UserError
 
-FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # safetensors' own words
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # message of safetensors
 
 
-def full(*_, **__):
+def raise_disk_full(*_, **__):
     raise SafetensorError(FULL)
 
 
-def test_a_disk_without_room_for_the_tiny_model_is_named(tmp_path, monkeypatch):
+def test_a_full_disk_for_the_tiny_model_is_named(tmp_path, monkeypatch):
     config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path / 'runs'}"]).config
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
-        patch.setattr(SiglipVisionModel, "save_pretrained", full)
+        patch.setattr(SiglipVisionModel, "save_pretrained", raise_disk_full)
         resolve_tiny_parts(config)
     parts = tmp_path / "runs" / "parts"
     assert str(caught.value) == (
@@ -34,15 +34,15 @@ def test_a_disk_without_room_for_the_tiny_model_is_named(tmp_path, monkeypatch):
     assert resolve_tiny_parts(config).vision_tower.startswith(str(parts))
 
 
-def test_a_folder_that_cannot_be_made_for_the_tiny_model_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_for_the_tiny_model_is_named(tmp_path):
     (tmp_path / "parts").write_text("in the way")
     config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path}"]).config
     with pytest.raises(UserError, match=r"parts cannot be kept in .*parts: .*set run_dir to another folder"):
         resolve_tiny_parts(config)
 
 
-def test_a_disk_without_room_for_what_is_kept_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "save_file", full)
+def test_a_full_disk_for_the_reference_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "save_file", raise_disk_full)
     reference = ReferenceLogProbCache(tmp_path / "reference")
     reference.add(1, 0, [1, 1], torch.zeros(2))
     with pytest.raises(UserError, match=r"reference cannot be kept in .*reference: No space left.*data\.index_dir"):
@@ -50,8 +50,8 @@ def test_a_disk_without_room_for_what_is_kept_is_named(tmp_path, monkeypatch):
     assert not list((tmp_path / "reference").iterdir())
 
 
-def test_a_disk_without_room_for_the_finished_model_is_named_and_the_run_goes_on(tmp_path, monkeypatch):
-    words = [
+def test_a_full_disk_at_export_is_named_and_the_run_resumes(tmp_path, monkeypatch):
+    overrides = [
         f"run_dir={tmp_path}",
         "run_name=r",
         "callbacks=[export]",
@@ -59,13 +59,13 @@ def test_a_disk_without_room_for_the_finished_model_is_named_and_the_run_goes_on
         "checkpoint.asynchronous=false",
     ]
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot be written to .*hf: No space left on"):
-        patch.setattr("lit_vlm.model.export.write_index", full)
-        run(*words)
-    assert run(*words).manifest["status"] == "finished"
+        patch.setattr("lit_vlm.model.export.write_index", raise_disk_full)
+        run(*overrides)
+    assert run(*overrides).manifest["status"] == "finished"
 
 
-def test_only_what_the_system_refuses_becomes_an_os_error():
+def test_only_errors_of_the_system_become_os_errors():
     with pytest.raises(OSError, match="No space left on device"), raise_os_errors():
-        full()
+        raise_disk_full()
     with pytest.raises(SafetensorError, match="header too large"), raise_os_errors():
         raise SafetensorError("header too large")

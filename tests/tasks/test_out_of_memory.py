@@ -1,5 +1,7 @@
-"""A device that runs out of memory: half the budget, the same samples in each step, the weights of an undisturbed run. And
-what starts a run again that ended for that, or for a record that turned bad."""
+"""Tests of out of memory: half the token limit, the same samples in each step, the weights of an undisturbed run.
+
+Also tests of the restart of a run that ended for out of memory or for a corrupt record.
+"""
 
 import json
 import os
@@ -9,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fault_cases import both, notes, noting, out_of_memory_at
-from resume_cases import ended, last_state, rows, run_dir, start, words_of
+from fault_cases import combine_patches, raise_out_of_memory_at, read_step_records, record_steps
+from resume_cases import build_overrides, open_run, read_last_state, read_metrics, run_to_end, start
 from run_helpers import TWO
 from safetensors.torch import load_file
 
@@ -19,7 +21,7 @@ from lit_vlm.engine.exits import RESTART
 from lit_vlm.tasks import pipeline
 from lit_vlm.types import Fault, RecordError
 
-# Whole parts and no dropout: other micro-batches must not draw other numbers. Adam's eps does not amplify rounding.
+# No LoRA dropout, so other micro-batches use no other random numbers. This Adam eps does not amplify rounding.
 EXACT = [
     "data.global_batch_size=6",
     "data.tokens_per_micro_batch=300",
@@ -29,118 +31,134 @@ EXACT = [
 ]
 
 
-def ids(folder, rank=0):
-    """Of the last time that each step was run."""
-    return {row["step"]: sorted(name for micro in row["ids"] for name in micro) for row in notes(folder, rank)}
+def read_sample_ids(folder, rank=0):
+    """Return step -> sample ids of the last time that the step was run."""
+    return {
+        row["step"]: sorted(name for micro in row["ids"] for name in micro) for row in read_step_records(folder, rank)
+    }
 
 
-def weights(folder, name):
+def load_last_weights(folder, name):
     checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
     return load_file(next(checkpoints.get_step_path(checkpoints.list_steps()[0]).glob("*.safetensors")))
 
 
-def disturbed(folder, place, *more):
-    words = words_of(folder, "sft", *EXACT, *more)
-    code, said = ended([*words, "run_name=low"], folder, 1, both(out_of_memory_at(*place), noting(folder)))
-    assert code == 0, said
-    assert "low: out of memory; goes on with at most 150 tokens and 32 tiles" in said
-    return said
+def run_with_out_of_memory(folder, place, *extra):
+    overrides = build_overrides(folder, "sft", *EXACT, *extra)
+    code, output = run_to_end(
+        [*overrides, "run_name=low"], folder, 1, combine_patches(raise_out_of_memory_at(*place), record_steps(folder))
+    )
+    assert code == 0, output
+    assert "low: out of memory; goes on with at most 150 tokens and 32 tiles" in output
+    return output
 
 
-def undisturbed(folder, *more):
-    words = words_of(folder, "sft", *EXACT, *more)
-    code, said = ended([*words, "run_name=calm"], folder, 1, noting(folder))
-    assert code == 0, said
+def run_without_fault(folder, *extra):
+    overrides = build_overrides(folder, "sft", *EXACT, *extra)
+    code, output = run_to_end([*overrides, "run_name=calm"], folder, 1, record_steps(folder))
+    assert code == 0, output
 
 
-def check_equal(folder, calm):
-    assert ids(folder) == ids(calm)
-    assert last_state(folder, "low").consumed == last_state(calm, "calm").consumed
-    for name, tensor in weights(folder, "low").items():
-        torch.testing.assert_close(tensor, weights(calm, "calm")[name], atol=2e-6, rtol=1e-5)
-    assert [row["step"] for row in rows(folder, "low")] == [row["step"] for row in rows(calm, "calm")]
-    plan = run_dir(folder, "low").manifest["plan"]
-    assert plan["k"] > run_dir(calm, "calm").manifest["plan"]["k"]
+def check_equal(folder, undisturbed):
+    assert read_sample_ids(folder) == read_sample_ids(undisturbed)
+    assert read_last_state(folder, "low").consumed == read_last_state(undisturbed, "calm").consumed
+    for name, tensor in load_last_weights(folder, "low").items():
+        torch.testing.assert_close(tensor, load_last_weights(undisturbed, "calm")[name], atol=2e-6, rtol=1e-5)
+    assert [row["step"] for row in read_metrics(folder, "low")] == [
+        row["step"] for row in read_metrics(undisturbed, "calm")
+    ]
+    plan = open_run(folder, "low").manifest["plan"]
+    assert plan["k"] > open_run(undisturbed, "calm").manifest["plan"]["k"]
 
 
 @pytest.mark.parametrize("where", ["backward", pytest.param("optimizer", marks=pytest.mark.slow)])
-def test_one_device_goes_on_in_the_process_with_half_the_budget(tmp_path, where):
-    """Without a checkpoint before: one is made of the state that the step found. In the update nothing is certain of the
-    weights, and the run goes back."""
-    low, calm = tmp_path / "low", tmp_path / "calm"
-    low.mkdir(), calm.mkdir()
-    said = disturbed(low, (3, 0, where), "checkpoint.every_steps=100")
-    undisturbed(calm, "checkpoint.every_steps=100")
-    check_equal(low, calm)
-    assert ("goes on at step 3 of 6" in said) == (where == "backward")
-    assert [row["step"] for row in notes(low)] == ([0, 1, 2, 3, 4, 5] if where == "backward" else [0, 1, 2, *range(6)])
+def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path, where):
+    """There is no checkpoint before, so one is made of the state before the step. After an error in the optimizer the
+    weights are uncertain, and the run restarts from the beginning."""
+    faulty, undisturbed = tmp_path / "low", tmp_path / "calm"
+    faulty.mkdir(), undisturbed.mkdir()
+    output = run_with_out_of_memory(faulty, (3, 0, where), "checkpoint.every_steps=100")
+    run_without_fault(undisturbed, "checkpoint.every_steps=100")
+    check_equal(faulty, undisturbed)
+    assert ("goes on at step 3 of 6" in output) == (where == "backward")
+    assert [row["step"] for row in read_step_records(faulty)] == (
+        [0, 1, 2, 3, 4, 5] if where == "backward" else [0, 1, 2, *range(6)]
+    )
 
 
 @pytest.mark.slow
-def test_ten_random_places_end_with_the_weights_of_an_undisturbed_run(tmp_path):
-    undisturbed(tmp_path)
+def test_out_of_memory_at_ten_random_places_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
+    run_without_fault(tmp_path)
     generator = random.Random(0)
     for number in range(10):
         folder = tmp_path / str(number)
         folder.mkdir()
         place = (generator.randrange(6), 0, generator.choice(["forward", "backward", "optimizer"]))
-        disturbed(folder, place)
+        run_with_out_of_memory(folder, place)
         check_equal(folder, tmp_path)
 
 
 @pytest.mark.slow
-def test_no_sample_is_dropped_for_memory_and_the_end_of_halving_is_told(tmp_path):
-    """68 tokens are the largest sample's: 300, 150, 75, 68, and no further."""
-    words = words_of(tmp_path, "sft", *EXACT, "guard.max_oom_retries=9", "data.tiles_per_micro_batch=2", "run_name=low")
-    code, said = ended(words, tmp_path, 1, out_of_memory_at(1, 0, "forward", times=99))
+def test_no_sample_is_dropped_for_memory_and_the_last_halving_is_reported(tmp_path):
+    """The largest sample has 68 tokens, so the limits are 300, 150, 75 and 68."""
+    overrides = build_overrides(
+        tmp_path, "sft", *EXACT, "guard.max_oom_retries=9", "data.tiles_per_micro_batch=2", "run_name=low"
+    )
+    code, output = run_to_end(overrides, tmp_path, 1, raise_out_of_memory_at(1, 0, "forward", times=99))
     assert code == 1
-    assert "at most 68 tokens and 2 tiles, and the largest sample alone needs as much" in said
-    assert said.count("80 samples, 8 held out") == 4
-    assert "Traceback" not in said
+    assert "at most 68 tokens and 2 tiles, and the largest sample alone needs as much" in output
+    assert output.count("80 samples, 8 held out") == 4
+    assert "Traceback" not in output
 
 
-def test_several_ranks_leave_to_start_again_with_half_the_budget(tmp_path):
-    words = words_of(
+def test_several_ranks_exit_to_restart_with_half_the_budget(tmp_path):
+    overrides = build_overrides(
         tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "trainer.timeout_minutes=2", "run_name=low"
     )
-    begun = start(words, tmp_path, 2, both(out_of_memory_at(3, 0, "forward", rank=1), noting(tmp_path)))
-    assert begun.wait()[1] == RESTART
-    assert begun.said().count("Rank 1 ran out of memory, in the forward pass of step 4") == 1
+    started = start(
+        overrides, tmp_path, 2, combine_patches(raise_out_of_memory_at(3, 0, "forward", rank=1), record_steps(tmp_path))
+    )
+    assert started.wait()[1] == RESTART
+    assert started.read_output().count("Rank 1 ran out of memory, in the forward pass of step 4") == 1
     budget = json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())
     assert (budget["tokens"], budget["of_tokens"], budget["halved"]) == (150, 300, 1)
-    before = ids(tmp_path)
-    code, said = ended(words, tmp_path, 2, noting(tmp_path))
-    assert code == 0, said
-    assert "low: goes on at step 3 of 6" in said
-    assert run_dir(tmp_path, "low").manifest["plan"]["k"] > 1
-    assert sorted(ids(tmp_path)) == list(range(6)) and all(ids(tmp_path)[step] == before[step] for step in before)
+    before = read_sample_ids(tmp_path)
+    code, output = run_to_end(overrides, tmp_path, 2, record_steps(tmp_path))
+    assert code == 0, output
+    assert "low: goes on at step 3 of 6" in output
+    assert open_run(tmp_path, "low").manifest["plan"]["k"] > 1
+    assert sorted(read_sample_ids(tmp_path)) == list(range(6)) and all(
+        read_sample_ids(tmp_path)[step] == before[step] for step in before
+    )
 
 
-def test_of_ranks_that_run_out_together_one_puts_the_slurm_job_back_into_the_queue(tmp_path):
-    words = words_of(tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "run_name=low")
-    words += ["guard.max_oom_retries=1", "trainer.timeout_minutes=2"]
-    together = [out_of_memory_at(3, 0, "forward", rank=rank) for rank in (0, 1)]
-    begun = start(words, tmp_path, 2, both(in_a_job(tmp_path), *together))
-    assert RESTART in begun.wait(), begun.said()
+def test_one_rank_requeues_the_slurm_job_when_several_run_out_of_memory_together(tmp_path):
+    overrides = build_overrides(tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "run_name=low")
+    overrides += ["guard.max_oom_retries=1", "trainer.timeout_minutes=2"]
+    together = [raise_out_of_memory_at(3, 0, "forward", rank=rank) for rank in (0, 1)]
+    started = start(overrides, tmp_path, 2, combine_patches(simulate_slurm_job(tmp_path), *together))
+    assert RESTART in started.wait(), started.read_output()
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
-    assert begun.said().count("ran out of memory") == 1 and "Job 77 is requeued." in begun.said()
+    assert started.read_output().count("ran out of memory") == 1 and "Job 77 is requeued." in started.read_output()
     assert json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())["halved"] == 1
 
 
 @pytest.mark.parametrize(("in_slurm", "share", "code"), [(True, 0.5, RESTART), (True, 0.0, 1), (False, 0.5, 1)])
-def test_a_record_that_turned_bad_puts_it_back_too_while_they_are_few(tmp_path, in_slurm, share, code):
-    words = words_of(tmp_path, "sft", "guard.heartbeat_seconds=1", f"data.max_quarantined={share}", "run_name=bad")
-    patches = [turning_bad, *([in_a_job(tmp_path)] if in_slurm else [])]
-    for number in range(2):  # one always may
-        found, said = ended(words, tmp_path, 1, both(*patches))
-        assert found == (RESTART if in_slurm and number == 0 else code), said
-        assert said.count("3 tries failed now. It is entered in") == 1
+def test_a_corrupt_record_requeues_the_job_while_few_are_quarantined(tmp_path, in_slurm, share, code):
+    overrides = build_overrides(
+        tmp_path, "sft", "guard.heartbeat_seconds=1", f"data.max_quarantined={share}", "run_name=bad"
+    )
+    patches = [corrupt_two_samples, *([simulate_slurm_job(tmp_path)] if in_slurm else [])]
+    for number in range(2):  # one corrupt record is always allowed
+        found, output = run_to_end(overrides, tmp_path, 1, combine_patches(*patches))
+        assert found == (RESTART if in_slurm and number == 0 else code), output
+        assert output.count("3 tries failed now. It is entered in") == 1
     calls = (tmp_path / "scontrol.txt").read_text().splitlines() if in_slurm else []
     assert calls == ["requeue 77"] * ((code == RESTART) + in_slurm)
 
 
-def in_a_job(folder):
-    """Of Slurm, whose scontrol writes down how it was called."""
+def simulate_slurm_job(folder):
+    """Return a patch that simulates a Slurm job whose scontrol records its arguments."""
     (folder / "bin").mkdir()
     (folder / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> "{folder}/scontrol.txt"\n')
     (folder / "bin" / "scontrol").chmod(0o755)
@@ -151,20 +169,20 @@ def in_a_job(folder):
     return patch
 
 
-def turning_bad():
-    """The first two samples of the second step."""
+def corrupt_two_samples():
+    """Make the first two samples of the second step corrupt."""
     from lit_vlm.data import micro_batches
 
     read, bad = micro_batches._read_micro_batch_once, set()
 
-    def reads(processor, index, pack, **step):
+    def read_or_fail(processor, index, pack, **step):
         if step.get("step") == 1 and len(bad) < 2:
             bad.update(pack[:2])
         if bad.intersection(pack):
             raise RecordError("somewhere:1", "image '1.jpg' not found", fault=Fault.missing)
         return read(processor, index, pack, **step)
 
-    micro_batches._read_micro_batch_once, micro_batches.RETRY_DELAYS = reads, (0.01, 0.01)
+    micro_batches._read_micro_batch_once, micro_batches.RETRY_DELAYS = read_or_fail, (0.01, 0.01)
 
 
 STARTS = """
@@ -182,11 +200,11 @@ sys.exit(int(sys.argv[3]))
 @pytest.mark.parametrize(
     ("devices", "halved", "status", "starts"), [(2, 2, 0, 3), (2, 2, 1, 3), (2, 0, 1, 1), (2, 99, 1, 4), (1, 2, 1, 1)]
 )
-def test_a_pipeline_starts_a_stage_again_as_often_as_its_ranks_halve_the_budget(
+def test_a_pipeline_restarts_a_stage_each_time_its_ranks_halve_the_budget(
     tmp_path, monkeypatch, devices, halved, status, starts
 ):
     config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
-    words = [sys.executable, "-c", STARTS, str(tmp_path), str(halved), str(status)]
-    monkeypatch.setattr(pipeline, "build_command", lambda stage, words: words)
-    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), words) == status
+    overrides = [sys.executable, "-c", STARTS, str(tmp_path), str(halved), str(status)]
+    monkeypatch.setattr(pipeline, "build_command", lambda stage, overrides: overrides)
+    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), overrides) == status
     assert len(list(tmp_path.glob("start-*"))) == starts

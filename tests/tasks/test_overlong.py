@@ -1,13 +1,12 @@
-"""Over-long samples that are made to fit, from the setting to the trained weights: what the plan promises is what the
-batches hold, and packed they teach what they teach one by one."""
+"""Tests of overlong samples that are shortened: batches match the plan, and packed losses match single samples."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mixture_cases import job_of, lines_of
-from run_helpers import PHOTOS, llava, own_choice, run, save_photos, write
+from mixture_cases import parse_sft_run, read_json_lines
+from run_helpers import PHOTOS, make_llava_record, run, save_photos, write_data_choice, write_records
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.micro_batches import TrainMicroBatches
@@ -19,45 +18,46 @@ CAPS = ["data.max_length=90", "data.tokens_per_micro_batch=220", "data.global_ba
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """Pictures alone and several, long talks with and without a picture, and records that fit as they are."""
+def work_folder(tmp_path, monkeypatch) -> Path:
+    """Folder with records of one and several images, long conversations with and without images, and short records."""
     monkeypatch.chdir(tmp_path)
     save_photos(tmp_path / "images")
     talk = [text for turn in range(5) for text in (f"Question {turn} of many?", f"Answer {turn}, at some length.")]
-    seen = [llava("<image>\nWhat is it?", f"A photograph {i}.", image=PHOTOS[i % 4]) for i in range(8)]
-    seen += [llava("<image><image>\nBoth?", f"{i}", image=[PHOTOS[0], PHOTOS[1]]) for i in range(2)]
-    write(tmp_path / "seen.jsonl", seen)
-    talks = [llava(*talk[: 2 * (2 + i % 4)]) for i in range(8)]
+    seen = [make_llava_record("<image>\nWhat is it?", f"A photograph {i}.", image=PHOTOS[i % 4]) for i in range(8)]
+    seen += [make_llava_record("<image><image>\nBoth?", f"{i}", image=[PHOTOS[0], PHOTOS[1]]) for i in range(2)]
+    write_records(tmp_path / "seen.jsonl", seen)
+    talks = [make_llava_record(*talk[: 2 * (2 + i % 4)]) for i in range(8)]
     talks += [
-        llava("<image>\nWhat?", "It.", *talk, "<image>\nAnd that?", "That.", image=[PHOTOS[0], PHOTOS[2]])
+        make_llava_record("<image>\nWhat?", "It.", *talk, "<image>\nAnd that?", "That.", image=[PHOTOS[0], PHOTOS[2]])
         for _ in range(2)
     ]
-    write(tmp_path / "talks.jsonl", talks)
+    write_records(tmp_path / "talks.jsonl", talks)
     return tmp_path
 
 
 @pytest.fixture
-def words(place) -> list[str]:
+def overrides(work_folder) -> list[str]:
     sources = {
-        name: {"path": f"{place / name}.jsonl", "image_root": str(place / "images")} for name in ("seen", "talks")
+        name: {"path": f"{work_folder / name}.jsonl", "image_root": str(work_folder / "images")}
+        for name in ("seen", "talks")
     }
-    aside = ["data.on_bad_record=quarantine", "data.max_quarantined=1"]
-    return [*own_choice(place, sources=sources, validation={"fraction": 0}), *CAPS, *aside]
+    quarantine = ["data.on_bad_record=quarantine", "data.max_quarantined=1"]
+    return [*write_data_choice(work_folder, sources=sources, validation={"fraction": 0}), *CAPS, *quarantine]
 
 
-def parts_of(*words: str):
-    """(stage with its model, data) of a run, in float64 so that sums in another order agree."""
-    job = job_of(*words)
+def build_stage_and_data(*overrides: str):
+    """Return (stage with its model, data module) of a run, in float64 so that the order of sums does not matter."""
+    job = parse_sft_run(*overrides)
     data = build_stage_data(job, *open_sources(job), None)
     stage = make_stage(data.spec, job.config)
     stage.configure_model()
     return stage.double().eval(), data.datamodule
 
 
-def test_each_policy_makes_what_it_can_fit(words):
+def test_each_policy_shortens_the_samples_that_it_can(overrides):
     fitted = {}
     for policy in ("quarantine", "fewer_tiles", "cut_turn"):
-        _, datamodule = parts_of(*words, f"data.on_overlong={policy}")
+        _, datamodule = build_stage_and_data(*overrides, f"data.on_overlong={policy}")
         datamodule.build_indexes()
         fitted[policy] = dict(datamodule.index.length_policy_counts)
         index = datamodule.index
@@ -68,8 +68,8 @@ def test_each_policy_makes_what_it_can_fit(words):
 
 
 @pytest.mark.parametrize("policy", ["fewer_tiles", "cut_turn"])
-def test_totals_are_what_the_batches_hold_and_packed_losses_are_those_of_the_samples_alone(words, policy):
-    stage, datamodule = parts_of(*words, f"data.on_overlong={policy}")
+def test_step_totals_match_the_batches_and_packed_losses_match_single_samples(overrides, policy):
+    stage, datamodule = build_stage_and_data(*overrides, f"data.on_overlong={policy}")
     plan = datamodule.make_plan(2)
     index, processor = plan.index, datamodule.processor
     shortened = np.flatnonzero((index.most_tiles >= 0) | (index.turns >= 0))
@@ -94,22 +94,27 @@ def test_totals_are_what_the_batches_hold_and_packed_losses_are_those_of_the_sam
 
 
 @pytest.mark.parametrize("policy", ["fewer_tiles", "cut_turn"])
-def test_a_run_trains_on_them_and_counts_the_rest(words, policy):
-    ran = run(*words, "stage=sft", f"data.on_overlong={policy}", "data.global_batch_size=4")
-    data = ran.manifest["data"]
-    assert ran.manifest["status"] == "finished" and np.isfinite(ran.column("train/loss")).all()
+def test_a_run_trains_on_them_and_counts_the_rest(overrides, policy):
+    run_output = run(*overrides, "stage=sft", f"data.on_overlong={policy}", "data.global_batch_size=4")
+    data = run_output.manifest["data"]
+    assert run_output.manifest["status"] == "finished" and np.isfinite(run_output.read_column("train/loss")).all()
     assert data["num_samples"] + sum(data["quarantined"].values()) == 20
-    assert len(lines_of(ran.dir / "quarantine.jsonl")) == sum(data["quarantined"].values())
+    assert len(read_json_lines(run_output.dir / "quarantine.jsonl")) == sum(data["quarantined"].values())
     assert set(data["quarantined"]) <= {"talks"} if policy == "fewer_tiles" else {"seen"} <= set(data["quarantined"])
 
 
-def test_a_cap_on_the_tiles_of_a_source_reaches_the_model_and_the_model_answers(words, place, capsys):
-    words = [*words, "data.max_length=null", "data.tokens_per_micro_batch=2000", "data.sources.seen.max_tiles=1"]
-    stage, datamodule = parts_of(*words)
+def test_max_tiles_of_a_source_reaches_the_model_and_the_model_answers(overrides, work_folder, capsys):
+    overrides = [
+        *overrides,
+        "data.max_length=null",
+        "data.tokens_per_micro_batch=2000",
+        "data.sources.seen.max_tiles=1",
+    ]
+    stage, datamodule = build_stage_and_data(*overrides)
     plan = datamodule.make_plan(1)
     batch = TrainMicroBatches(datamodule.processor, plan, 0)[0]
     capped = [
-        layout for layout, source in zip(batch.layouts, sources_of_layouts(plan, 0), strict=True) if source == "seen"
+        layout for layout, source in zip(batch.layouts, list_layout_sources(plan, 0), strict=True) if source == "seen"
     ]
     assert capped and all(layout.num_tiles <= 2 for layout in capped)
     assert sum(layout.num_tiles for layout in batch.layouts) == batch.num_tiles
@@ -118,15 +123,20 @@ def test_a_cap_on_the_tiles_of_a_source_reaches_the_model_and_the_model_answers(
     )
     with torch.no_grad():
         assert torch.isfinite(stage.compute_token_losses(batch)).all()
-    ran = run(*words, "stage=sft")
+    run_output = run(*overrides, "stage=sft")
     capsys.readouterr()
-    asked = [f"image={place / 'images' / 'china.jpg'}", "prompt=What is it?", "max_new_tokens=4", "trainer=cpu"]
-    dispatch(["task=chat", f"init_from={ran.hf}", *asked])
+    chat_overrides = [
+        f"image={work_folder / 'images' / 'china.jpg'}",
+        "prompt=What is it?",
+        "max_new_tokens=4",
+        "trainer=cpu",
+    ]
+    dispatch(["task=chat", f"init_from={run_output.hf}", *chat_overrides])
     assert capsys.readouterr().out.endswith("\n")
 
 
-def sources_of_layouts(plan, step: int) -> list[str]:
-    """The source of each image of the step's only pack, in its order."""
+def list_layout_sources(plan, step: int) -> list[str]:
+    """Return the source of each image of the step's only pack, in its order."""
     (pack,) = plan.get_step(step).packs
     return [
         plan.index.sources[plan.index.source_ids[sample]].name

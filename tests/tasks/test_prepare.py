@@ -1,12 +1,12 @@
-"""task=prepare over a mixture of every format, and what training and preflight then find done."""
+"""Tests of task=prepare on a mixture of every format, and of training and preflight after it."""
 
 import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
-from mixture_cases import SIZES, job_of, lines_of, make_files, prepared, sources_of
-from run_helpers import TINY, own_choice, process, run
+from mixture_cases import SIZES, build_sources, make_files, parse_sft_run, read_json_lines, run_prepare
+from run_helpers import TINY, run, run_process, write_data_choice
 from waiting import PATIENCE
 
 from lit_vlm.data.images import EncodedImage
@@ -24,7 +24,7 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch, tmp_path_factory):
+def current_folder(tmp_path, monkeypatch, tmp_path_factory):
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -32,32 +32,32 @@ def here(tmp_path, monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
-def words(files, tmp_path) -> list[str]:
-    """The mixture with weights; a tenth is held out."""
-    sources = sources_of(files, **{name: {"weight": weight} for name, weight in WEIGHTS.items()})
-    return [*own_choice(tmp_path, sources=sources, validation={"fraction": 0.1}), *FAST]
+def overrides(files, tmp_path) -> list[str]:
+    """Overrides of the mixture with weights; a tenth is held out."""
+    sources = build_sources(files, **{name: {"weight": weight} for name, weight in WEIGHTS.items()})
+    return [*write_data_choice(tmp_path, sources=sources, validation={"fraction": 0.1}), *FAST]
 
 
-def forbidden(*_, **__):
+def fail_on_use(*_, **__):
     pytest.fail("read once more")
 
 
-def shards_of(folder: Path) -> dict[str, int]:
-    """Name and time of change of everything that is kept."""
+def read_modification_times(folder: Path) -> dict[str, int]:
+    """Return path -> modification time of all files except lock files."""
     return {
         str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
     }
 
 
-def test_what_is_prepared_is_trained_on_without_reading_a_record_for_the_index_again(words, monkeypatch):
-    ready = prepared(*words, "run_name=five")
-    kept = shards_of(ready.dir.parent / "index")
+def test_training_on_prepared_data_indexes_no_record_again(overrides, monkeypatch):
+    ready = run_prepare(*overrides, "run_name=five")
+    times = read_modification_times(ready.dir.parent / "index")
     with monkeypatch.context() as patch:
-        patch.setattr(Processor, "compute_cost", forbidden)
-        ran = run(*words, "stage=sft", "run_name=five")
-    assert shards_of(ready.dir.parent / "index") == kept
-    assert ran.dir == ready.dir and ran.manifest["status"] == "finished"
-    data = ran.manifest["data"]
+        patch.setattr(Processor, "compute_cost", fail_on_use)
+        run_output = run(*overrides, "stage=sft", "run_name=five")
+    assert read_modification_times(ready.dir.parent / "index") == times
+    assert run_output.dir == ready.dir and run_output.manifest["status"] == "finished"
+    data = run_output.manifest["data"]
     assert data["num_samples"] + data["num_held_out"] == sum(SIZES.values())
     rows = {row["name"]: row for row in data["mixture"] if row["group"] == "source"}
     assert {name: row["asked"] for name, row in rows.items()} == pytest.approx(WEIGHTS)
@@ -65,20 +65,23 @@ def test_what_is_prepared_is_trained_on_without_reading_a_record_for_the_index_a
     assert all(abs(row["drawn"] - 40 * WEIGHTS[name]) <= 1 for name, row in rows.items())
 
 
-def test_prepared_twice_nothing_is_counted_or_decoded_again(words, monkeypatch):
-    ready = prepared(*words)
-    kept, lock = shards_of(ready.dir.parent / "index" / "shards"), (ready.dir / "mixture.lock").read_bytes()
-    monkeypatch.setattr(Processor, "compute_cost", forbidden)
-    monkeypatch.setattr(EncodedImage, "load", forbidden)
-    prepared(*words)
-    assert shards_of(ready.dir.parent / "index" / "shards").keys() == kept.keys()
+def test_preparing_twice_counts_and_decodes_nothing_again(overrides, monkeypatch):
+    ready = run_prepare(*overrides)
+    times, lock = (
+        read_modification_times(ready.dir.parent / "index" / "shards"),
+        (ready.dir / "mixture.lock").read_bytes(),
+    )
+    monkeypatch.setattr(Processor, "compute_cost", fail_on_use)
+    monkeypatch.setattr(EncodedImage, "load", fail_on_use)
+    run_prepare(*overrides)
+    assert read_modification_times(ready.dir.parent / "index" / "shards").keys() == times.keys()
     assert (ready.dir / "mixture.lock").read_bytes() == lock
 
 
-def test_preflight_on_what_is_prepared_says_that_it_would_run(words, monkeypatch):
-    prepared(*words)
-    monkeypatch.setattr(Processor, "compute_cost", forbidden)
-    job = job_of(*words, "task=preflight")
+def test_preflight_on_prepared_data_reports_that_it_would_run(overrides, monkeypatch):
+    run_prepare(*overrides)
+    monkeypatch.setattr(Processor, "compute_cost", fail_on_use)
+    job = parse_sft_run(*overrides, "task=preflight")
     run_preflight(job)  # exit status 1 is an exception
     facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))
     assert facts["would_run"] and not [finding for finding in facts["findings"] if finding["level"] == "failure"]
@@ -87,57 +90,68 @@ def test_preflight_on_what_is_prepared_says_that_it_would_run(words, monkeypatch
     }
 
 
-def test_the_command_says_what_each_source_holds_and_what_the_plan_is(words, tmp_path):
-    done = process(*words, "stage=sft", "task=prepare", "run_name=said", cwd=tmp_path, base=TINY[1:])
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    said = done.stdout
-    assert "5 steps; k = 1 on 1 device" in said and "prepared" in said
+def test_the_command_prints_the_contents_of_each_source_and_the_plan(overrides, tmp_path):
+    result = run_process(*overrides, "stage=sft", "task=prepare", "run_name=said", cwd=tmp_path, base=TINY[1:])
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    output = result.stdout
+    assert "5 steps; k = 1 on 1 device" in output and "prepared" in output
     for name, size in SIZES.items():
-        row = next(line for line in said.splitlines() if line.startswith(f"│ {name} "))
+        row = next(line for line in output.splitlines() if line.startswith(f"│ {name} "))
         assert [cell.strip() for cell in row.split("│")[2:6]] == [str(size), str(size), "none", "0"]
     folder = tmp_path / "runs" / "said"
-    assert f"Lock: {folder / 'mixture.lock'}" in said and (folder / "mixture.lock").is_file()
-    assert "quarantine.jsonl" not in said  # under data.on_bad_record=stop nothing is set aside
+    assert f"Lock: {folder / 'mixture.lock'}" in output and (folder / "mixture.lock").is_file()
+    assert "quarantine.jsonl" not in output  # with data.on_bad_record=stop nothing is quarantined
 
 
-def test_three_at_once_on_an_empty_store_end_with_the_same_lock(words, tmp_path):
-    jobs = [FORK.Process(target=prepared, args=(*words, f"run_name=at_once/{number}")) for number in range(3)]
+def test_three_concurrent_processes_on_an_empty_index_end_with_the_same_lock_file(overrides, tmp_path):
+    jobs = [FORK.Process(target=run_prepare, args=(*overrides, f"run_name=at_once/{number}")) for number in range(3)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join(PATIENCE)
         assert job.exitcode == 0
     locks = {(tmp_path / "runs" / "at_once" / str(number) / "mixture.lock").read_bytes() for number in range(3)}
-    alone = prepared(*words, "data.index_dir=other", "run_name=alone")
+    alone = run_prepare(*overrides, "data.index_dir=other", "run_name=alone")
     assert locks == {(alone.dir / "mixture.lock").read_bytes()}
     assert not list((tmp_path / "runs" / "index").rglob(".*"))
 
 
-def test_the_index_may_lie_elsewhere(words, tmp_path):
-    ready = prepared(*words, f"data.index_dir={tmp_path / 'elsewhere'}")
+def test_the_index_can_be_in_another_folder(overrides, tmp_path):
+    ready = run_prepare(*overrides, f"data.index_dir={tmp_path / 'elsewhere'}")
     assert not (ready.dir.parent / "index").exists()
     assert len(list((tmp_path / "elsewhere" / "shards").glob("*.arrow"))) == 2 * len(SIZES)  # counted and decoded
-    ran = run(*words, "stage=sft", f"data.index_dir={tmp_path / 'elsewhere'}")
-    assert ran.manifest["status"] == "finished" and not (ran.dir.parent / "index").exists()
+    run_output = run(*overrides, "stage=sft", f"data.index_dir={tmp_path / 'elsewhere'}")
+    assert run_output.manifest["status"] == "finished" and not (run_output.dir.parent / "index").exists()
 
 
-def test_records_of_two_kinds_of_trouble_are_counted_in_the_table(files, tmp_path, capsys):
-    """Decomposed text is counted as changed; an own validation source of the same name is not mixed up with it."""
-    from run_helpers import llava, write
+def test_changed_and_quarantined_records_are_counted_in_the_table(files, tmp_path, capsys):
+    """Decomposed text is counted as changed. A validation source of the same name is counted apart."""
+    from run_helpers import make_llava_record, write_records
 
     nfd = "\u1112\u1161\u11ab\u1100\u1173\u11af"
-    write(tmp_path / "mine.jsonl", [llava("q", nfd), llava("q", "a"), *[llava("q", f"b{i}") for i in range(8)]])
-    write(tmp_path / "held.jsonl", [llava("q", f"b{i}") for i in range(15)] + [llava("q", "")] * 5)
-    mine = {"path": str(tmp_path / "mine.jsonl"), "format": "llava"}
-    held = mine | {"path": str(tmp_path / "held.jsonl")}
-    own = own_choice(tmp_path, sources={"mine": mine}, validation={"sources": {"mine": held}})
-    ready = prepared(*own, "data.on_bad_record=quarantine", "data.max_quarantined=0.3")
+    write_records(
+        tmp_path / "mine.jsonl",
+        [
+            make_llava_record("q", nfd),
+            make_llava_record("q", "a"),
+            *[make_llava_record("q", f"b{i}") for i in range(8)],
+        ],
+    )
+    write_records(
+        tmp_path / "held.jsonl", [make_llava_record("q", f"b{i}") for i in range(15)] + [make_llava_record("q", "")] * 5
+    )
+    training_source = {"path": str(tmp_path / "mine.jsonl"), "format": "llava"}
+    held_source = training_source | {"path": str(tmp_path / "held.jsonl")}
+    choice = write_data_choice(
+        tmp_path, sources={"mine": training_source}, validation={"sources": {"mine": held_source}}
+    )
+    ready = run_prepare(*choice, "data.on_bad_record=quarantine", "data.max_quarantined=0.3")
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ mine"))
     assert [cell.strip() for cell in row.split("│")[1:6]] == ["mine", "10", "10", "none", "1"]
-    assert {line["source"] for line in lines_of(ready.dir / "quarantine.jsonl")} == {"mine (validation)"}
+    assert {line["source"] for line in read_json_lines(ready.dir / "quarantine.jsonl")} == {"mine (validation)"}
 
 
-def test_brackets_in_a_path_are_said_as_they_are(files, tmp_path, capsys):
-    own = own_choice(tmp_path, sources={"sharegpt": sources_of(files)["sharegpt"]})
-    prepared(*own, f"data.index_dir='{tmp_path}/[/old]/[bold]'")
+def test_brackets_in_a_path_are_printed_unchanged(files, tmp_path, capsys):
+    choice = write_data_choice(tmp_path, sources={"sharegpt": build_sources(files)["sharegpt"]})
+    run_prepare(*choice, f"data.index_dir='{tmp_path}/[/old]/[bold]'")
     assert f"{tmp_path}/[/old]/[bold]" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""task=prepare that is killed, or finds no room: nothing half is ever trusted, and the next start goes on."""
+"""Tests of task=prepare that is killed or finds a full disk: partial files are never used, and the next start resumes."""
 
 import io
 import multiprocessing
@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from mixture_cases import datamodule_of, make_files, prepared, sources_of
-from run_helpers import own_choice, run
+from mixture_cases import build_datamodule, build_sources, make_files, run_prepare
+from run_helpers import run, write_data_choice
 from waiting import PATIENCE
 
 from lit_vlm.data.index import shards
@@ -27,20 +27,23 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def words(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
-    """A mixture of six formats, in shards of few records so that there are many moments to be killed at."""
+def overrides(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
+    """Overrides of a mixture of six formats, with small shards so that there are many moments to be killed at."""
     import datasets
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(shards, "SHARD_RECORDS", 5)
-    return [*own_choice(tmp_path, sources=sources_of(files), validation={"fraction": 0.1}), "data.index_workers=2"]
+    return [
+        *write_data_choice(tmp_path, sources=build_sources(files), validation={"fraction": 0.1}),
+        "data.index_workers=2",
+    ]
 
 
-def outcome(words: list[str]) -> tuple[str, str, bytes]:
-    """Digests of the index and of what is held out, and the lock."""
-    ready = prepared(*words)
-    datamodule = datamodule_of(*words)
+def compute_outcome(overrides: list[str]) -> tuple[str, str, bytes]:
+    """Return the digests of the training and held-out index, and the content of the lock file."""
+    ready = run_prepare(*overrides)
+    datamodule = build_datamodule(*overrides)
     datamodule.build_indexes()
     return (
         datamodule.index.compute_digest(),
@@ -49,107 +52,108 @@ def outcome(words: list[str]) -> tuple[str, str, bytes]:
     )
 
 
-def strays(store: Path) -> list[str]:
-    """All that is neither kept for good nor a lock."""
+def list_leftovers(store: Path) -> list[str]:
+    """List the temporary files."""
     return [path.name for path in store.rglob("*") if path.name.startswith(".") or path.suffix in (".part", ".tmp")]
 
 
-def die_at_the_replacement(number: int, words: list[str]) -> None:
-    """Killed when the draft of that number is written and not yet in its place."""
-    left, replace = [number], os.replace
+def prepare_and_die_at_replace(number: int, overrides: list[str]) -> None:
+    """Prepare, and die before the `number`-th rename of a temporary file."""
+    remaining, replace = [number], os.replace
 
-    def fatal(*paths):
-        left[0] -= 1
-        if not left[0]:
+    def replace_or_die(*paths):
+        remaining[0] -= 1
+        if not remaining[0]:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
 
-    os.replace = fatal
-    prepared(*words)
+    os.replace = replace_or_die
+    run_prepare(*overrides)
 
 
 @pytest.mark.slow
-def test_killed_between_writing_and_moving_it_ends_as_if_never_killed(words, tmp_path):
-    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
+def test_preparing_killed_between_write_and_rename_ends_as_if_never_killed(overrides, tmp_path):
+    undisturbed = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
     killed = 0
     for number in (1, 3, 8, 8, 8, 8):
-        job = FORK.Process(target=die_at_the_replacement, args=(number, [*words, "run_name=cut"]))
+        job = FORK.Process(target=prepare_and_die_at_replace, args=(number, [*overrides, "run_name=cut"]))
         job.start()
         job.join(PATIENCE)
         killed += job.exitcode == -signal.SIGKILL
-    assert killed >= 4 and strays(tmp_path / "runs" / "index")
-    assert outcome([*words, "run_name=cut"]) == whole
-    assert not strays(tmp_path / "runs" / "index")
+    assert killed >= 4 and list_leftovers(tmp_path / "runs" / "index")
+    assert compute_outcome([*overrides, "run_name=cut"]) == undisturbed
+    assert not list_leftovers(tmp_path / "runs" / "index")
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_as_if_never_killed(words, tmp_path):
-    began = time.monotonic()
-    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
-    takes, dice, killed = time.monotonic() - began, random.Random(0), 0
+def test_preparing_killed_at_any_moment_ends_as_if_never_killed(overrides, tmp_path):
+    start_time = time.monotonic()
+    undisturbed = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
+    duration, rng, killed = time.monotonic() - start_time, random.Random(0), 0
     for _ in range(40):
-        job = FORK.Process(target=prepared, args=(*words, "run_name=cut"))
+        job = FORK.Process(target=run_prepare, args=(*overrides, "run_name=cut"))
         job.start()
-        time.sleep(dice.uniform(0, takes / 2))
+        time.sleep(rng.uniform(0, duration / 2))
         job.kill()
         job.join(PATIENCE)
         killed += job.exitcode == -signal.SIGKILL
     assert killed > 10
-    assert outcome([*words, "run_name=cut"]) == whole
-    assert not strays(tmp_path / "runs" / "index")
+    assert compute_outcome([*overrides, "run_name=cut"]) == undisturbed
+    assert not list_leftovers(tmp_path / "runs" / "index")
 
 
-def cramped(limit: int, words: list[str], said) -> None:
-    """No file may grow beyond the limit, as on a full disk."""
-    sys.stdout = sys.stderr = io.StringIO()  # where pytest puts what is printed is a file as well
+def prepare_with_file_limit(limit: int, overrides: list[str], messages) -> None:
+    """Prepare with a limit on the file size, which acts like a full disk. Put the error message, or ""."""
+    sys.stdout = sys.stderr = io.StringIO()  # the captured output of pytest is a file too
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        prepared(*words)
-        said.put("")
+        run_prepare(*overrides)
+        messages.put("")
     except BaseException as error:
-        said.put(f"{type(error).__name__}: {error}")
+        messages.put(f"{type(error).__name__}: {error}")
 
 
-def within(limit: int, words: list[str]) -> str:
-    """What task=prepare says that finds room for files of so many bytes."""
-    said = FORK.SimpleQueue()
-    job = FORK.Process(target=cramped, args=(limit, words, said))
+def read_error_within_limit(limit: int, overrides: list[str]) -> str:
+    """Return the error of task=prepare if files can have at most `limit` bytes."""
+    messages = FORK.SimpleQueue()
+    job = FORK.Process(target=prepare_with_file_limit, args=(limit, overrides, messages))
     job.start()
-    text = said.get()
+    text = messages.get()
     job.join(PATIENCE)
     return text
 
 
 @pytest.mark.slow
-def test_without_room_it_says_so_and_goes_on_when_there_is_some(words, tmp_path):
-    """The places of records in their files, the shards, the plan: each is the first that does not fit."""
-    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])  # the tiny model's parts are there then
+def test_a_full_disk_is_reported_and_preparing_resumes_when_there_is_room(overrides, tmp_path):
+    """With each limit another file is the first that does not fit: record offsets, shards, plan."""
+    # Also makes the parts of the tiny model
+    undisturbed = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
     for limit in (10, 150, 400, 1000, 2000, 3500):
-        text = within(limit, [*words, "run_name=full"])
+        text = read_error_within_limit(limit, [*overrides, "run_name=full"])
         assert text.startswith("UserError: The index cannot be kept in ") and "File too large. Make room" in text, text
         assert str(tmp_path / "runs" / "index") in text and "set data.index_dir to another folder" in text
-        assert not strays(tmp_path / "runs" / "index")
-    assert outcome([*words, "run_name=full"]) == whole
+        assert not list_leftovers(tmp_path / "runs" / "index")
+    assert compute_outcome([*overrides, "run_name=full"]) == undisturbed
 
 
-def test_without_room_in_the_runs_folder_that_is_named(words, tmp_path):
-    prepared(*words, "data.index_dir=whole", "run_name=whole")
-    text = within(3000, [*words, "data.index_dir=whole", "run_name=full"])
+def test_a_full_disk_for_the_run_folder_is_named(overrides, tmp_path):
+    run_prepare(*overrides, "data.index_dir=whole", "run_name=whole")
+    text = read_error_within_limit(3000, [*overrides, "data.index_dir=whole", "run_name=full"])
     folder = tmp_path / "runs" / "full"
     assert text.startswith(f"UserError: mixture.lock cannot be kept in {folder}: File too large.") and "run_dir" in text
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_named(words, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(overrides, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for task in (prepared, lambda *words: run(*words, "stage=sft")):
+    for task in (run_prepare, lambda *overrides: run(*overrides, "stage=sft")):
         with pytest.raises(UserError, match=r"cannot be kept in .*file/index.*set data\.index_dir to another folder"):
-            task(*words, f"data.index_dir={tmp_path / 'file' / 'index'}")
+            task(*overrides, f"data.index_dir={tmp_path / 'file' / 'index'}")
     assert not (tmp_path / "runs" / "run").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_to_is_named(words, tmp_path):
+def test_a_folder_without_write_permission_is_named(overrides, tmp_path):
     (tmp_path / "readable").mkdir(0o555)
     with pytest.raises(UserError, match=r"cannot be kept in .*readable.*Permission denied\..*set data\.index_dir"):
-        prepared(*words, f"data.index_dir={tmp_path / 'readable'}")
+        run_prepare(*overrides, f"data.index_dir={tmp_path / 'readable'}")

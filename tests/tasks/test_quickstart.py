@@ -1,4 +1,4 @@
-"""The main job as a newcomer starts it, at its full length: what the tiny model must have learnt at its end."""
+"""Tests of the quickstart at full length: the scores that the tiny model must reach."""
 
 import json
 import subprocess
@@ -23,12 +23,12 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
     stages = [tmp_path / "tiny" / name for name in ("1_align", "2_sft", "3_highres", "4_dpo")]
     manifests = [json.loads((stage / "manifest.json").read_text()) for stage in stages]
     align, sft, highres, dpo = (manifest["figures"] for manifest in manifests)
-    known = json.loads(RESULT.read_text(encoding="utf-8"))["stages"]  # README's tables are made of these
+    known = json.loads(RESULT.read_text(encoding="utf-8"))["stages"]  # the tables of the README are made of these
     for kind in KIND_TITLES:
-        bar = compute_threshold(known["2_sft"], kind)
+        threshold = compute_threshold(known["2_sft"], kind)
         for language in ("ko", "en"):
             name = f"{kind}_{language}"
-            assert sft["scores"]["before"][name] < 0.1 < bar <= sft["scores"]["after"][name], name
+            assert sft["scores"]["before"][name] < 0.1 < threshold <= sft["scores"]["after"][name], name
     assert dpo["val/rewards/accuracies"] >= 0.8
     for stage, figures in zip(known, (align, sft, highres, dpo), strict=True):
         assert figures["samples"] == known[stage]["samples"][0], stage
@@ -44,16 +44,16 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_two_runs_of_one_seed_on_one_machine_end_with_equal_weights_to_the_bit(repository, tmp_path):
+def test_two_runs_of_one_seed_on_one_machine_end_with_bitwise_equal_weights(repository, tmp_path):
     digests = set()
-    for place in ("first", "second"):
-        words = [f"run_dir={tmp_path / place}", "experiment=tiny/1_align", "trainer.max_steps=12"]
+    for run_folder in ("first", "second"):
+        overrides = [f"run_dir={tmp_path / run_folder}", "experiment=tiny/1_align", "trainer.max_steps=12"]
         done = subprocess.run(
-            [sys.executable, str(repository / "run.py"), *words, "run_name=run", "data.validation.fraction=0.01"],
+            [sys.executable, str(repository / "run.py"), *overrides, "run_name=run", "data.validation.fraction=0.01"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        digests.add(json.loads((tmp_path / place / "run/manifest.json").read_text())["weights_digest"])
+        digests.add(json.loads((tmp_path / run_folder / "run/manifest.json").read_text())["weights_digest"])
     assert len(digests) == 1

@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends as one that never was: weights, moments, what was read, what was logged."""
+"""Tests that a killed and resumed run ends as an undisturbed one: weights, moments, consumed samples and metrics."""
 
 import json
 import os
@@ -13,17 +13,17 @@ import torch
 from resume_cases import (
     KINDS,
     STEPS,
-    ended,
-    kill_at,
-    last_state,
-    parsed,
-    rows,
-    run_dir,
-    same_state,
+    build_overrides,
+    is_same_state,
+    kill_at_micro_batch,
+    list_leftovers,
+    open_run,
+    parse_once,
+    read_last_state,
+    read_metrics,
+    run_to_end,
+    run_undisturbed,
     start,
-    strays,
-    whole_run,
-    words_of,
 )
 from run_helpers import TWO
 
@@ -32,110 +32,123 @@ from lit_vlm.types import UserError
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def work_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("resume")
 
 
-def killed_and_resumed(place: Path, words: list[str], kills: list[int], ranks: int = 1, name: str = "killed") -> str:
-    """Start, be killed in these micro-batches, one after the other, and come to the end. Returns what the last start said."""
-    for at in kills:
-        assert -signal.SIGKILL in start([*words, f"run_name={name}"], place, ranks, kill_at(at)).wait()
-    code, said = ended([*words, f"run_name={name}"], place, ranks)
-    assert code == 0, said
-    return said
+def kill_and_resume(
+    work_folder: Path, overrides: list[str], kills: list[int], ranks: int = 1, name: str = "killed"
+) -> str:
+    """Start a run, kill it in each of these micro-batches, and let it end. Return the output of the last start."""
+    for micro_batch in kills:
+        assert (
+            -signal.SIGKILL
+            in start([*overrides, f"run_name={name}"], work_folder, ranks, kill_at_micro_batch(micro_batch)).wait()
+        )
+    code, output = run_to_end([*overrides, f"run_name={name}"], work_folder, ranks)
+    assert code == 0, output
+    return output
 
 
-def same(place: Path, one: str, other: str) -> None:
-    assert same_state(last_state(place, one), last_state(place, other))
-    assert rows(place, one) == rows(place, other)
-    assert strays(place, other) == []
+def check_same_end(work_folder: Path, one: str, other: str) -> None:
+    assert is_same_state(read_last_state(work_folder, one), read_last_state(work_folder, other))
+    assert read_metrics(work_folder, one) == read_metrics(work_folder, other)
+    assert list_leftovers(work_folder, other) == []
 
 
-def goes_on_at(said: str) -> int | None:
-    found = [line for line in said.splitlines() if "goes on at step" in line]
+def find_resumed_step(output: str) -> int | None:
+    found = [line for line in output.splitlines() if "goes on at step" in line]
     assert len(found) <= 1
     return int(found[0].split("goes on at step ")[1].split()[0]) if found else None
 
 
-# Identical, bit for bit
+# Identical bit by bit
 
 
 @pytest.mark.parametrize(
     ("stage", "workers"),
     [("align", 2), ("sft", 0), pytest.param("highres", 2, marks=pytest.mark.slow), ("dpo", 0)],
 )
-def test_a_run_killed_twice_ends_as_one_that_was_not(place, stage, workers):
-    words, name = words_of(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
-    k = run_dir(place, name).manifest["plan"]["k"]
-    said = killed_and_resumed(place, words, [2 * k, 4 * k], name=f"{stage}_killed")
-    assert goes_on_at(said) >= 2
-    same(place, name, f"{stage}_killed")
+def test_a_run_killed_twice_ends_as_an_undisturbed_one(work_folder, stage, workers):
+    overrides, name = (
+        build_overrides(work_folder, stage, f"data.num_workers={workers}"),
+        run_undisturbed_stage(work_folder, stage),
+    )
+    k = open_run(work_folder, name).manifest["plan"]["k"]
+    output = kill_and_resume(work_folder, overrides, [2 * k, 4 * k], name=f"{stage}_killed")
+    assert find_resumed_step(output) >= 2
+    check_same_end(work_folder, name, f"{stage}_killed")
 
 
 @cache
-def undisturbed(place: Path, stage: str) -> str:
-    """The name of a run of that stage that was not killed. Workers and checkpoints have no part in what it computes."""
-    whole_run(words_of(place, stage, f"run_name={stage}_whole"), place)
+def run_undisturbed_stage(work_folder: Path, stage: str) -> str:
+    """Return the name of an undisturbed run of that stage. Workers and checkpoints do not affect its result."""
+    run_undisturbed(build_overrides(work_folder, stage, f"run_name={stage}_whole"), work_folder)
     return f"{stage}_whole"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", KINDS)
-def test_a_run_killed_in_each_of_its_steps_ends_as_one_that_was_not(place, stage, workers):
-    words, whole = words_of(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
-    k = run_dir(place, whole).manifest["plan"]["k"]
+def test_a_run_killed_in_each_of_its_steps_ends_as_an_undisturbed_one(work_folder, stage, workers):
+    overrides, undisturbed = (
+        build_overrides(work_folder, stage, f"data.num_workers={workers}"),
+        run_undisturbed_stage(work_folder, stage),
+    )
+    k = open_run(work_folder, undisturbed).manifest["plan"]["k"]
     for step in range(STEPS):
         name = f"{stage}_{workers}_{step}"
-        killed_and_resumed(place, words, [step * k + k - 1], name=name)
-        same(place, whole, name)
+        kill_and_resume(work_folder, overrides, [step * k + k - 1], name=name)
+        check_same_end(work_folder, undisturbed, name)
 
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
-def test_two_ranks_of_which_one_is_killed_end_as_two_that_were_not(place, stage):
-    words = words_of(place, stage, *TWO)
-    code, said = ended([*words, f"run_name={stage}_two"], place, 2)
-    assert code == 0, said
+def test_two_ranks_of_which_one_is_killed_end_as_two_undisturbed_ones(work_folder, stage):
+    overrides = build_overrides(work_folder, stage, *TWO)
+    code, output = run_to_end([*overrides, f"run_name={stage}_two"], work_folder, 2)
+    assert code == 0, output
 
-    def of_rank(rank: int):
-        return lambda: kill_at(3)() if os.environ["RANK"] == str(rank) else None
+    def kill_on_rank(rank: int):
+        return lambda: kill_at_micro_batch(3)() if os.environ["RANK"] == str(rank) else None
 
     for rank in (1, 0):
-        codes = start([*words, f"run_name={stage}_two_killed"], place, 2, of_rank(rank)).wait()
+        codes = start([*overrides, f"run_name={stage}_two_killed"], work_folder, 2, kill_on_rank(rank)).wait()
         assert codes[rank] == -signal.SIGKILL and codes[1 - rank] != 0
-    killed_and_resumed(place, words, [], 2, f"{stage}_two_killed")
-    same(place, f"{stage}_two", f"{stage}_two_killed")
+    kill_and_resume(work_folder, overrides, [], 2, f"{stage}_two_killed")
+    check_same_end(work_folder, f"{stage}_two", f"{stage}_two_killed")
 
 
-def test_validation_best_and_metrics_are_those_of_a_run_that_was_not_killed(place):
-    """Killed in the step after a validation, and while it validates: that one is run again, its row is there once."""
-    words = words_of(
-        place, "sft", "data.validation.every_steps=2", "checkpoint.keep_best=true", "checkpoint.keep_last=1"
+def test_a_killed_run_ends_with_the_validation_best_checkpoint_and_metrics_of_an_undisturbed_one(work_folder):
+    """The run is killed in the step after a validation, and in a validation, which is then run again and logged once."""
+    overrides = build_overrides(
+        work_folder, "sft", "data.validation.every_steps=2", "checkpoint.keep_best=true", "checkpoint.keep_last=1"
     )
-    whole_run([*words, "run_name=val_whole"], place)
+    run_undisturbed([*overrides, "run_name=val_whole"], work_folder)
 
-    def while_it_validates():
+    def kill_in_validation():
         from lit_vlm.stages.base import Stage
 
         Stage.validation_step = lambda self, batch, number: os.kill(os.getpid(), signal.SIGKILL)
 
-    begun = start([*words, "run_name=val_killed"], place, patch=while_it_validates)
-    assert begun.wait() == [-signal.SIGKILL]
-    killed_and_resumed(place, words, [2, 4], name="val_killed")
-    same(place, "val_whole", "val_killed")
-    assert sum(bool(row["val/loss"]) for row in rows(place, "val_killed")) == 3
-    folders = [CheckpointFolder(run_dir(place, name).dir / "checkpoints") for name in ("val_whole", "val_killed")]
+    started = start([*overrides, "run_name=val_killed"], work_folder, patch=kill_in_validation)
+    assert started.wait() == [-signal.SIGKILL]
+    kill_and_resume(work_folder, overrides, [2, 4], name="val_killed")
+    check_same_end(work_folder, "val_whole", "val_killed")
+    assert sum(bool(row["val/loss"]) for row in read_metrics(work_folder, "val_killed")) == 3
+    folders = [
+        CheckpointFolder(open_run(work_folder, name).dir / "checkpoints") for name in ("val_whole", "val_killed")
+    ]
     assert folders[0].read_best() == folders[1].read_best() and folders[0].read_best()[1] > 0
     assert folders[1].list_steps() == sorted({STEPS, folders[1].read_best()[0]}, reverse=True)
 
 
-def test_figures_and_the_exported_model_are_those_of_a_run_that_was_not_killed(place):
-    words = words_of(
-        place, "align", "callbacks=[throughput,guard,samples]", "export=true", "data.validation.max_samples=1"
+def test_a_killed_run_ends_with_the_figures_and_the_export_of_an_undisturbed_one(work_folder):
+    overrides = build_overrides(
+        work_folder, "align", "callbacks=[throughput,guard,samples]", "export=true", "data.validation.max_samples=1"
     )
-    whole_run([*words, "run_name=hf_whole", "checkpoint.every_steps=null"], place, finished=True)
-    killed_and_resumed(place, words, [3], name="hf_killed")
-    one, other = run_dir(place, "hf_whole"), run_dir(place, "hf_killed")
+    run_undisturbed([*overrides, "run_name=hf_whole", "checkpoint.every_steps=null"], work_folder, finished=True)
+    kill_and_resume(work_folder, overrides, [3], name="hf_killed")
+    one, other = open_run(work_folder, "hf_whole"), open_run(work_folder, "hf_killed")
     assert one.manifest["weights_digest"] == other.manifest["weights_digest"]
     for key in (
         "steps",
@@ -152,58 +165,60 @@ def test_figures_and_the_exported_model_are_those_of_a_run_that_was_not_killed(p
     assert [line["phase"] for line in map(json.loads, (other.dir / "samples.jsonl").read_text().splitlines())].count(
         "before"
     ) == 2
-    for ran in (one, other):
-        assert not (ran.dir / "checkpoints").exists() and strays(place, ran.dir.name) == []
+    for run_output in (one, other):
+        assert not (run_output.dir / "checkpoints").exists() and list_leftovers(work_folder, run_output.dir.name) == []
 
 
-def test_a_run_killed_after_its_last_step_trains_no_step_again(place):
-    words = words_of(place, "align", "export=true", "run_name=end")
+def test_a_run_killed_after_its_last_step_repeats_no_step(work_folder):
+    overrides = build_overrides(work_folder, "align", "export=true", "run_name=end")
 
-    def in_export():
+    def kill_in_export():
         from callbacks.export import Export
 
         Export.on_train_end = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 
-    def no_step():
+    def forbid_training_steps():
         from lit_vlm.stages.base import Stage
 
-        def trained(self, batch, number):
+        def fail_on_step(self, batch, number):
             raise AssertionError("a step was taken")
 
-        Stage.training_step = trained
+        Stage.training_step = fail_on_step
 
-    assert start(words, place, patch=in_export).wait() == [-signal.SIGKILL]
-    code, said = ended(words, place, patch=no_step)
-    assert code == 0 and goes_on_at(said) == STEPS, said
-    ran = run_dir(place, "end")
-    assert ran.manifest["status"] == "finished" and ran.manifest["figures"]["steps"] == STEPS
-    assert len([row for row in rows(place, "end") if row["val/loss"]]) == 1
-
-
-# Other devices, other budgets
+    assert start(overrides, work_folder, patch=kill_in_export).wait() == [-signal.SIGKILL]
+    code, output = run_to_end(overrides, work_folder, patch=forbid_training_steps)
+    assert code == 0 and find_resumed_step(output) == STEPS, output
+    run_output = open_run(work_folder, "end")
+    assert run_output.manifest["status"] == "finished" and run_output.manifest["figures"]["steps"] == STEPS
+    assert len([row for row in read_metrics(work_folder, "end") if row["val/loss"]]) == 1
 
 
-def losses(place: Path, name: str) -> list[float]:
-    return [float(row["train/loss"]) for row in rows(place, name) if row["train/loss"]]
+# Other devices and token limits
+
+
+def read_losses(work_folder: Path, name: str) -> list[float]:
+    return [float(row["train/loss"]) for row in read_metrics(work_folder, name) if row["train/loss"]]
 
 
 ELASTIC = ["stage.adam_eps=1e-6"]  # a bias without a true gradient makes Adam amplify the order of sums
 
 
-def elastic(place: Path, world_sizes: list[int], name: str, *more: str) -> None:
-    words = words_of(place, "highres", *ELASTIC, *more)
-    whole = whole_run([*words, f"run_name={name}_one"], place)
+def check_elastic_resume(work_folder: Path, world_sizes: list[int], name: str, *extra: str) -> None:
+    overrides = build_overrides(work_folder, "highres", *ELASTIC, *extra)
+    undisturbed = run_undisturbed([*overrides, f"run_name={name}_one"], work_folder)
     for number, ranks in enumerate(world_sizes):
         last = number == len(world_sizes) - 1
         several = [*TWO, f"trainer.devices={ranks}"] if ranks > 1 else []
-        # in the last micro-batch of a step, however many it has
+        # for any number of micro-batches in the step
         at = None if last else f"step {(number + 1) * STEPS // len(world_sizes)}"
-        begun = start([*words, *several, f"run_name={name}"], place, ranks, at and kill_in_step(int(at.split()[1])))
-        codes = begun.wait()
-        assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.said()
-    found = last_state(place, name)
-    assert (found.step, found.consumed) == (whole.step, whole.consumed)
-    assert losses(place, name) == pytest.approx(losses(place, f"{name}_one"), rel=1e-5)
+        started = start(
+            [*overrides, *several, f"run_name={name}"], work_folder, ranks, at and kill_in_step(int(at.split()[1]))
+        )
+        codes = started.wait()
+        assert codes[0] == 0 if last else -signal.SIGKILL in codes, started.read_output()
+    found = read_last_state(work_folder, name)
+    assert (found.step, found.consumed) == (undisturbed.step, undisturbed.consumed)
+    assert read_losses(work_folder, name) == pytest.approx(read_losses(work_folder, f"{name}_one"), rel=1e-5)
 
 
 def kill_in_step(step: int):
@@ -212,173 +227,181 @@ def kill_in_step(step: int):
 
         train = Stage.training_step
 
-        def killed(self, batch, number):
+        def kill_or_step(self, batch, number):
             if batch.step == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return train(self, batch, number)
 
-        Stage.training_step = killed
+        Stage.training_step = kill_or_step
 
     return patch
 
 
-def test_on_another_number_of_ranks_a_run_goes_on_with_the_same_samples(place):
-    elastic(place, [2, 1, 2], "elastic")
+def test_a_run_resumed_on_another_number_of_ranks_reads_the_same_samples(work_folder):
+    check_elastic_resume(work_folder, [2, 1, 2], "elastic")
 
 
 @pytest.mark.slow
-def test_two_one_four_and_two_ranks_read_what_one_does(place):
-    elastic(place, [2, 1, 4, 2], "elastic_four")
+def test_two_one_four_and_two_ranks_read_the_samples_of_one_rank(work_folder):
+    check_elastic_resume(work_folder, [2, 1, 4, 2], "elastic_four")
 
 
 @pytest.mark.slow
-def test_a_run_moves_between_strategies_and_reads_the_same_samples(place):
-    words = words_of(place, "highres", *ELASTIC)
-    whole = whole_run([*words, "run_name=one_strategy"], place)
+def test_a_run_resumed_under_other_strategies_reads_the_same_samples(work_folder):
+    overrides = build_overrides(work_folder, "highres", *ELASTIC)
+    undisturbed = run_undisturbed([*overrides, "run_name=one_strategy"], work_folder)
     strategies = ["deepspeed_zero3", "fsdp2", "single", "deepspeed_zero2", "ddp"]
     for number, strategy in enumerate(strategies, 1):
         last, ranks = number == len(strategies), 1 if strategy == "single" else 2
         several = [*TWO, f"trainer.strategy={strategy}"] if ranks > 1 else []
-        begun = start([*words, *several, "run_name=moves"], place, ranks, None if last else kill_in_step(number))
-        codes = begun.wait()
-        assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.said()
-    found = last_state(place, "moves")
-    assert (found.step, found.consumed) == (whole.step, whole.consumed)
-    assert losses(place, "moves") == pytest.approx(
-        losses(place, "one_strategy"), rel=1e-3
-    )  # see the test of each strategy
+        started = start(
+            [*overrides, *several, "run_name=moves"], work_folder, ranks, None if last else kill_in_step(number)
+        )
+        codes = started.wait()
+        assert codes[0] == 0 if last else -signal.SIGKILL in codes, started.read_output()
+    found = read_last_state(work_folder, "moves")
+    assert (found.step, found.consumed) == (undisturbed.step, undisturbed.consumed)
+    # The bound of the tests of each strategy
+    assert read_losses(work_folder, "moves") == pytest.approx(read_losses(work_folder, "one_strategy"), rel=1e-3)
 
 
-def test_with_smaller_micro_batches_a_run_goes_on_with_the_same_samples(place):
-    words = words_of(place, "sft", *ELASTIC, "stage.parts.language_model.lora.dropout=0")
-    whole = whole_run([*words, "run_name=large"], place)
-    assert start([*words, "run_name=small"], place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
-    code, said = ended([*words, "run_name=small", "data.tokens_per_micro_batch=150"], place)
-    assert code == 0 and goes_on_at(said) >= 2, said
-    k = [run_dir(place, name).manifest["plan"]["k"] for name in ("large", "small")]
-    assert k[1] > k[0] and last_state(place, "small").consumed == whole.consumed
-    assert losses(place, "small") == pytest.approx(losses(place, "large"), rel=1e-5)
+def test_a_run_resumed_with_smaller_micro_batches_reads_the_same_samples(work_folder):
+    overrides = build_overrides(work_folder, "sft", *ELASTIC, "stage.parts.language_model.lora.dropout=0")
+    undisturbed = run_undisturbed([*overrides, "run_name=large"], work_folder)
+    assert start([*overrides, "run_name=small"], work_folder, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
+    code, output = run_to_end([*overrides, "run_name=small", "data.tokens_per_micro_batch=150"], work_folder)
+    assert code == 0 and find_resumed_step(output) >= 2, output
+    k = [open_run(work_folder, name).manifest["plan"]["k"] for name in ("large", "small")]
+    assert k[1] > k[0] and read_last_state(work_folder, "small").consumed == undisturbed.consumed
+    assert read_losses(work_folder, "small") == pytest.approx(read_losses(work_folder, "large"), rel=1e-5)
 
 
 # Faults
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(place):
-    words = words_of(place, "align")
-    assert start([*words, "run_name=hurt"], place, patch=kill_at(4)).wait() == [-signal.SIGKILL]
-    folder = CheckpointFolder(run_dir(place, "hurt").dir / "checkpoints")
+def test_a_corrupt_checkpoint_is_named_and_the_run_resumes_from_the_preceding_one(work_folder):
+    overrides = build_overrides(work_folder, "align")
+    assert start([*overrides, "run_name=hurt"], work_folder, patch=kill_at_micro_batch(4)).wait() == [-signal.SIGKILL]
+    folder = CheckpointFolder(open_run(work_folder, "hurt").dir / "checkpoints")
     newest, before = folder.list_steps()[:2]
     (file,) = folder.get_step_path(newest).glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    said = killed_and_resumed(place, words, [], name="hurt")
-    assert f"{file} is not as it was written" in said and goes_on_at(said) == before
-    same(place, undisturbed(place, "align"), "hurt")
+    output = kill_and_resume(work_folder, overrides, [], name="hurt")
+    assert f"{file} is not as it was written" in output and find_resumed_step(output) == before
+    check_same_end(work_folder, run_undisturbed_stage(work_folder, "align"), "hurt")
 
 
 LEVELS = [pytest.param(level, marks=() if level == 13 else pytest.mark.slow) for level in range(1, 21)]
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_full_disk_stops_the_run_with_one_message_and_costs_nothing_but_the_last_steps(place, level):
-    words = words_of(
-        place, "align", "checkpoint.every_steps=2", f"checkpoint.asynchronous={str(level % 2 == 0).lower()}"
+def test_a_full_disk_stops_the_run_with_one_message_and_loses_only_the_last_steps(work_folder, level):
+    overrides = build_overrides(
+        work_folder, "align", "checkpoint.every_steps=2", f"checkpoint.asynchronous={str(level % 2 == 0).lower()}"
     )
     name = f"full_{level}"
 
-    def full():
-        """From the save of step 4 on, no file may be longer than a share of a checkpoint's."""
+    def limit_file_size():
+        """Limit the file size to a share of a checkpoint file, from the save of step 4 on."""
         from lit_vlm.engine.checkpoint import CheckpointWriter
 
         begin = CheckpointWriter.start
 
-        def started(self, index, pieces, **options):
+        def start_with_limit(self, index, pieces, **options):
             if index.step == 4:
                 (file,) = self.folder.get_step_path(2).glob("*.safetensors")
                 limit = file.stat().st_size * level // 21
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             begin(self, index, pieces, **options)
 
-        CheckpointWriter.start = started
+        CheckpointWriter.start = start_with_limit
 
-    code, said = ended([*words, f"run_name={name}"], place, patch=full)
-    assert code == 1 and "Traceback" not in said, said
-    told = [line for line in said.splitlines() if "could not be written" in line]
-    assert len(told) == 1 and "The checkpoint of step 4 could not be written to" in told[0]
-    assert "File too large. The one before, of step 2, is whole. Make room" in told[0]
-    assert CheckpointFolder(run_dir(place, name).dir / "checkpoints").list_steps() == [2]
-    said = killed_and_resumed(place, words, [], name=name)
-    assert goes_on_at(said) == 2
-    same(place, undisturbed(place, "align"), name)
-
-
-def test_starting_from_the_beginning_is_what_none_says(place):
-    words = words_of(place, "align", "run_name=anew")
-    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
-    code, said = ended([*words, "resume_from=none"], place)
-    assert code == 0 and goes_on_at(said) is None
-    same(place, undisturbed(place, "align"), "anew")
+    code, output = run_to_end([*overrides, f"run_name={name}"], work_folder, patch=limit_file_size)
+    assert code == 1 and "Traceback" not in output, output
+    messages = [line for line in output.splitlines() if "could not be written" in line]
+    assert len(messages) == 1 and "The checkpoint of step 4 could not be written to" in messages[0]
+    assert "File too large. The one before, of step 2, is whole. Make room" in messages[0]
+    assert CheckpointFolder(open_run(work_folder, name).dir / "checkpoints").list_steps() == [2]
+    output = kill_and_resume(work_folder, overrides, [], name=name)
+    assert find_resumed_step(output) == 2
+    check_same_end(work_folder, run_undisturbed_stage(work_folder, "align"), name)
 
 
-def test_a_job_that_is_requeued_goes_on_although_its_words_say_from_the_beginning(place):
-    words = words_of(place, "align", "run_name=requeued", "resume_from=none")
-    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
-    code, said = ended(words, place, patch=lambda: os.environ.update(SLURM_RESTART_COUNT="1"))
-    assert code == 0 and goes_on_at(said) >= 2
-    same(place, undisturbed(place, "align"), "requeued")
+def test_resume_from_none_starts_from_the_beginning(work_folder):
+    overrides = build_overrides(work_folder, "align", "run_name=anew")
+    assert start(overrides, work_folder, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
+    code, output = run_to_end([*overrides, "resume_from=none"], work_folder)
+    assert code == 0 and find_resumed_step(output) is None
+    check_same_end(work_folder, run_undisturbed_stage(work_folder, "align"), "anew")
 
 
-def test_a_run_is_not_replaced_by_one_that_would_start_from_its_checkpoint(place):
-    undisturbed(place, "align")
-    words = words_of(place, "align", "run_name=replaced")
-    whole_run(words, place)
-    folder = CheckpointFolder(run_dir(place, "replaced").dir / "checkpoints")
+def test_a_requeued_job_resumes_although_its_overrides_say_resume_from_none(work_folder):
+    overrides = build_overrides(work_folder, "align", "run_name=requeued", "resume_from=none")
+    assert start(overrides, work_folder, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
+    code, output = run_to_end(overrides, work_folder, patch=lambda: os.environ.update(SLURM_RESTART_COUNT="1"))
+    assert code == 0 and find_resumed_step(output) >= 2
+    check_same_end(work_folder, run_undisturbed_stage(work_folder, "align"), "requeued")
+
+
+def test_overwrite_does_not_replace_a_run_whose_checkpoint_is_resumed_from(work_folder):
+    run_undisturbed_stage(work_folder, "align")
+    overrides = build_overrides(work_folder, "align", "run_name=replaced")
+    run_undisturbed(overrides, work_folder)
+    folder = CheckpointFolder(open_run(work_folder, "replaced").dir / "checkpoints")
     before = folder.list_steps()
-    code, said = ended([*words, "seed=3", "overwrite=true", f"resume_from={folder.get_step_path(before[0])}"], place)
-    assert code == 1 and "Give this run a name of its own" in said and folder.list_steps() == before
+    code, output = run_to_end(
+        [*overrides, "seed=3", "overwrite=true", f"resume_from={folder.get_step_path(before[0])}"], work_folder
+    )
+    assert code == 1 and "Give this run a name of its own" in output and folder.list_steps() == before
 
 
-def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_going_on(place):
-    """A requeued job comes with the words it was submitted with."""
-    words = words_of(place, "align", "run_name=over", "overwrite=true")
-    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
-    code, said = ended(words, place)
-    assert code == 0 and goes_on_at(said) >= 2
-    code, said = ended([*words, "seed=3"], place)  # another run: nothing of this one goes on
-    assert code == 0 and goes_on_at(said) is None
+def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_resuming(work_folder):
+    """A requeued job has the overrides it was submitted with."""
+    overrides = build_overrides(work_folder, "align", "run_name=over", "overwrite=true")
+    assert start(overrides, work_folder, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 0 and find_resumed_step(output) >= 2
+    code, output = run_to_end([*overrides, "seed=3"], work_folder)  # another run: nothing is resumed
+    assert code == 0 and find_resumed_step(output) is None
 
 
-def test_a_checkpoint_of_another_run_or_stage_is_refused(place):
-    align, sft = words_of(place, "align"), words_of(place, "sft")
-    theirs = CheckpointFolder(run_dir(place, undisturbed(place, "align")).dir / "checkpoints").get_step_path(STEPS)
-    for words, expected in (
+def test_a_checkpoint_of_another_run_or_stage_is_refused(work_folder):
+    align, sft = build_overrides(work_folder, "align"), build_overrides(work_folder, "sft")
+    checkpoint = CheckpointFolder(
+        open_run(work_folder, run_undisturbed_stage(work_folder, "align")).dir / "checkpoints"
+    ).get_step_path(STEPS)
+    for overrides, expected in (
         ([*align, "stage.learning_rate=1e-4"], "another stage.learning_rate (it has 0.001, this run 0.0001)"),
         ([*align, "seed=5"], "another seed (it has 0, this run 5)"),
         (sft, "of a run with another "),
     ):
-        code, said = ended([*words, "run_name=mine", f"resume_from={theirs}", "overwrite=true"], place)
-        assert code == 1 and expected in said and "Traceback" not in said, said
-    shutil.copytree(theirs, place / "elsewhere" / theirs.name)  # the same run's, kept in another place
-    code, said = ended(
-        [*align, "run_name=mine", f"resume_from={place / 'elsewhere' / theirs.name}", "overwrite=true"], place
+        code, output = run_to_end(
+            [*overrides, "run_name=mine", f"resume_from={checkpoint}", "overwrite=true"], work_folder
+        )
+        assert code == 1 and expected in output and "Traceback" not in output, output
+    shutil.copytree(checkpoint, work_folder / "elsewhere" / checkpoint.name)  # of the same run, in another folder
+    code, output = run_to_end(
+        [*align, "run_name=mine", f"resume_from={work_folder / 'elsewhere' / checkpoint.name}", "overwrite=true"],
+        work_folder,
     )
-    assert code == 0 and goes_on_at(said) == STEPS, said
+    assert code == 0 and find_resumed_step(output) == STEPS, output
 
 
-def test_settings_that_no_run_could_use_are_told_before_anything_is_loaded(place):
-    wrong = {
+def test_settings_that_no_run_can_use_are_reported_before_anything_is_loaded(work_folder):
+    invalid = {
         "checkpoint.every_steps=0": "checkpoint.every_steps: must be above 0, found 0.",
         "checkpoint.every_minutes=-1": "checkpoint.every_minutes: must be above 0 and at most 527040, found -1.0.",
         "checkpoint.keep_last=0": "checkpoint.keep_last: must be above 0, found 0.",
         "resume_from=nowhere": "resume_from: there is no folder nowhere; name a checkpoint's",
     }
     with pytest.raises(UserError) as caught:
-        parsed(place, *words_of(place, "align", *wrong))
-    assert all(text in str(caught.value) for text in wrong.values())
+        parse_once(work_folder, *build_overrides(work_folder, "align", *invalid))
+    assert all(text in str(caught.value) for text in invalid.values())
 
 
-def test_a_stage_in_a_notebook_draws_its_dropout_by_step_and_not_by_history():
+def test_dropout_seeds_depend_on_step_micro_batch_and_rank_only():
     from lit_vlm.stages.base import compute_seed
 
     seeds = {
@@ -389,4 +412,4 @@ def test_a_stage_in_a_notebook_draws_its_dropout_by_step_and_not_by_history():
         for rank in (0, 1)
     }
     assert len(seeds) == 16 and compute_seed(0, 1, 2, 3) == compute_seed(0, 1, 2, 3)
-    torch.manual_seed(max(seeds))  # it takes all of them
+    torch.manual_seed(max(seeds))  # it accepts all of them

@@ -1,4 +1,4 @@
-"""Claims about runs and their folders: run again, refused, replaced, interrupted; a pipeline that goes on; one rank and two."""
+"""Tests of runs and their folders: run again, refused, overwritten, interrupted; a resumed pipeline; one rank and two."""
 
 import itertools
 import json
@@ -8,7 +8,18 @@ import sys
 
 import pytest
 import torch
-from run_helpers import RUN, TINY, TWO, Ran, conversations, llava, process, run, save_photos, write
+from run_helpers import (
+    RUN,
+    TINY,
+    TWO,
+    RunOutput,
+    make_conversations,
+    make_llava_record,
+    run,
+    run_process,
+    save_photos,
+    write_records,
+)
 
 from lit_vlm.config import build_stage_overrides, parse
 from lit_vlm.tasks import pipeline
@@ -16,107 +27,106 @@ from lit_vlm.tasks.pipeline import build_command
 from lit_vlm.types import UserError
 from run import dispatch
 
-real = subprocess.run
+real_run = subprocess.run
 
 LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.jsonl", "data.sources.mine.image_root=images"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def user_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     save_photos(folder / "images")
-    write(folder / "train.jsonl", conversations())
+    write_records(folder / "train.jsonl", make_conversations())
     return folder
 
 
 @pytest.fixture(autouse=True)
-def here(place, monkeypatch):
-    monkeypatch.chdir(place)
+def current_folder(user_folder, monkeypatch):
+    monkeypatch.chdir(user_folder)
 
 
-def words_of(name, *words):
-    return [*LLAVA, f"run_name={name}", *words]
+def build_overrides(name, *overrides):
+    return [*LLAVA, f"run_name={name}", *overrides]
 
 
 # One run, one folder
 
 
-def test_a_finished_run_started_again_says_so_and_trains_nothing(capsys):
-    ran = run(*words_of("again"))
-    before = ran.snapshot()
+def test_a_finished_run_started_again_is_reported_as_finished_and_trains_nothing(capsys):
+    run_output = run(*build_overrides("again"))
+    before = run_output.take_snapshot()
     capsys.readouterr()
-    run(
-        *words_of("again", "trainer.num_threads=1", "data.num_workers=2", "data.tokens_per_micro_batch=9000")
-    )  # where it runs, not what
-    said = capsys.readouterr().out
-    assert "again: finished already, in " in said and "overwrite=true" in said
-    assert ran.snapshot() == before
+    # Settings of the machine only
+    run(*build_overrides("again", "trainer.num_threads=1", "data.num_workers=2", "data.tokens_per_micro_batch=9000"))
+    output = capsys.readouterr().out
+    assert "again: finished already, in " in output and "overwrite=true" in output
+    assert run_output.take_snapshot() == before
 
 
-def refused(*words):
+def read_refusal(*overrides):
     with pytest.raises(UserError) as caught:
-        run(*words)
+        run(*overrides)
     assert "run_name=" in str(caught.value) and "overwrite=true" in str(caught.value)
     return str(caught.value)
 
 
-def test_another_config_other_data_or_another_parent_under_one_name_is_refused(place):
-    first, parent = run(*words_of("one")), run(*words_of("parent", "seed=3"))
-    before = first.snapshot()
-    assert "differs from this one in trainer.max_steps" in refused(*words_of("one", "trainer.max_steps=2"))
-    assert "stage.learning_rate" in refused(*words_of("one", "stage.learning_rate=1e-4"))
-    assert "the model it starts from" in refused(*words_of("one", f"init_from={parent.hf}"))
-    write(place / "more.jsonl", conversations(14))
-    assert "its data" in refused(*words_of("one", "data.sources.mine.path=more.jsonl"))
-    assert first.snapshot() == before
+def test_another_config_other_data_or_another_parent_under_one_name_is_refused(user_folder):
+    first, parent = run(*build_overrides("one")), run(*build_overrides("parent", "seed=3"))
+    before = first.take_snapshot()
+    assert "differs from this one in trainer.max_steps" in read_refusal(*build_overrides("one", "trainer.max_steps=2"))
+    assert "stage.learning_rate" in read_refusal(*build_overrides("one", "stage.learning_rate=1e-4"))
+    assert "the model it starts from" in read_refusal(*build_overrides("one", f"init_from={parent.hf}"))
+    write_records(user_folder / "more.jsonl", make_conversations(14))
+    assert "its data" in read_refusal(*build_overrides("one", "data.sources.mine.path=more.jsonl"))
+    assert first.take_snapshot() == before
 
 
 def test_overwrite_runs_again_with_the_new_settings():
-    run(*words_of("over"))
-    ran = run(*words_of("over", "trainer.max_steps=2", "overwrite=true"))
-    assert ran.manifest["plan"]["steps"] == 2 and ran.manifest["status"] == "finished"
-    assert refused(*words_of("over"))  # the settings of before are now the other ones
+    run(*build_overrides("over"))
+    run_output = run(*build_overrides("over", "trainer.max_steps=2", "overwrite=true"))
+    assert run_output.manifest["plan"]["steps"] == 2 and run_output.manifest["status"] == "finished"
+    assert read_refusal(*build_overrides("over"))  # the former settings now differ from the run
 
 
 def test_the_same_settings_give_the_same_weights_twice():
-    first = run(*words_of("same")).weights()
-    second = run(*words_of("same", "overwrite=true")).weights()
+    first = run(*build_overrides("same")).load_weights()
+    second = run(*build_overrides("same", "overwrite=true")).load_weights()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_an_interrupted_run_starts_its_stage_again():
-    ran = run(*words_of("cut"))
-    whole = ran.weights()
-    manifest = ran.manifest | {"status": "running"}
-    (ran.dir / "manifest.json").write_text(json.dumps(manifest))
-    shutil.rmtree(ran.hf)
-    run(*words_of("cut"))
-    assert ran.manifest["status"] == "finished"
-    again = ran.weights()
+def test_an_interrupted_run_restarts_its_stage():
+    run_output = run(*build_overrides("cut"))
+    whole = run_output.load_weights()
+    manifest = run_output.manifest | {"status": "running"}
+    (run_output.dir / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(run_output.hf)
+    run(*build_overrides("cut"))
+    assert run_output.manifest["status"] == "finished"
+    again = run_output.load_weights()
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-def test_a_missing_stage_before_is_named_with_what_to_run(place):
+def test_a_missing_preceding_stage_is_named_with_the_command_to_run(user_folder):
     with pytest.raises(
         UserError,
         match=r"init_from=.*tiny/2_sft/hf: the run that .* does not exist\. Run the stage before it first .`python run\.py`",
     ):
-        dispatch(["experiment=tiny/3_highres", f"run_dir={place / 'none'}"])
-    assert not (place / "none").exists()
+        dispatch(["experiment=tiny/3_highres", f"run_dir={user_folder / 'none'}"])
+    assert not (user_folder / "none").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_named_before_anything_is_built(place):
-    (place / "file").write_text("in the way")
+def test_a_folder_that_cannot_be_created_is_named_before_anything_is_built(user_folder):
+    (user_folder / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/x cannot be made: .*file is no folder\. Choose another with run_dir="):
-        run(*LLAVA, f"run_dir={place / 'file'}", "run_name=x")
+        run(*LLAVA, f"run_dir={user_folder / 'file'}", "run_name=x")
 
 
-def test_an_unfinished_stage_before_is_named_as_that():
-    ran = run(*words_of("half"))
-    shutil.rmtree(ran.hf)
-    (ran.dir / "manifest.json").write_text(json.dumps(ran.manifest | {"status": "running"}))
+def test_an_unfinished_preceding_stage_is_reported_as_unfinished():
+    run_output = run(*build_overrides("half"))
+    shutil.rmtree(run_output.hf)
+    (run_output.dir / "manifest.json").write_text(json.dumps(run_output.manifest | {"status": "running"}))
     with pytest.raises(UserError, match="is not finished"):
-        run(*words_of("child", f"init_from={ran.hf}"))
+        run(*build_overrides("child", f"init_from={run_output.hf}"))
 
 
 # The pipeline
@@ -125,97 +135,99 @@ FEW = ["trainer.max_steps=2", "data.global_batch_size=8", "data.num_workers=0", 
 STAGES = ["tiny/1_align", "tiny/2_sft", "tiny/3_highres", "tiny/4_dpo"]
 
 
-def manifests(runs):
-    """Of the stages in their order: name without its hash -> manifest."""
+def read_manifests(runs):
+    """Return name without hash -> manifest, of the stages in their order."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("tiny/*/manifest.json"))]
     return {manifest["name"].split("-")[0]: manifest for manifest in found}
 
 
-def finished(runs):
-    return [name for name, manifest in manifests(runs).items() if manifest["status"] == "finished"]
+def list_finished(runs):
+    return [name for name, manifest in read_manifests(runs).items() if manifest["status"] == "finished"]
 
 
-def whole(runs, output):
-    """All stages are there, each from the one before, and the pipeline said so once."""
-    assert finished(runs) == STAGES
-    for before, after in itertools.pairwise(manifests(runs).values()):
+def check_pipeline(runs, output):
+    """Check that each stage started from the preceding one, and that the pipeline reported its end once."""
+    assert list_finished(runs) == STAGES
+    for before, after in itertools.pairwise(read_manifests(runs).values()):
         assert after["parent"]["digest"] == before["weights_digest"]
-    assert all(f"{number}/4  {stage}" in output for number, stage in enumerate(STAGES, 1))
+    assert all(f"{number}/4  {run_stage}" in output for number, run_stage in enumerate(STAGES, 1))
     assert output.count(" s in all. Report: ") == 1
     (report,) = runs.glob("tiny/report*.html")
     assert report.stat().st_size > 5000
 
 
 @pytest.mark.slow
-def test_a_pipeline_on_digits_goes_on_with_the_stage_that_failed(tmp_path, monkeypatch, capfd):
-    """The stages as calls instead of processes; the test below starts processes."""
+def test_a_pipeline_on_digits_resumes_with_the_failed_stage(tmp_path, monkeypatch, capfd):
+    """The stages are calls instead of processes; the test below starts processes."""
 
-    def stage(words, **_):
+    def run_stage(overrides, **_):
         try:
-            dispatch(words[2:])
+            dispatch(overrides[2:])
         except UserError as error:
             print(error, file=sys.stderr)
-            return subprocess.CompletedProcess(words, 1)
-        return subprocess.CompletedProcess(words, 0)
+            return subprocess.CompletedProcess(overrides, 1)
+        return subprocess.CompletedProcess(overrides, 0)
 
     monkeypatch.setattr(
         pipeline.subprocess,
         "run",
-        lambda words, **options: stage(words) if str(RUN) in words else real(words, **options),
+        lambda overrides, **options: run_stage(overrides) if str(RUN) in overrides else real_run(overrides, **options),
     )
     runs = tmp_path / "runs"
-    words = [
+    overrides = [
         f"run_dir={runs}",
         *FEW,
         "data=digits",
         "data.sources.digits_ko.num_samples=20",
         "data.sources.digits_en.num_samples=20",
     ]
-    third = parse(["experiment=tiny/3_highres", *build_stage_overrides(words, "tiny/3_highres")]).dir
+    third = parse(["experiment=tiny/3_highres", *build_stage_overrides(overrides, "tiny/3_highres")]).dir
     third.parent.mkdir(parents=True)
     third.write_text("in the way")
     with pytest.raises(
         UserError, match=r"tiny/3_highres ended with exit status 1; see above\. `python run\.py` goes on with it"
     ):
-        dispatch(words)
-    assert finished(runs) == STAGES[:2]
+        dispatch(overrides)
+    assert list_finished(runs) == STAGES[:2]
     assert f"The run's folder {third} cannot be made" in capfd.readouterr().err
-    kept = {path: Ran(path.parent).snapshot() for path in runs.glob("tiny/*/manifest.json")}
+    snapshots = {path: RunOutput(path.parent).take_snapshot() for path in runs.glob("tiny/*/manifest.json")}
 
     third.unlink()
-    dispatch(words)
+    dispatch(overrides)
     output = capfd.readouterr().out
-    whole(runs, output)
+    check_pipeline(runs, output)
     assert output.count("finished already") == 2
-    assert all(Ran(path.parent).snapshot() == before for path, before in kept.items())
-    assert {"digits_ko", "digits_en"} <= {row["name"] for row in manifests(runs)["tiny/3_highres"]["data"]["mixture"]}
-    dpo = manifests(runs)["tiny/4_dpo"]["data"]["mixture"]
+    assert all(RunOutput(path.parent).take_snapshot() == before for path, before in snapshots.items())
+    assert {"digits_ko", "digits_en"} <= {
+        row["name"] for row in read_manifests(runs)["tiny/3_highres"]["data"]["mixture"]
+    }
+    dpo = read_manifests(runs)["tiny/4_dpo"]["data"]["mixture"]
     assert {"preference_ko", "preference_en"} <= {row["name"] for row in dpo}  # dpo keeps the recipe's data
 
 
 @pytest.mark.slow
-def test_the_pipeline_runs_as_processes_and_goes_on_where_it_stopped(tmp_path):
+def test_the_pipeline_runs_as_processes_and_resumes_where_it_stopped(tmp_path):
     runs = tmp_path / "runs"
     third = parse([f"run_dir={runs}", *FEW, "experiment=tiny/3_highres"]).dir
     third.parent.mkdir(parents=True)
     third.write_text("in the way")
-    first = process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
-    assert first.returncode == 1 and finished(runs) == STAGES[:2]
+    first = run_process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
+    assert first.returncode == 1 and list_finished(runs) == STAGES[:2]
     assert (
         first.stderr.rstrip().endswith("`python run.py` goes on with it when that is mended.")
         and "Traceback" not in first.stderr
     )
     third.unlink()
-    second = process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
+    second = run_process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
     assert second.returncode == 0, second.stderr
-    whole(runs, second.stdout)
+    check_pipeline(runs, second.stdout)
     assert second.stdout.count("finished already") == 2
 
 
 def test_the_pipeline_starts_one_process_per_device():
     job = parse(["experiment=tiny/1_align", "trainer.devices=2"])
-    words = build_command(job, ["experiment=tiny/1_align"])
-    assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    overrides = build_command(job, ["experiment=tiny/1_align"])
+    assert overrides[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 # One rank and two
@@ -228,25 +240,25 @@ EXACT = [
 ]
 
 
-def mixed_records():
-    """Long records with photographs and short ones without: dealt by work, one rank often holds text alone."""
-    records = conversations(8)
-    return records + [llava(f"{i}번 질문입니다.", "네, 글만 있습니다. " * (i % 3 + 1)) for i in range(2)]
+def make_mixed_records():
+    """Return long records with photographs and short ones without, so that packing often gives a rank only text."""
+    records = make_conversations(8)
+    return records + [make_llava_record(f"{i}번 질문입니다.", "네, 글만 있습니다. " * (i % 3 + 1)) for i in range(2)]
 
 
-def same(one, two, atol=1e-5):
-    mine, theirs = one.weights(), two.weights()
-    assert mine.keys() == theirs.keys()
-    worst = max(float((mine[key] - theirs[key]).abs().max()) for key in mine)
+def check_same_weights(one, two, atol=1e-5):
+    one_weights, two_weights = one.load_weights(), two.load_weights()
+    assert one_weights.keys() == two_weights.keys()
+    worst = max(float((one_weights[key] - two_weights[key]).abs().max()) for key in one_weights)
     assert worst == pytest.approx(0, abs=atol)
-    assert one.column("train/loss") == pytest.approx(two.column("train/loss"), rel=1e-4)
+    assert one.read_column("train/loss") == pytest.approx(two.read_column("train/loss"), rel=1e-4)
 
 
-def text_only_ranks(words):
-    """Packs of two ranks without an image, of the plan that these words make; and packs with nothing in them."""
+def count_text_only_packs(overrides):
+    """Return the numbers of packs without an image, of empty packs, and of micro-batches in a step, for two ranks."""
     from lit_vlm.tasks.stage_data import build_stage_data, open_sources
 
-    job = parse([*TINY, *words])
+    job = parse([*TINY, *overrides])
     plan = build_stage_data(job, *open_sources(job), None).datamodule.make_plan(2)
     packs = [pack for number in range(plan.num_steps) for pack in plan.get_step(number).packs]
     return (
@@ -257,67 +269,71 @@ def text_only_ranks(words):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_does(place):
-    """Also in steps in which a rank has text alone or nothing at all; in time, for a hang is an error."""
-    write(place / "mixed.jsonl", mixed_records())
-    few = [
+def test_two_ranks_train_the_same_weights_as_one(user_folder):
+    """This holds also in steps in which a rank has only text or nothing, without a hang."""
+    write_records(user_folder / "mixed.jsonl", make_mixed_records())
+    limits = [
         "data.global_batch_size=3",
         "data.tiles_per_micro_batch=5",
         "data.validation.fraction=0.2",
         "data.validation.max_samples=1",
     ]
-    words = [*LLAVA, *EXACT, "data.sources.mine.path=mixed.jsonl", *few]
-    text, blank, k = text_only_ranks(words)
-    assert text > 0 and blank > 0 and k > 1, (text, blank, k)
-    one = run(*words, "run_name=ranks_1")
-    ended = process(*words, *TWO, "run_name=ranks_2", cwd=place, ranks=2)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    two = Ran(place / "runs" / "ranks_2")
+    overrides = [*LLAVA, *EXACT, "data.sources.mine.path=mixed.jsonl", *limits]
+    text, empty, k = count_text_only_packs(overrides)
+    assert text > 0 and empty > 0 and k > 1, (text, empty, k)
+    one = run(*overrides, "run_name=ranks_1")
+    result = run_process(*overrides, *TWO, "run_name=ranks_2", cwd=user_folder, ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = RunOutput(user_folder / "runs" / "ranks_2")
     assert two.manifest["status"] == "finished" and two.manifest["plan"]["world_size"] == 2
     assert one.manifest["data"]["mixture"] == two.manifest["data"]["mixture"]
     assert two.manifest["figures"]["val/loss"] == pytest.approx(one.manifest["figures"]["val/loss"], rel=1e-4)
-    assert ended.stdout.count(": done. Model: ") == 1
-    assert not [path for path in two.dir.iterdir() if path.name.startswith(".")]  # no draft of a second writer
-    same(one, two)
+    assert result.stdout.count(": done. Model: ") == 1
+    assert not [path for path in two.dir.iterdir() if path.name.startswith(".")]  # no temporary file of a second writer
+    check_same_weights(one, two)
 
 
 @pytest.mark.slow
-def test_two_ranks_optimise_preferences_as_one_does(place):
+def test_two_ranks_train_dpo_to_the_same_weights_as_one(user_folder):
     pairs = [
         {"prompt": f"<image>\n{i}?", "chosen": "네" * (i + 1), "rejected": "아니요", "image": "china.jpg"}
         for i in range(3)
     ]
     pairs += [{"prompt": f"{i}?", "chosen": "Yes", "rejected": "No, " * i + "no"} for i in range(3)]
-    write(place / "pairs.jsonl", pairs)
-    words = [
+    write_records(user_folder / "pairs.jsonl", pairs)
+    overrides = [
         "stage=dpo",
         "data=preference",
         "data.sources.mine.path=pairs.jsonl",
         "data.sources.mine.image_root=images",
     ]
-    words += [
+    overrides += [
         "stage.adam_eps=1e-6",
         "stage.learning_rate=1e-3",
         "trainer.log_every_n_steps=1",
         "data.global_batch_size=3",
         "data.tiling=base",
     ]
-    one = run(*words, "run_name=dpo_1")
-    ended = process(*words, *TWO, "run_name=dpo_2", cwd=place, ranks=2)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    same(one, Ran(place / "runs" / "dpo_2"))
+    one = run(*overrides, "run_name=dpo_1")
+    result = run_process(*overrides, *TWO, "run_name=dpo_2", cwd=user_folder, ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    check_same_weights(one, RunOutput(user_folder / "runs" / "dpo_2"))
 
 
 @pytest.mark.slow
-def test_a_run_finished_on_one_rank_is_finished_on_two(place):
-    run(*words_of("elsewhere"))
-    ended = process(*words_of("elsewhere"), "trainer.devices=2", "trainer.strategy=ddp", cwd=place, ranks=2)
-    assert ended.returncode == 0 and ended.stdout.count("finished already") == 1
+def test_a_run_finished_on_one_rank_is_finished_on_two(user_folder):
+    run(*build_overrides("elsewhere"))
+    result = run_process(
+        *build_overrides("elsewhere"), "trainer.devices=2", "trainer.strategy=ddp", cwd=user_folder, ranks=2
+    )
+    assert result.returncode == 0 and result.stdout.count("finished already") == 1
 
 
 @pytest.mark.slow
-def test_two_devices_without_torchrun_start_their_second_process(place):
-    one = run(*words_of("direct_1", *EXACT))
-    ended = process(*words_of("direct_2", *EXACT), "trainer.devices=2", "trainer.strategy=ddp", cwd=place)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    same(one, Ran(place / "runs" / "direct_2"))
+def test_two_devices_without_torchrun_start_their_second_process(user_folder):
+    one = run(*build_overrides("direct_1", *EXACT))
+    result = run_process(
+        *build_overrides("direct_2", *EXACT), "trainer.devices=2", "trainer.strategy=ddp", cwd=user_folder
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    check_same_weights(one, RunOutput(user_folder / "runs" / "direct_2"))

@@ -1,5 +1,7 @@
-"""Signals at any moment of any process of ours: a documented status, nothing lost, no traceback. What is asked of a run while it
-trains is in `tests/slurm/test_preemption.py`; `signal_moments.py` draws the moments of a whole run."""
+"""Tests of signals at any moment of any process: a documented status, nothing lost, no traceback.
+
+Signals during training are in `tests/slurm/test_preemption.py`; `signal_moments.py` samples the moments of a whole run.
+"""
 
 import json
 import os
@@ -14,8 +16,16 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
-from resume_cases import last_state, rows, same_state, start, strays, whole_run, words_of
-from run_helpers import RUN, TINY, own_choice
+from resume_cases import (
+    build_overrides,
+    is_same_state,
+    list_leftovers,
+    read_last_state,
+    read_metrics,
+    run_undisturbed,
+    start,
+)
+from run_helpers import RUN, TINY, write_data_choice
 from signal_moments import AT_ONCE, ENVIRONMENT, SAVED, SIGNALS, run_moments
 from waiting import until
 
@@ -27,14 +37,14 @@ from lit_vlm.tasks.chat import read_lines
 SEED = 5
 
 
-def forked(work: Callable[[], object]) -> int:
-    """The pid of a process of ours that does this, and ends with 0 or what it is ended with."""
+def fork_process(run_child: Callable[[], object]) -> int:
+    """Fork a process that handles signals and calls `run_child`. Return its pid."""
     pid = os.fork()
     if pid == 0:
         code = 98
         try:
             handle_signals()
-            work()
+            run_child()
             code = 0
         except SystemExit as left:
             code = left.code
@@ -43,155 +53,164 @@ def forked(work: Callable[[], object]) -> int:
     return pid
 
 
-def status_of(pid: int) -> int:
+def wait_for_status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_a_signal_at_every_import_of_a_run_ends_it_there(tmp_path):
-    """Preparing the data and training on them: an index that is there is read by other libraries than one that is made."""
+    """It prepares data and then trains: reading an index imports other libraries than building one."""
     builtin = {"format": "builtin", "path": "caption", "language": "en", "num_samples": 4}
-    words = [*TINY, "stage=sft", *own_choice(tmp_path, sources={"a": builtin}), "run_name=a", "trainer.max_steps=1"]
-    words = [*words, "task=prepare", "--", *words]
+    overrides = [
+        *TINY,
+        "stage=sft",
+        *write_data_choice(tmp_path, sources={"a": builtin}),
+        "run_name=a",
+        "trainer.max_steps=1",
+    ]
+    overrides = [*overrides, "task=prepare", "--", *overrides]
     script = Path(__file__).with_name("signal_imports.py")
-    command = [sys.executable, str(script), str(tmp_path / "seen.json"), str(RUN), *words]
+    command = [sys.executable, str(script), str(tmp_path / "seen.json"), str(RUN), *overrides]
     environment = os.environ | ENVIRONMENT
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "done. Model" in done.stdout, done.stderr[-3000:]
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    assert seen["faults"] == [] and seen["points"] > 1000, seen
-    assert {"pandas", "torch", "transformers", "lightning"} <= {*seen["in earnest"]}
+    record = json.loads((tmp_path / "seen.json").read_text())
+    assert record["faults"] == [] and record["points"] > 1000, record
+    assert {"pandas", "torch", "transformers", "lightning"} <= {*record["in earnest"]}
     assert "KeyboardInterrupt" not in done.stderr and "Traceback" not in done.stderr
 
 
 def test_one_signal_of_each_at_a_random_moment_of_a_run_loses_nothing(tmp_path):
-    """Each start is a fork, which has imported all; its moment is a share of what the processor does for a whole one."""
-    words, dice = words_of(tmp_path, "sft"), Random(SEED)
-    whole_run([*words, "run_name=whole"], tmp_path)
-    life = ended_at(start([*words, "run_name=again"], tmp_path, patch=handle_signals), None)
+    """Each start is a fork with all imports done; its moment is a share of the processor time of a whole run."""
+    overrides, rng = build_overrides(tmp_path, "sft"), Random(SEED)
+    run_undisturbed([*overrides, "run_name=whole"], tmp_path)
+    cpu_seconds = send_signal_after(start([*overrides, "run_name=again"], tmp_path, patch=handle_signals), None)
     for number in SIGNALS:
-        asked = [*words, f"run_name={number.name}"]
-        begun = start(asked, tmp_path, patch=handle_signals)
-        ended_at(begun, number, dice.uniform(0, 0.9) * life)
-        said, status = begun.said(), begun.wait()[0]
-        wanted = {"saved at step": SAVED[number], "nothing is to be saved": AT_ONCE[number]}
-        assert status == next((code for text, code in wanted.items() if text in said), 0), said
-        assert "Traceback" not in said and "KeyboardInterrupt" not in said
-        assert status or "done" in said
-        assert start(asked, tmp_path).wait() == [0]
-        assert same_state(last_state(tmp_path, "whole"), last_state(tmp_path, number.name))
-        assert rows(tmp_path, "whole") == rows(tmp_path, number.name) and strays(tmp_path, number.name) == []
+        run_overrides = [*overrides, f"run_name={number.name}"]
+        started = start(run_overrides, tmp_path, patch=handle_signals)
+        send_signal_after(started, number, rng.uniform(0, 0.9) * cpu_seconds)
+        output, status = started.read_output(), started.wait()[0]
+        expected = {"saved at step": SAVED[number], "nothing is to be saved": AT_ONCE[number]}
+        assert status == next((code for text, code in expected.items() if text in output), 0), output
+        assert "Traceback" not in output and "KeyboardInterrupt" not in output
+        assert status or "done" in output
+        assert start(run_overrides, tmp_path).wait() == [0]
+        assert is_same_state(read_last_state(tmp_path, "whole"), read_last_state(tmp_path, number.name))
+        assert (
+            read_metrics(tmp_path, "whole") == read_metrics(tmp_path, number.name)
+            and list_leftovers(tmp_path, number.name) == []
+        )
 
 
-def ended_at(begun, number: int | None, after: float = 0.0) -> float:
-    """Send the signal once the process has used so many seconds of the processor; returns how many it used at its end."""
-    (pid,), life = begun.pids, 0.0
+def send_signal_after(started, number: int | None, after: float = 0.0) -> float:
+    """Send the signal once the process has used `after` seconds of processor time. Return the time used at its end."""
+    (pid,), cpu_seconds = started.pids, 0.0
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        life = time.clock_gettime(((~pid) << 3) | 2)
-        if number is not None and life >= after and handles(pid):
+        cpu_seconds = time.clock_gettime(((~pid) << 3) | 2)
+        if number is not None and cpu_seconds >= after and has_handler(pid):
             os.kill(pid, number)
             number = None
         time.sleep(0.002)
-    return life
+    return cpu_seconds
 
 
-def handles(pid: int) -> bool:
+def has_handler(pid: int) -> bool:
     return pipeline._has_signal_handler(pid, signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_process_that_does_not_listen_yet_is_ended_by_the_pipeline_with_the_status_of_what_was_asked(
-    tmp_path, number
-):
-    """As while Python itself starts, where a Ctrl-C would leave a traceback."""
-    deaf = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(100)"
+def test_a_process_without_signal_handlers_is_ended_by_the_pipeline_with_the_status_of_the_signal(tmp_path, number):
+    """This happens while Python itself starts, when Ctrl-C would print a traceback."""
+    child_code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(100)"
 
-    def ask():
+    def send_signal():
         until((tmp_path / "up").exists)
         os.kill(os.getpid(), number)
 
-    threading.Thread(target=ask, daemon=True).start()
-    status, asked = pipeline.run_process([sys.executable, "-c", deaf])
-    assert status == AT_ONCE[number] and len(asked) == 1
+    threading.Thread(target=send_signal, daemon=True).start()
+    status, signals = pipeline.run_process([sys.executable, "-c", child_code])
+    assert status == AT_ONCE[number] and len(signals) == 1
 
 
-def test_a_stage_that_ends_well_after_a_signal_is_the_last_of_its_pipeline(tmp_path, monkeypatch):
-    own = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
-    own += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(100)"
-    began = []
+def test_a_pipeline_stops_after_a_stage_that_succeeds_after_a_signal(tmp_path, monkeypatch):
+    stage_code = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+    stage_code += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(100)"
+    started_stages = []
 
-    def work():
+    def run_child():
         stages = SimpleNamespace(config=SimpleNamespace(recipe="tiny", run_dir="runs"), overrides=["recipe=tiny"])
         monkeypatch.setattr(
-            pipeline, "build_command", lambda stage, words: began.append(words) or [sys.executable, "-c", own]
+            pipeline,
+            "build_command",
+            lambda stage, overrides: started_stages.append(overrides) or [sys.executable, "-c", stage_code],
         )
         pipeline.run_pipeline(stages)
-        os._exit(97)  # all stages
+        os._exit(97)  # all stages ran
 
-    pid = forked(work)
+    pid = fork_process(run_child)
     until((tmp_path / "up").exists)
     os.kill(pid, signal.SIGTERM)
-    assert status_of(pid) == TERMINATED
+    assert wait_for_status(pid) == TERMINATED
 
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, TERMINATED), (signal.SIGUSR1, RESTART), (signal.SIGINT, 0)]
 )
-def test_a_signal_ends_a_chat_that_waits_for_a_line_and_ctrl_c_as_the_end_of_the_input_does(tmp_path, number, status):
-    asked, answer = os.pipe()
+def test_a_signal_ends_a_chat_that_waits_for_input_and_ctrl_c_acts_like_end_of_input(tmp_path, number, status):
+    read_end, write_end = os.pipe()
 
-    def work():
-        os.dup2(asked, 0)
+    def run_child():
+        os.dup2(read_end, 0)
         sys.stdin = os.fdopen(0)
         for _ in read_lines():
             (tmp_path / "up").touch()
 
-    pid = forked(work)
-    os.write(answer, b"hello\n")
+    pid = fork_process(run_child)
+    os.write(write_end, b"hello\n")
     until((tmp_path / "up").exists)
-    until(lambda: waits(pid))
+    until(lambda: is_sleeping(pid))
     os.kill(pid, number)
-    assert status_of(pid) == status
+    assert wait_for_status(pid) == status
 
 
-def waits(pid: int) -> bool:
+def is_sleeping(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_job_that_is_submitted_and_its_number_are_not_cut_in_two(tmp_path, number):
-    def work():
+def test_a_signal_does_not_separate_submitting_a_job_from_recording_its_number(tmp_path, number):
+    def run_child():
         with postpone_signals():
             os.kill(os.getpid(), number)
             (tmp_path / "written").touch()
         (tmp_path / "more").touch()
 
-    assert status_of(forked(work)) == AT_ONCE[number]
+    assert wait_for_status(fork_process(run_child)) == AT_ONCE[number]
     assert (tmp_path / "written").exists() and not (tmp_path / "more").exists()
 
 
-def test_a_second_ctrl_c_ends_a_process_whose_last_words_take_long(tmp_path):
-    """As W&B's client with a server that does not answer. The interrupted line holds a lock that they need."""
+def test_a_second_ctrl_c_ends_a_process_whose_shutdown_takes_long(tmp_path):
+    """This happens with W&B's client and a server that does not answer. Here the shutdown needs a held lock."""
     lock = threading.Lock()
 
-    def work():
+    def run_child():
         get_signal_handler().before_exit = lambda code: lock.acquire() and code
         with lock:
             os.kill(os.getpid(), signal.SIGINT)
 
-    pid = forked(work)
+    pid = fork_process(run_child)
     time.sleep(2.5)
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)
     os.kill(pid, signal.SIGINT)
-    assert status_of(pid) == INTERRUPTED
+    assert wait_for_status(pid) == INTERRUPTED
 
 
-def test_a_signal_changes_the_status_of_a_process_that_is_done_no_more():
-    def work():
+def test_a_signal_does_not_change_the_status_of_a_finished_process():
+    def run_child():
         handle_signals().final_status = 0
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(97)
 
-    assert status_of(forked(work)) == 0
+    assert wait_for_status(fork_process(run_child)) == 0
 
 
 @pytest.mark.long
@@ -212,22 +231,24 @@ def test_signals_at_random_moments_of_two_ranks_lose_nothing(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("words", ["task=prepare", "recipe=tiny trainer.max_steps=2", "task=sweep sweep=sweep.yaml"])
-def test_a_process_that_trains_nothing_itself_leaves_with_the_documented_status(tmp_path, words, number):
-    """While it imports, while a stage or a trial of its own imports, and later."""
+@pytest.mark.parametrize(
+    "overrides", ["task=prepare", "recipe=tiny trainer.max_steps=2", "task=sweep sweep=sweep.yaml"]
+)
+def test_a_process_that_does_not_train_exits_with_the_documented_status(tmp_path, overrides, number):
+    """The signal comes while the process imports, while its stage or trial imports, and later."""
     trials = {"method": "grid", "metric": {"name": "val/loss"}, "parameters": {"seed": {"values": [1, 2]}}}
     (tmp_path / "sweep.yaml").write_text(json.dumps(trials))
-    dice, allowed = Random(SEED + number), {AT_ONCE[number], SAVED[number], 0}
-    words = [*([] if "recipe" in words else TINY), *words.split()]
-    for seconds in (dice.uniform(0, 2), dice.uniform(2, 6), dice.uniform(6, 15)):
+    rng, allowed = Random(SEED + number), {AT_ONCE[number], SAVED[number], 0}
+    overrides = [*([] if "recipe" in overrides else TINY), *overrides.split()]
+    for seconds in (rng.uniform(0, 2), rng.uniform(2, 6), rng.uniform(6, 15)):
         log = (tmp_path / "log").open("w+")
-        command = [sys.executable, str(RUN), *words, "run_dir=runs"]
+        command = [sys.executable, str(RUN), *overrides, "run_dir=runs"]
         process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
-        until(lambda pid=process.pid: handles(pid))
+        until(lambda pid=process.pid: has_handler(pid))
         time.sleep(seconds)
         if process.poll() is None:
             process.send_signal(number)
         status = process.wait(300)
-        said = (tmp_path / "log").read_text()
-        assert status in allowed | ({RESTART} if "sweep" in words else set()), said
-        assert "Traceback" not in said and "KeyboardInterrupt" not in said, said
+        output = (tmp_path / "log").read_text()
+        assert status in allowed | ({RESTART} if "sweep" in overrides else set()), output
+        assert "Traceback" not in output and "KeyboardInterrupt" not in output, output
