@@ -12,7 +12,7 @@ import signal
 if __name__ == "__main__":  # blocked until handlers are installed: by default these signals end the process
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
-from lit_vlm.engine.signals import handle_signals
+from lit_vlm.fault_tolerance.signals import handle_signals
 
 if __name__ == "__main__":
     handle_signals()
@@ -26,10 +26,10 @@ from hydra.core.hydra_config import HydraConfig
 
 from lit_vlm.config.compose import CONF_DIR, VERSION_BASE, register_schema
 from lit_vlm.config.help import format_help
-from lit_vlm.config.multirun import ensure_no_launcher, ensure_no_secrets, get_launcher, validate_multirun
 from lit_vlm.config.overrides import ConfigError, add_implied_overrides, parse_arguments, split_flags
 from lit_vlm.config.parse import collect_override_errors, ensure_no_typed_secrets, parse
-from lit_vlm.secrets import redact_terminal
+from lit_vlm.config.sweep_overrides import ensure_no_launcher, ensure_no_secrets, get_launcher, validate_multirun
+from lit_vlm.redaction import redact_terminal
 from lit_vlm.tasks import TASKS
 from lit_vlm.types import UserError
 

@@ -28,8 +28,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.index.columns import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
-from lit_vlm.data.plan.plan import Plan
+from lit_vlm.data.index.sample_index import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
+from lit_vlm.data.packing.plan import Plan
 from lit_vlm.types import Language, SampleKind
 
 SHAPES = ("lcs", "mix665k", "anyres")

@@ -23,11 +23,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_vlm.config.schema import ModelConfig, StrategyName, TrainerConfig
-from lit_vlm.data.builtin import BuiltinSource
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.strategy import make_strategy
-from lit_vlm.engine.trainer import close_process_group, disable_library_warnings
+from lit_vlm.data.synthetic import BuiltinSource
+from lit_vlm.distributed.trainer import close_process_group, disable_library_warnings, make_strategy
 from lit_vlm.model.build import load_model_spec
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Language

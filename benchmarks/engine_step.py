@@ -33,14 +33,14 @@ from torch.utils.data import DataLoader
 
 from callbacks import make_callbacks
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.data.builtin import BuiltinSource
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.deepspeed import ZeroStrategy
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.engine.trainer import close_process_group, disable_library_warnings
+from lit_vlm.data.synthetic import BuiltinSource
+from lit_vlm.distributed.trainer import close_process_group, disable_library_warnings
+from lit_vlm.distributed.zero import ZeroStrategy
 from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.tiny import make_tiny_parts
+from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.stages import SFTStage
 from lit_vlm.stages.optimizer import make_optimizer
 from lit_vlm.types import Batch, Language

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lit_vlm.cost.shape import ModelShape
+from lit_vlm.cost.model_shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,9 @@ from benchmarks.compare.report import format_ratio, render_markdown
 from benchmarks.flops_bound import Recipe, compute_step_flops
 
 import torch  # isort: skip  # after the package, which sets the environment
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.model.lora import LoraOptions
+from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.types import UserError
 
 OUT = Path(__file__).parent / "results" / "gpu.json"

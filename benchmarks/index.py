@@ -32,15 +32,15 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lit_vlm.config.schema import ModelConfig, SourceConfig
-from lit_vlm.data.index.columns import SampleIndex
-from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.build import build_index
+from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.index.verify import verify_images
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.sources import open_source
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.model.build import load_model_spec
 from lit_vlm.model.tiny import make_tiny_parts
+from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.types import Language, Message, Role, Sample, SampleKind
 
 KOREAN = "사진 거리 사람 자동차 빨간 파란 건물 나무 하늘 가게 앞에 서 있는 모습이 보입니다 왼쪽 오른쪽 아침 시장 간판 글자".split()

@@ -46,13 +46,13 @@ from transformers import PreTrainedTokenizerFast
 from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
-from lit_vlm.data.images import FileImage
+from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.hub import make_plain_processor
 from lit_vlm.model.tiny import make_tiny_parts
+from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Batch, ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 

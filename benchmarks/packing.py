@@ -22,14 +22,14 @@ warnings.filterwarnings("ignore")
 import torch
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.data.builtin import BuiltinSource
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.data.synthetic import BuiltinSource
+from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.model.build import load_model_spec
 from lit_vlm.model.tiny import make_tiny_parts
+from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Language, Record
 

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.engine.report_data import RunRecord, format_short, read_run
+from lit_vlm.reports.run_record import RunRecord, format_short, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/quickstart.json"

@@ -114,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-ranks", action="store_true", help="keep the counts of the last run")
     arguments = parser.parse_args()
-    from lit_vlm.engine.run_folder import get_package_versions
+    from lit_vlm.runs.run_folder import get_package_versions
 
     result: dict[str, Any] = {"published": compare_published(), "simulated": simulate_all()}
     if arguments.no_ranks:

@@ -32,11 +32,11 @@ from rich.console import Console
 
 from lit_vlm.config.overrides import ConfigError, quote_value
 from lit_vlm.config.parse import ensure_no_typed_secrets
-from lit_vlm.engine.pages import PageTemplate, write_page
-from lit_vlm.engine.run_folder import RunFolder
-from lit_vlm.engine.tracking import facts
 from lit_vlm.files import write_text_atomically
-from lit_vlm.secrets import RedactedStream, find_secret_errors
+from lit_vlm.loggers import run_metadata
+from lit_vlm.redaction import RedactedStream, find_secret_errors
+from lit_vlm.reports.templates import PageTemplate, write_page
+from lit_vlm.runs.run_folder import RunFolder
 
 LETTERS, HEX = string.ascii_letters + string.digits, "0123456789abcdef"
 NAMES = """HF_TOKEN WANDB_API_KEY OPENAI_KEY OPENAI_API_KEY ANTHROPIC_API_KEY DB_PASS DB_PASSWORD PGPASSWORD JWT MY_JWT
@@ -275,8 +275,8 @@ def _collect_wandb_facts(folder: Path, text: str) -> str:
         "parent": {"path": "x", "note": text},
     }
     manifest |= {"config": {"logger": {"group": text, "tags": [text]}}, "plan": None, "tracking": {}}
-    summary = facts.build_summary({"figures": {"note": text}, "plan": {}}, "failed")
-    return str([facts.build_config(RunFolder(folder, manifest)), summary])
+    summary = run_metadata.build_summary({"figures": {"note": text}, "plan": {}}, "failed")
+    return str([run_metadata.build_config(RunFolder(folder, manifest)), summary])
 
 
 def _make_terminal_sink(write: Callable[[Any], None]) -> Callable[[Path, str], str]:

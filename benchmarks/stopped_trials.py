@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from optuna.samplers import GPSampler
 
-from lit_vlm.sweep.file import SweepFile, read_sweep
 from lit_vlm.sweep.search import Search
+from lit_vlm.sweep.sweep_file import SweepFile, read_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "results" / "stopped_trials.json"

@@ -23,14 +23,11 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
 
 from lit_vlm.config import parse
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.sweep.file import read_sweep
-from lit_vlm.sweep.importance import compute_importance
-from lit_vlm.sweep.process import read_metric_values
-from lit_vlm.sweep.records import find_best_trial
+from lit_vlm.runs.run_folder import get_package_versions
+from lit_vlm.sweep.results import compute_importance, find_best_trial
 from lit_vlm.sweep.search import Search
-from lit_vlm.sweep.trials import collect_records
-from lit_vlm.sweep.words import build_trial_overrides
+from lit_vlm.sweep.sweep_file import build_trial_overrides, read_sweep
+from lit_vlm.sweep.trial_runner import collect_records, read_metric_values
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "results" / "sweep.json"

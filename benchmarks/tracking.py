@@ -28,8 +28,8 @@ from typing import Any
 
 import lightning as L
 
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.sweep.loopback import LoopbackServer
+from lit_vlm.runs.run_folder import get_package_versions
+from sweeps.wandb_server import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "results" / "tracking.json"

@@ -9,18 +9,16 @@ from typing import Any
 import lightning as L
 
 from callbacks.checkpoint import Checkpoint
-from callbacks.export import Export
+from callbacks.export import Export, Report
 from callbacks.guard import Exchange, Guard
 from callbacks.heartbeat import Heartbeat
-from callbacks.language_loss import LanguageLoss
-from callbacks.metric import Metric
+from callbacks.metrics import LanguageLoss, Metric
 from callbacks.out_of_memory import OutOfMemory
 from callbacks.preemption import Preemption
 from callbacks.profile import Profile
-from callbacks.report import Report
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
-from lit_vlm.config.custom import instantiate
+from lit_vlm.config.callbacks import instantiate
 from lit_vlm.types import UserError
 
 CALLBACKS: dict[str, type[L.Callback]] = {

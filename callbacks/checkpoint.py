@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lit_vlm.engine.checkpoint import (
+from lit_vlm.checkpoint import (
     CheckpointFolder,
     CheckpointIndex,
     CheckpointWriter,
@@ -23,12 +23,12 @@ from lit_vlm.engine.checkpoint import (
     compute_plan_digest,
     load_tensors,
 )
-from lit_vlm.engine.checkpoint.loop import get_pending_metrics, move_validation_to_previous_step, set_loop_position
-from lit_vlm.engine.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, gather_objects
-from lit_vlm.engine.consensus import StepFlag, get_shared_flags, is_last_micro_step
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.engine.shards import ShardedState, get_sharded_state
-from lit_vlm.engine.watch import Activity, get_progress
+from lit_vlm.checkpoint.loop import get_pending_metrics, move_validation_to_previous_step, set_loop_position
+from lit_vlm.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, gather_objects
+from lit_vlm.distributed.sharded_state import ShardedState, get_sharded_state
+from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
+from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
+from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.types import UserError
 
 BEST_METRIC = "val/loss"

@@ -8,9 +8,10 @@ from typing import Any
 
 import lightning as L
 
-from lit_vlm.engine.watch import Activity, get_progress
+from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
 from lit_vlm.model.export import export_model
 from lit_vlm.model.tensor_files import raise_os_errors
+from lit_vlm.reports.report import write_report
 from lit_vlm.types import UserError
 
 
@@ -49,3 +50,14 @@ class Export(L.Callback):
             is_writer=trainer.is_global_zero,
             before_each_weight=pulse.wrap(partial(strategy.barrier, "export")),
         )
+
+
+class Report(L.Callback):
+    """Writes `run_dir/report.html` from the files in the run folder, at the very end of a fit."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = Path(run_dir)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_report(self.run_dir / "report.html", [self.run_dir], self.run_dir.name)

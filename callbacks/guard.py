@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from lit_vlm.config.schema import OnNonfinite
-from lit_vlm.engine.consensus import StepFlag, get_shared_flags, is_last_micro_step
-from lit_vlm.engine.exits import RollbackRequest
-from lit_vlm.engine.gradients import compute_grad_square_sum, skip_update
-from lit_vlm.engine.skipped import SKIPPED_STEPS_FILE, add_skipped, read_skipped
+from lit_vlm.distributed.gradients import compute_grad_square_sum, skip_update
+from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
+from lit_vlm.fault_tolerance.exit_status import RollbackRequest
+from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE, add_skipped, read_skipped
 from lit_vlm.types import Batch, UserError, escape_control_characters
 
 MAX_LISTED_SAMPLES = 40  # maximum number of sample ids in a message
 
 
 class Exchange(L.Callback):
-    """Exchanges the flags of all ranks before each update (`engine/consensus.py`).
+    """Exchanges the flags of all ranks before each update (`distributed/step_flags.py`).
 
     Signals and due checkpoints depend on this exchange, so a run without the guard has this callback instead.
     """

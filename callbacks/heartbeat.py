@@ -11,11 +11,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_vlm.engine import watch, watch_thread
-from lit_vlm.engine.consensus import is_last_micro_step
-from lit_vlm.engine.exits import STUCK, RollbackRequest
-from lit_vlm.engine.watch import Activity, Progress, get_progress
-from lit_vlm.engine.watch_thread import ExitNotice, Watchdog
+from lit_vlm.distributed.step_flags import is_last_micro_step
+from lit_vlm.fault_tolerance import watchdog as watch
+from lit_vlm.fault_tolerance import watchdog_thread
+from lit_vlm.fault_tolerance.exit_status import STUCK, RollbackRequest
+from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
+from lit_vlm.fault_tolerance.watchdog_thread import ExitNotice, Watchdog
 from lit_vlm.types import Batch, UserError
 
 JOIN_SECONDS = 10.0  # seconds
@@ -46,7 +47,7 @@ class Heartbeat(L.Callback):
         if stage != "fit":
             return
         if trainer.is_global_zero:  # remove the files of an earlier start
-            for folder in (watch.HEARTBEAT_FOLDER, watch_thread.STUCK_FOLDER):
+            for folder in (watch.HEARTBEAT_FOLDER, watchdog_thread.STUCK_FOLDER):
                 shutil.rmtree(self.run_dir / folder, ignore_errors=True)
         trainer.strategy.barrier("heartbeat")
         progress = get_progress(trainer)

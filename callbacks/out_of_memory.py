@@ -7,11 +7,11 @@ from typing import Any
 
 import lightning as L
 
-from lit_vlm.engine.budget import halve_budget, is_out_of_memory
-from lit_vlm.engine.exits import RESTART
-from lit_vlm.engine.slurm import get_own_job
-from lit_vlm.engine.watch import Activity, get_progress
-from lit_vlm.engine.watch_thread import ExitNotice
+from lit_vlm.cluster.slurm import get_own_job
+from lit_vlm.fault_tolerance.exit_status import RESTART
+from lit_vlm.fault_tolerance.oom import halve_budget, is_out_of_memory
+from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
+from lit_vlm.fault_tolerance.watchdog_thread import ExitNotice
 from lit_vlm.types import UserError, format_count
 
 

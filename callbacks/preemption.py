@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 
-from lit_vlm.engine.consensus import StepFlag, get_shared_flags, is_last_micro_step
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, CoordinatedExit, EarlyStoppingExit
-from lit_vlm.engine.ranks import is_in_sweep
-from lit_vlm.engine.signals import SignalHandler, StopRequest, use_listener
-from lit_vlm.engine.slurm import get_own_job, is_preempted, requeue
+from lit_vlm.cluster.slurm import get_own_job, is_preempted, requeue
+from lit_vlm.distributed.ranks import is_in_sweep
+from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
+from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, CoordinatedExit, EarlyStoppingExit
+from lit_vlm.fault_tolerance.signals import SignalHandler, StopRequest, use_listener
 
 # Priority when ranks got different requests. Early stopping of a sweep comes first: it needs no restart. A time limit
 # concerns all ranks. A person who interrupts wants no restart.
@@ -28,7 +28,7 @@ class CheckpointSaver(Protocol):
 
 
 class Preemption(L.Callback):
-    """Saves and exits on SIGUSR1 and SIGUSR2 (time limit, preemption), SIGTERM and Ctrl-C (`lit_vlm/engine/signals.py`).
+    """Saves and exits on SIGUSR1 and SIGUSR2 (time limit, preemption), SIGTERM and Ctrl-C (`lit_vlm/fault_tolerance/signals.py`).
 
     Signal handlers only set a flag. The ranks exchange their flags once per optimizer step. After the step all ranks save,
     rank 0 requeues the Slurm job if requested, and all ranks raise `CoordinatedExit` with status RESTART (75), INTERRUPTED

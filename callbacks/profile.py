@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.hooks import RemovableHandle
 
-from lit_vlm.engine.profile.facts import summarize_trace
-from lit_vlm.engine.profile.page import write_profile_page
-from lit_vlm.engine.profile.rooms import DATA, VALIDATION
-from lit_vlm.engine.profile.trace import PART_PREFIX, PHASE_PREFIX, read_trace
+from lit_vlm.reports.profile.page import write_profile_page
+from lit_vlm.reports.profile.summary import summarize_trace
+from lit_vlm.reports.profile.trace import DATA, PART_PREFIX, PHASE_PREFIX, VALIDATION, read_trace
 from lit_vlm.types import Batch, format_count
 
 WARMUP_STEPS, PROFILED_STEPS = 3, 3

@@ -14,10 +14,8 @@ import lightning as L
 import numpy as np
 
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index.columns import SampleIndex
-from lit_vlm.engine.watch import Activity, Progress, get_progress
-from lit_vlm.evaluation.answers import batch_by_length, format_prompt, generate_answers, get_reference_lengths
-from lit_vlm.evaluation.drawing import (
+from lit_vlm.data.index.sample_index import SampleIndex
+from lit_vlm.evaluation.box_drawing import (
     ASKED,
     PREDICTED,
     REFERENCE,
@@ -26,9 +24,11 @@ from lit_vlm.evaluation.drawing import (
     parse_box_marks,
     resize_to_readable,
 )
-from lit_vlm.evaluation.scoring import compute_score
+from lit_vlm.evaluation.generation import batch_by_length, format_prompt, generate_answers, get_reference_lengths
+from lit_vlm.evaluation.metrics import compute_score
+from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
 from lit_vlm.files import write_text_atomically
-from lit_vlm.secrets import redact
+from lit_vlm.redaction import redact
 from lit_vlm.types import LazyImage, PreferencePair, Record, Sample
 
 TILE_LIMIT_FACTOR = 4  # factor on the training tile limit: generation keeps no activations for a backward pass

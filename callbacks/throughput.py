@@ -16,8 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.memory import measure_memory_parts
-from callbacks.step_time import STEP_PARTS, StepTimer, StragglerMonitor
+from callbacks.step_time import STEP_PARTS, StepTimer, StragglerMonitor, measure_memory_parts
 from lit_vlm.types import Batch
 
 COUNTS = ("tokens", "supervised_tokens", "samples", "images")

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from lit_vlm.secrets import redact, redact_text
+from lit_vlm.redaction import redact, redact_text
 from lit_vlm.types import UserError
 
 

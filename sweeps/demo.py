@@ -17,14 +17,12 @@ from pathlib import Path
 
 import yaml
 
-from lit_vlm.sweep.file import SweepFile, read_sweep
-from lit_vlm.sweep.loopback import LoopbackServer, RunState
-from lit_vlm.sweep.loopback.state import ENDED
-from lit_vlm.sweep.records import TrialRecord
-from lit_vlm.sweep.report import SweepReport, write_sweep_report
-from lit_vlm.sweep.table import make_trial_table
-from lit_vlm.sweep.words import format_trial_command
+from lit_vlm.sweep.report import SweepReport, make_trial_table, write_sweep_report
+from lit_vlm.sweep.results import TrialRecord
+from lit_vlm.sweep.sweep_file import SweepFile, format_trial_command, read_sweep
 from lit_vlm.tasks.terminal import console, say
+from sweeps.wandb_server import LoopbackServer, RunState
+from sweeps.wandb_server.state import ENDED
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "sweep-demo"

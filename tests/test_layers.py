@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BELOW_MODEL = {"types", "anyres", "secrets", "files", "config", "cost", "losses"}
+BELOW_MODEL = {"types", "anyres", "redaction", "files", "config", "cost", "losses"}
+RUN_ROOMS = {"cluster", "distributed", "checkpoint", "runs", "fault_tolerance", "loggers", "reports"}
 MAY_IMPORT = {
     "types": {"anyres"},
     "anyres": set(),
-    "secrets": {"secret_forms"},
-    "secret_forms": set(),
-    "files": {"types", "secrets"},
-    "config": {"types", "anyres", "secrets"},
+    "redaction": {"secret_patterns"},
+    "secret_patterns": set(),
+    "files": {"types", "redaction"},
+    "config": {"types", "anyres", "redaction"},
     "cost": {"types", "config"},
     "losses": {"types", "config"},
     "model": BELOW_MODEL,
@@ -21,11 +22,17 @@ MAY_IMPORT = {
     "evaluation": {*BELOW_MODEL, "model", "data"},
     "curation": {*BELOW_MODEL, "model", "data", "evaluation"},
     "stages": {*BELOW_MODEL, "model", "data", "evaluation"},
-    "engine": {*BELOW_MODEL, "model", "data", "evaluation", "stages"},
-    "sweep": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine"},
-    "callbacks": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "engine"},
-    "tasks": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine", "sweep", "callbacks"},
-    "run": {"config", "engine", "secrets", "tasks", "types"},
+    "cluster": {*BELOW_MODEL, "data"},
+    "distributed": {*BELOW_MODEL, "model", "data", "stages"},
+    "checkpoint": {*BELOW_MODEL, "data", "distributed"},
+    "runs": {*BELOW_MODEL, "model", "data", "distributed", "checkpoint"},
+    "fault_tolerance": {*BELOW_MODEL, "data", "cluster", "distributed", "checkpoint", "runs"},
+    "loggers": {*BELOW_MODEL, "distributed", "runs", "fault_tolerance"},
+    "reports": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "runs"},
+    "sweep": {*BELOW_MODEL, "cluster", "runs", "fault_tolerance", "reports"},
+    "callbacks": {*BELOW_MODEL, *RUN_ROOMS, "model", "data", "evaluation", "stages"},
+    "tasks": {*BELOW_MODEL, *RUN_ROOMS, "model", "data", "evaluation", "curation", "stages", "sweep", "callbacks"},
+    "run": {"config", "fault_tolerance", "redaction", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])
 MAY_IMPORT_HYDRA = {"config", "run"}

@@ -15,10 +15,10 @@ from waiting import PATIENCE
 from benchmarks.quickstart import RESULT, render_tables
 from benchmarks.quickstart import TABLE_PATTERN as BLOCK_OF_QUICKSTART
 from lit_vlm.config.compose import compose_config
-from lit_vlm.config.multirun import validate_multirun
 from lit_vlm.config.overrides import ConfigError, add_implied_overrides, parse_arguments, split_flags
 from lit_vlm.config.parse import collect_override_errors, parse
 from lit_vlm.config.schema import SourceConfig
+from lit_vlm.config.sweep_overrides import validate_multirun
 from lit_vlm.data.sources import open_source
 from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from callbacks.samples import _replace_rows
-from lit_vlm.engine.checkpoint.layout import CheckpointIndex
-from lit_vlm.engine.run_folder import RunFolder, read_manifest
-from lit_vlm.engine.tracking.tables import read_samples
+from lit_vlm.checkpoint.index import CheckpointIndex
 from lit_vlm.files import write_json
-from lit_vlm.secrets import REDACTED, redact
+from lit_vlm.loggers.wandb_client import read_samples
+from lit_vlm.redaction import REDACTED, redact
+from lit_vlm.runs.run_folder import RunFolder, read_manifest
 
 # Beginnings and ends of texts as in login forms, shell output and prompts. They contain no secret themselves.
 TEXTS = [

@@ -31,8 +31,8 @@ from benchmarks.compare.memory import measure_peak_memory, read_available_memory
 from benchmarks.compare.peers import make_peers
 from benchmarks.compare.sizes import save_model
 from benchmarks.compare.switches import ABLATIONS
-from lit_vlm.engine.run_folder import get_package_versions
-from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.distributed.trainer import disable_library_warnings
+from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.types import UserError
 
 RESULTS = Path(__file__).parents[1] / "results"

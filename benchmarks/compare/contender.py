@@ -20,12 +20,12 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from benchmarks.compare.cases import NUM_EPOCHS, OURS, OURS_CACHED, Case
 from benchmarks.compare.sizes import make_random_model
 from lit_vlm.data.collate import collate
-from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import LoraOptions
+from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.stages import DPOStage
-from lit_vlm.stages.reference import ReferenceLogProbCache
-from lit_vlm.stages.tally import PreferenceMetrics
+from lit_vlm.stages.caches import ReferenceLogProbCache
+from lit_vlm.stages.preference_metrics import PreferenceMetrics
 from lit_vlm.types import Batch, ModelPart, Record
 
 LEARNING_RATE = 1e-4  # constant, equal for all contenders; large enough to move the weights in a few steps

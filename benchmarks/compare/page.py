@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare.report import render_tables
-from lit_vlm.engine.report_charts import AxisScale, compute_ticks
+from lit_vlm.reports.charts import AxisScale, compute_ticks
 
 ROOT = Path(__file__).parents[2]
 PAGE, PICTURES = ROOT / "docs/compare.md", ROOT / "docs/images"

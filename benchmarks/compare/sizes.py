@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
-from lit_vlm.cost.shape import ModelShape
+from lit_vlm.cost.model_shape import ModelShape
 from lit_vlm.model.export import export_model
-from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.model.hub import disable_transformers_logging
+from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.model.vocabulary import add_special_tokens
 from lit_vlm.types import IMAGE_TOKEN

@@ -17,7 +17,7 @@ from benchmarks.compare.cases import OURS, Case
 from benchmarks.compare.contender import Ours, Placement
 from benchmarks.flops_bound import Recipe
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.forward import FlatOnevision, FlatOnevisionModel
+from lit_vlm.model.packed_forward import FlatOnevision, FlatOnevisionModel
 from lit_vlm.stages import DPOStage
 from lit_vlm.types import IGNORE_INDEX, Batch, ModelPart
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_vlm.config.overrides import get_override_key, parse_override
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
-from lit_vlm.config.yaml_text import register_yaml_source
+from lit_vlm.config.yaml_reader import register_yaml_source
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 VERSION_BASE = "1.3"  # explicit: without it Hydra changes the working directory

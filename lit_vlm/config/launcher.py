@@ -17,12 +17,18 @@ from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf.errors import OmegaConfBaseException
 from submitit.core.utils import FailedSubmissionError, UncompletedJobError
 
-from lit_vlm.config.check_submit import find_submit_errors, parse_sbatch_option, parse_time_limit
 from lit_vlm.config.compose import compose_config
-from lit_vlm.config.job import get_cpus_per_task, get_gpus_per_node, render_job_environment
-from lit_vlm.config.multirun import list_covering_jobs
 from lit_vlm.config.overrides import ConfigError, get_override_key
 from lit_vlm.config.schema import RunConfig, SubmitConfig
+from lit_vlm.config.slurm_options import (
+    find_submit_errors,
+    get_cpus_per_task,
+    get_gpus_per_node,
+    parse_sbatch_option,
+    parse_time_limit,
+    render_job_environment,
+)
+from lit_vlm.config.sweep_overrides import list_covering_jobs
 from lit_vlm.types import UserError
 
 UNSUPPORTED_SUBMIT_SETTINGS = (

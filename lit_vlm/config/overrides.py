@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from lit_vlm.config.yaml_text import quote_text
+from lit_vlm.config.yaml_reader import quote_text
 from lit_vlm.types import UserError
 
 SOURCES_KEY = "data/source@data.sources"

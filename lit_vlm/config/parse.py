@@ -13,11 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lit_vlm.config.check import find_config_errors
 from lit_vlm.config.compose import compose_config, compute_defaults_list, list_groups
-from lit_vlm.config.identity import get_previous_stage_folder, get_run_name
-from lit_vlm.config.keys import find_choice_errors, find_file_errors, find_override_errors
-from lit_vlm.config.multirun import split_sweep_values
+from lit_vlm.config.key_validation import find_choice_errors, find_file_errors, find_override_errors
 from lit_vlm.config.overrides import (
     ConfigError,
     add_implied_overrides,
@@ -27,10 +24,12 @@ from lit_vlm.config.overrides import (
 )
 from lit_vlm.config.pipeline import build_stage_overrides, find_pipeline_errors
 from lit_vlm.config.recipe import SOURCE_TABLE_PREFIXES, get_experiment, is_pipeline, list_stages
+from lit_vlm.config.run_name import get_previous_stage_folder, get_run_name
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
 from lit_vlm.config.settings import list_settings
-from lit_vlm.config.sweep import get_sweep_overrides, is_sweep
-from lit_vlm.secrets import find_secret_errors, find_typed_secret_errors
+from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep, split_sweep_values
+from lit_vlm.config.validation import find_config_errors
+from lit_vlm.redaction import find_secret_errors, find_typed_secret_errors
 from lit_vlm.types import UserError
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_vlm.config.compose import compose_config
-from lit_vlm.config.identity import get_hf_folder, get_previous_stage_folder, is_same_folder
 from lit_vlm.config.overrides import ConfigError, add_implied_overrides, get_override_key, parse_override, quote_value
 from lit_vlm.config.recipe import filter_overrides_for_stage, get_previous_stage, list_recipes
+from lit_vlm.config.run_name import get_hf_folder, get_previous_stage_folder, is_same_folder
 from lit_vlm.config.settings import find_nearest, format_suggestion
 
 

@@ -4,13 +4,18 @@ FLOPs are used to pack samples into micro-batches of equal work, and to convert 
 seconds are estimates for preflight, and they choose the strategy of a stage.
 """
 
-from lit_vlm.cost.choice import StrategyChoice, choose_level, choose_strategy, describe_level
 from lit_vlm.cost.communication import Cluster, CommunicationScheme, Fabric, simulate_step
-from lit_vlm.cost.devices import DEVICES, Device
-from lit_vlm.cost.flops import Flops
-from lit_vlm.cost.memory import MemoryEstimate, MicroBatchSize, ParameterCounts, TrainingOptions, estimate_memory
-from lit_vlm.cost.shape import ModelShape
-from lit_vlm.cost.situation import TrainingSetup
+from lit_vlm.cost.memory import (
+    DEVICES,
+    Device,
+    MemoryEstimate,
+    MicroBatchSize,
+    ParameterCounts,
+    TrainingOptions,
+    estimate_memory,
+)
+from lit_vlm.cost.model_shape import Flops, ModelShape
+from lit_vlm.cost.strategy import StrategyChoice, TrainingSetup, choose_level, choose_strategy, describe_level
 
 __all__ = [
     "DEVICES",

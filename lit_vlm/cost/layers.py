@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lit_vlm.cost.communication import LayerCost
 from lit_vlm.cost.memory import MicroBatchSize, ParameterCounts, TrainingOptions
-from lit_vlm.cost.shape import ModelShape
+from lit_vlm.cost.model_shape import ModelShape
 
 SEGMENT_TOKENS = 2048  # tokens of a sample, assumed for attention if unknown: attention is 3 % to 8 % of a layer's work
 

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import get_worker_info
 
 from lit_vlm.anyres import TileLayout
+from lit_vlm.data.chat_template import TokenSequence
 from lit_vlm.data.decoding import REMEDY
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.template import TokenSequence
 from lit_vlm.types import IGNORE_INDEX, Batch, Fault, ImagePlaceholder, PreferencePair, Record, RecordError, Sample
 
 

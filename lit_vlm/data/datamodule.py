@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_vlm.config.schema import OnOverlong
 from lit_vlm.cost import Flops
-from lit_vlm.data.index.columns import SampleIndex, require_samples, split_held_out
+from lit_vlm.data.index.build import build_index
+from lit_vlm.data.index.fingerprint import verify_unchanged
 from lit_vlm.data.index.lengths import apply_length_policy
-from lit_vlm.data.index.store import build_index
-from lit_vlm.data.index.unchanged import verify_unchanged
-from lit_vlm.data.look_ahead import LookAheadVerifier
+from lit_vlm.data.index.sample_index import SampleIndex, require_samples, split_held_out
+from lit_vlm.data.loader import LookAheadVerifier, mask_run_signals, register_worker_cleanup, setup_worker_signals
 from lit_vlm.data.micro_batches import (
     CorruptRecord,
     ImageHashes,
@@ -31,11 +31,10 @@ from lit_vlm.data.micro_batches import (
     ValidationMicroBatches,
     run_with_retries,
 )
-from lit_vlm.data.plan.ledger import Ledger
-from lit_vlm.data.plan.mixture import Mixture, MixtureSettings
-from lit_vlm.data.plan.plan import Plan, pack_validation
+from lit_vlm.data.packing.mixture import Mixture, MixtureSettings
+from lit_vlm.data.packing.plan import Plan, pack_validation
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.worker_signals import mask_run_signals, register_worker_cleanup, setup_worker_signals
+from lit_vlm.data.quarantine import Ledger
 from lit_vlm.types import Source, UserError
 
 DEFAULT_FLOPS = Flops(per_token=1.0, per_square=1e-4, per_tile=256.0, per_supervised=0.25)

@@ -13,13 +13,13 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from lit_vlm.data.collate import collate
-from lit_vlm.data.content import compute_image_hash
-from lit_vlm.data.index.columns import SampleIndex
-from lit_vlm.data.index.unchanged import verify_unchanged
-from lit_vlm.data.look_ahead import RETRY_DELAYS, LookAheadVerifier
-from lit_vlm.data.plan.ledger import Ledger
-from lit_vlm.data.plan.plan import Pack, Plan
+from lit_vlm.data.index.fingerprint import verify_unchanged
+from lit_vlm.data.index.sample_index import SampleIndex
+from lit_vlm.data.lazy_images import compute_image_hash
+from lit_vlm.data.loader import RETRY_DELAYS, LookAheadVerifier
+from lit_vlm.data.packing.plan import Pack, Plan
 from lit_vlm.data.processor import Processor
+from lit_vlm.data.quarantine import Ledger
 from lit_vlm.types import Batch, Fault, Record, RecordError, UserError
 
 Result = TypeVar("Result")

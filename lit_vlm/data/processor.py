@@ -15,8 +15,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from lit_vlm.anyres import ImageSettings, TileLayout
-from lit_vlm.data.template import ChatTemplate, TokenSequence
-from lit_vlm.data.tiles import load_tiles
+from lit_vlm.data.chat_template import ChatTemplate, TokenSequence
+from lit_vlm.data.tiling import load_tiles
 from lit_vlm.types import (
     Fault,
     ImagePlaceholder,

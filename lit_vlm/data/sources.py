@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
-from lit_vlm.data.readers.by_keys import FORMATS, RecordReader, read_any_format
-from lit_vlm.data.readers.chosen import SourceSubset, TileLimitedSource
-from lit_vlm.data.readers.dialects import find_mark
-from lit_vlm.data.readers.files import (
+from lit_vlm.data.readers.context import ReaderSettings, RecordContext
+from lit_vlm.data.readers.formats import FORMATS, RecordReader, read_any_format
+from lit_vlm.data.readers.record_files import (
     check_file_split,
     detect_format,
     find_record_files,
@@ -26,10 +25,11 @@ from lit_vlm.data.readers.files import (
     open_row_files,
     resolve_source_path,
 )
-from lit_vlm.data.readers.place import ReaderSettings, RecordContext
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import get_file_identity
+from lit_vlm.data.readers.unsupported_keys import find_mark
 from lit_vlm.data.staging import resolve_original_path
+from lit_vlm.data.subsets import SourceSubset, TileLimitedSource
 from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError, format_count
 
 # By the names of config's Format, and formats that only `auto` finds.
@@ -224,7 +224,7 @@ def _make_source(name: str, config: SourceConfig, kind: SampleKind | None, seed:
 def _make_digits_source(
     name: str, config: SourceConfig, language: Language, kind: SampleKind | None, seed: int, held_out: bool
 ) -> Source:
-    from lit_vlm.data.readers.digits import DigitsSource
+    from lit_vlm.data.synthetic.digits import DigitsSource
 
     limit = config.num_samples if config.fraction is None else None
     return DigitsSource(name, language, kind=kind or SampleKind.digit, limit=limit, held_out=held_out)
@@ -238,7 +238,7 @@ def _make_builtin_source(
             f"data.sources.{name}: format=builtin needs path, the kind of picture (e.g. path=caption), "
             f"and num_samples, how many to make."
         )
-    from lit_vlm.data.builtin import BuiltinSource
+    from lit_vlm.data.synthetic import BuiltinSource
 
     return BuiltinSource(
         name,

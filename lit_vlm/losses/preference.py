@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.config.check_dpo import LOSS_TYPES, SORTING_LOSS_TYPES, find_preference_loss_errors
 from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import DPOStageConfig
+from lit_vlm.config.stage_validation import LOSS_TYPES, SORTING_LOSS_TYPES, find_preference_loss_errors
 from lit_vlm.types import UserError
 
 __all__ = [

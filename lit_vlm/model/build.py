@@ -30,17 +30,17 @@ from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.config.schema import ModelConfig, ProjectorName
 from lit_vlm.model import families
 from lit_vlm.model.export import OWN_SETTINGS_FILE
-from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.model.hub import disable_transformers_logging, get_first_line, raise_folder_errors
+from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.model.skeleton import build_on_meta as build_on_meta
 from lit_vlm.model.skeleton import init_projector, is_deferring_weights, make_skeleton, share_config
-from lit_vlm.model.ties import resolve_weight_tying
 from lit_vlm.model.vocabulary import (
     CHATML,
     VIDEO_TOKEN,
     add_special_tokens,
     extend_embeddings,
     find_turn_end_token,
+    resolve_weight_tying,
     wrap_chat_template,
 )
 from lit_vlm.model.weights import require_all_weights

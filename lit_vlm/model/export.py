@@ -1,7 +1,12 @@
-"""Export of a model to a folder in transformers' own layout, which loads without code of this project."""
+"""Weights of a model as plain transformers saves them: adapters and new token rows merged, one weight at a time.
+
+Only weights that transformers itself fuses in memory and splits in files (experts of some families) are made all at
+once.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -10,14 +15,145 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from lit_vlm.anyres import ImageSettings
 from lit_vlm.files import move_into_place
 from lit_vlm.model.hub import disable_transformers_logging
-from lit_vlm.model.merged import MergedStateDict
+from lit_vlm.model.lora import find_lora_layers
+from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, read_initial_values
 from lit_vlm.model.tensor_files import MAX_SHARD_SIZE, split_into_files, write_index
+
+
+class MergedStateDict:
+    """Merged state dict of a model for export, by the names that the files on the hub have.
+
+    Args:
+        model: its weights may be sharded over ranks.
+        gather_weight: gathers the full weight of a name in memory; every rank calls it with the same names in the same
+            order. None: weights are not sharded.
+
+    Attributes:
+        tensors: shape and type by name in the files, on `meta`.
+        config: to be saved with the weights.
+    """
+
+    def __init__(
+        self, model: LlavaOnevisionForConditionalGeneration, gather_weight: Callable[[str], Tensor] | None = None
+    ) -> None:
+        self.model, self.lora_layers, self.gather_weight = model, find_lora_layers(model), gather_weight
+        self.parameters = dict(model.named_parameters())
+        self.initial_weights: Any = getattr(model, "weights", None)  # of a model that was loaded in shards, else None
+        dtype = self.initial_weights.dtype if self.initial_weights else model.dtype
+        if (
+            gather_weight and not self.initial_weights
+        ):  # sharded weights may compute in another type than their master weights have
+            dtype = model.config.dtype or dtype
+        meta_model = build_on_meta(copy.deepcopy(model.config)).to(dtype)
+        meta_model.tie_weights()
+        self.num_parameters, self.config = meta_model.num_parameters(), meta_model.config
+        for config in (self.config, self.config.vision_config, self.config.text_config):
+            config.dtype = str(dtype).removeprefix("torch.")
+        self.config.architectures = [type(meta_model).__name__]
+        use_released_names(meta_model)
+        meta_tensors = dict(meta_model.named_parameters())  # a tied table is listed as embeddings only
+        self.tensors: dict[str, Tensor] = revert_weight_conversion(meta_model, meta_tensors)
+        names_by_id = {id(tensor): name for name, tensor in meta_tensors.items()}
+        self._memory_names = {
+            hub: names_by_id[id(tensor)] for hub, tensor in self.tensors.items() if id(tensor) in names_by_id
+        }
+        self._meta_model, self._meta_tensors = meta_model, meta_tensors
+        self._unfused: dict[str, Tensor] | None = None
+
+    def compute_value(self, name: str) -> Tensor:
+        """Compute the merged weight of a name in the files, on the device where its parameter is."""
+        if name in self._memory_names:
+            return self._compute_memory_value(self._memory_names[name])
+        if self._unfused is None:
+            values = {
+                memory_name: self._compute_memory_value(memory_name) for memory_name in self._list_memory_names(name)
+            }
+            self._unfused = revert_weight_conversion(self._meta_model, values)
+        return self._unfused.pop(name)
+
+    def gather(self, name: str) -> None:
+        """Gather the same parameters as another rank that computes the weight of this name."""
+        for memory_name in self._list_memory_names(name):
+            for key in self._list_inputs(memory_name):
+                if not self._is_in_files(key):
+                    self._gather_parameter(key)
+        if name not in self._memory_names:
+            self._unfused = {}
+
+    def _list_memory_names(self, name: str) -> list[str]:
+        """List the names in memory that a name in the files is made of.
+
+        All fused weights belong to the first name that needs one of them; later names get an empty list.
+        """
+        if name in self._memory_names:
+            return [self._memory_names[name]]
+        plain = set(self._memory_names.values())
+        return [key for key in self._meta_tensors if key not in plain] if self._unfused is None else []
+
+    def _compute_memory_value(self, memory_name: str) -> Tensor:
+        target = self._meta_tensors[memory_name]
+        value, *merged = [
+            self._gather_parameter(key) for key in self._list_inputs(memory_name)
+        ]  # from a file or from the device
+        if memory_name.rpartition(".")[0] in self.lora_layers and merged:
+            value = value + self._compute_lora_delta(memory_name.rpartition(".")[0], *merged[:2]).to(value)
+        elif merged:  # rows of new tokens (TrainableTokens)
+            value = value.index_copy(0, self.model.new_tokens.ids.to(value.device), merged[0].to(value))
+        return value.to(target.dtype)
+
+    def _list_inputs(self, memory_name: str) -> list[str]:
+        """List the names in memory that are needed: the weight itself, then what is merged into it."""
+        module, _, leaf = memory_name.rpartition(".")
+        if module in self.lora_layers:
+            base = f"{module}.base_layer.{leaf}"
+            adapters = _list_adapters(self.lora_layers[module]) if leaf == "weight" else []
+            return [base, *(f"{module}.lora_{side}.{adapter}.weight" for adapter in adapters for side in "AB")]
+        rows = {EMBEDDINGS: "new_tokens.embedding", HEAD: "new_tokens.head"}.get(memory_name)
+        return [memory_name, rows] if rows in self.parameters else [memory_name]
+
+    def _is_in_files(self, name: str) -> bool:
+        return self.initial_weights is not None and not self.parameters[name].requires_grad
+
+    def _gather_parameter(self, name: str) -> Tensor:
+        if self._is_in_files(name):
+            shape = self._meta_tensors[name.replace(".base_layer.", ".")].shape
+            return read_initial_values(self.model, name, shape, 0, shape.numel()).view(shape)
+        return self.gather_weight(name).detach() if self.gather_weight else self.parameters[name].detach()
+
+    def _compute_lora_delta(self, module: str, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """Compute what peft adds to a layer's weight when it merges an adapter, in the same arithmetic."""
+        layer: Any = self.lora_layers[module]
+        dtype = lora_b.dtype
+        if lora_b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            lora_a, lora_b = lora_a.float(), lora_b.float()
+        return (lora_b @ lora_a * layer.scaling[_list_adapters(layer)[0]]).to(dtype)
+
+
+def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
+    """Use the parameter names of the released checkpoints in exports, whatever folder the model came from.
+
+    transformers 5.23 has no level `vision_model` in memory any more, and writes it only where it was read. The released
+    LLaVA-OneVision checkpoints have it, and servers (vLLM) support only those names.
+    """
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [
+        rule for rule in rules if not isinstance(rule, PrefixChange) or rule.scope_prefix == "vision_tower"
+    ]
+
+
+def _list_adapters(layer: Any) -> list[str]:
+    """List a layer's adapters: one, that of its part."""
+    return list(layer.lora_A)
+
 
 _PATH_KEY = re.compile(r"(^|_)(name_or_path|file|path|dir|folder)$")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

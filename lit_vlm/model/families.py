@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.model.ties import untie_embeddings
+from lit_vlm.model.vocabulary import untie_embeddings
 from lit_vlm.types import UserError
 
 # The factor on a family's logits, from its config.

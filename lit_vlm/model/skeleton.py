@@ -25,13 +25,14 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from lit_vlm.model import families
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import init_adapter
-from lit_vlm.model.ties import resolve_weight_tying
-from lit_vlm.model.vocabulary import extend_embeddings
+from lit_vlm.model.packed_forward import LogProbHead
+from lit_vlm.model.vocabulary import extend_embeddings, resolve_weight_tying
 from lit_vlm.model.weights import InitialWeights, find_tensor_locations
 from lit_vlm.types import UserError, format_count
 
 if TYPE_CHECKING:
     from lit_vlm.model.build import ModelSpec
+
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
@@ -218,3 +219,41 @@ def _make_buffers(model: PreTrainedModel) -> None:
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     model.initialize_weights()
+
+
+def list_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """List the weights and biases that only linear layers and convolutions read."""
+    matmul_modules = (nn.Linear, nn.Conv2d, LogProbHead)
+    uses = [(type(module) in matmul_modules, p) for module in model.modules() for p in module.parameters(recurse=False)]
+    others = {id(parameter) for is_matrix, parameter in uses if not is_matrix}
+    return list({id(p): p for is_matrix, p in uses if is_matrix and id(p) not in others}.values())
+
+
+def list_frozen_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """List the weights and biases of `list_matrices` that do not train."""
+    return [parameter for parameter in list_matrices(model) if not parameter.requires_grad]
+
+
+@torch.no_grad()
+def fill_skeleton(model: nn.Module, frozen_dtype: torch.dtype) -> None:
+    """Allocate CPU memory and fill in initial values for a skeleton whose trainable parameters are already marked.
+
+    Args:
+        frozen_dtype: type of frozen matrices; all other parameters have the skeleton's own.
+    """
+    frozen = {id(parameter) for parameter in list_frozen_matrices(model)}
+
+    def make(name: str, old: nn.Parameter) -> nn.Parameter:
+        new = torch.empty(old.shape, dtype=frozen_dtype if id(old) in frozen else old.dtype)
+        new.view(-1).copy_(read_initial_values(model, name, old.shape, 0, old.numel()))
+        return nn.Parameter(new, requires_grad=old.requires_grad)
+
+    replace_parameters(model, make)
+    move_buffers(model, torch.device("cpu"))
+
+
+def read_exact_values(model: nn.Module) -> dict[str, Tensor]:
+    """Read from the files the exact values of the parameters that `fill_skeleton` rounded, by name."""
+    rounded = {id(p) for p in list_frozen_matrices(model) if p.dtype != model.weights.dtype}
+    named = [(name, p.shape) for name, p in model.named_parameters() if id(p) in rounded]
+    return {name: read_initial_values(model, name, shape, 0, shape.numel()).view(shape) for name, shape in named}

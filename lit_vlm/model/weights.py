@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import cached_file
 
 from lit_vlm.model.parts import UNUSED_PARAMETERS
-from lit_vlm.model.ties import describe_missing_table
+from lit_vlm.model.vocabulary import describe_missing_table
 from lit_vlm.types import UserError, format_count
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"

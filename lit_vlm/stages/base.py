@@ -19,27 +19,29 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ActivationCheckpointing as Level
+from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing, parse_checkpointing_level
 from lit_vlm.model.build import ModelSpec
-from lit_vlm.model.checkpointing import enable_activation_checkpointing, parse_checkpointing_level
-from lit_vlm.model.frozen import fill_skeleton, read_exact_values
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import add_lora
+from lit_vlm.model.matmul_dtypes import MatmulDtypeCounter, warn_about_float32_matmuls
 from lit_vlm.model.parts import PartSummary, freeze_except, set_train_modes, summarize_parts
-from lit_vlm.model.products import MatmulDtypeCounter, warn_about_float32_matmuls
-from lit_vlm.model.skeleton import defer_weights, is_deferring_weights
+from lit_vlm.model.skeleton import defer_weights, fill_skeleton, is_deferring_weights, read_exact_values
 from lit_vlm.model.vocabulary import TrainableTokens
 from lit_vlm.model.weights import NotShardLoadableError
-from lit_vlm.stages.checks import (
+from lit_vlm.stages.caches import FeatureCache, build_feature_cache
+from lit_vlm.stages.model_init import (
+    ModelLike,
     compute_gradient_sums,
+    describe_model,
+    init_model,
     require_activation_checkpointing,
     require_bf16,
     require_frozen_tower,
     require_gradients,
     require_images,
+    resolve_model,
 )
 from lit_vlm.stages.optimizer import make_optimizer, make_optimizer_options, make_scheduler
-from lit_vlm.stages.passes import FeatureCache, build_feature_cache
-from lit_vlm.stages.start import ModelLike, describe_model, init_model, resolve_model
 from lit_vlm.types import Batch, ModelPart, UserError, format_count
 
 

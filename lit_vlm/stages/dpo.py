@@ -19,10 +19,9 @@ from lit_vlm.losses.preference import SORTING_LOSS_TYPES, PreferenceLoss, Prefer
 from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
 from lit_vlm.model.lora import disable_adapters
 from lit_vlm.stages.base import Stage
-from lit_vlm.stages.passes import fill_cache, get_cache_folder
-from lit_vlm.stages.reference import ReferenceLogProbCache
-from lit_vlm.stages.start import ModelLike
-from lit_vlm.stages.tally import METRIC_NAMES, PreferenceMetrics, estimate_kl
+from lit_vlm.stages.caches import ReferenceLogProbCache, fill_cache, get_cache_folder
+from lit_vlm.stages.model_init import ModelLike
+from lit_vlm.stages.preference_metrics import METRIC_NAMES, PreferenceMetrics, estimate_kl
 from lit_vlm.types import Batch, ModelPart, UserError, format_count
 
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference model

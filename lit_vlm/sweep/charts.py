@@ -14,10 +14,9 @@ from html import escape
 from typing import Any
 
 from lit_vlm.config.overrides import quote_value
-from lit_vlm.engine.report_charts import AxisScale, compute_log_ticks, compute_ticks
-from lit_vlm.sweep.file import Goal, SweepFile
-from lit_vlm.sweep.importance import compute_ranks, is_numeric
-from lit_vlm.sweep.records import TrialRecord, find_best_trial, find_varying_keys
+from lit_vlm.reports.charts import AxisScale, compute_log_ticks, compute_ticks
+from lit_vlm.sweep.results import TrialRecord, compute_ranks, find_best_trial, find_varying_keys, is_numeric
+from lit_vlm.sweep.sweep_file import Goal, SweepFile
 
 WIDTH, HEIGHT = 1040, 380
 LEFT, RIGHT, TOP, BOTTOM = 92, 46, 58, 18

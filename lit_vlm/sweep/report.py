@@ -1,7 +1,4 @@
-"""Report of a sweep (sweep.html), in the style of a run's report; self-contained, without scripts.
-
-Values and names come from files. The template escapes everything that is not `Markup`; only the charts made here are `Markup`.
-"""
+"""Tables of a sweep for the terminal: its search space and its trials."""
 
 from __future__ import annotations
 
@@ -12,13 +9,76 @@ from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
 
-from lit_vlm.engine import pages
-from lit_vlm.engine.report_data import format_duration
+from lit_vlm.reports import templates
+from lit_vlm.reports.run_record import format_duration
 from lit_vlm.sweep.charts import compute_axis_range, draw_metric_by_trial, draw_parallel_coordinates, format_category
-from lit_vlm.sweep.file import Goal, SweepFile
-from lit_vlm.sweep.importance import compute_importance, get_reliability_note, list_edge_warnings
-from lit_vlm.sweep.records import TRIAL_STATES, TrialRecord, find_best_trial, find_varying_keys
+from lit_vlm.sweep.results import (
+    TRIAL_STATES,
+    TrialRecord,
+    compute_importance,
+    find_best_trial,
+    find_varying_keys,
+    get_reliability_note,
+    list_edge_warnings,
+)
+from lit_vlm.sweep.search_space import read_comments
+from lit_vlm.sweep.sweep_file import Goal, SweepFile
+
+MAX_ROWS = 20
+
+
+def make_parameter_table(sweep: SweepFile) -> Table:
+    """Make the table of parameters: values, and the file's comment as the reason."""
+    reasons = read_comments(Path(sweep.location))
+    table = Table(title=f"{sweep.name}: what is tried", title_justify="left")
+    for heading in ("parameter", "values", "why"):
+        table.add_column(heading, overflow="fold")
+    for key, parameter in sweep.parameters.items():
+        table.add_row(
+            Text(key),
+            Text(parameter.format_values() + (" (fixed)" if parameter.is_fixed else "")),
+            Text(reasons.get(key, "")),
+        )
+    return table
+
+
+def make_trial_table(report: SweepReport) -> Table:
+    """Make the table of trials, the best first; the caption holds the parameter importance."""
+    table = Table(title=f"{report.sweep.name}: {format_counts(report)}", title_justify="left", caption_justify="left")
+    table.add_column("trial", justify="right")
+    table.add_column("state")
+    table.add_column(Text(report.metric), justify="right")
+    for key in report.keys:
+        table.add_column(Text(key), overflow="fold")
+    table.add_column("time", justify="right")
+    for record in sort_records(report)[:MAX_ROWS]:
+        is_best = report.best is not None and record.number == report.best.number
+        values = [Text(format_cell(record.parameters[key])) if key in record.parameters else "-" for key in report.keys]
+        value = "-" if record.value is None else f"{record.value:.5g}"
+        table.add_row(
+            str(record.number),
+            record.state,
+            value,
+            *values,
+            format_duration(record.seconds),
+            style="bold green" if is_best else None,
+        )
+    table.caption = Text("\n".join(_list_remarks(report)), justify="left")
+    return table
+
+
+def _list_remarks(report: SweepReport) -> list[str]:
+    """List the lines below the table: hidden rows, importance of each parameter, best values at the end of a range."""
+    num_hidden = len(report.records) - MAX_ROWS
+    lines = [f"and {num_hidden} more"] if num_hidden > 0 else []
+    lines += [
+        f"{importance.key}: {importance.share:.0%} of the order, {importance.direction}"
+        for importance in compute_importance(report.records, report.sweep)
+    ]
+    return [*lines, get_reliability_note(report.records), *list_edge_warnings(report.records, report.sweep)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +117,7 @@ class SweepReport:
 
 def write_sweep_report(path: Path, report: SweepReport) -> None:
     """Write the report atomically: a reader finds the old file or the new one."""
-    pages.write_page(path, _TEMPLATE.render(**_build_context(report)))
+    templates.write_page(path, _TEMPLATE.render(**_build_context(report)))
 
 
 def sort_records(report: SweepReport) -> list[TrialRecord]:
@@ -90,7 +150,7 @@ def format_key(key: str) -> Markup:
     return Markup(".<wbr>").join(key.split("."))
 
 
-_TEMPLATE = pages.PageTemplate(
+_TEMPLATE = templates.PageTemplate(
     "page.html", "page.css", folder=Path(__file__).parent, cell=format_cell, duration=format_duration, dotted=format_key
 )
 

@@ -26,8 +26,8 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from lit_vlm.sweep.file import Goal, Hyperband, SearchMethod, SweepFile
-from lit_vlm.sweep.parameter import TAIL_PROBABILITY, SweepParameter
+from lit_vlm.sweep.search_space import TAIL_PROBABILITY, SweepParameter
+from lit_vlm.sweep.sweep_file import Goal, Hyperband, SearchMethod, SweepFile
 
 STUDY_NAME = "sweep"
 PARAMETERS_KEY, WORKER_KEY, OUTCOME_KEY, VALUE_KEY = (

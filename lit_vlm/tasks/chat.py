@@ -12,13 +12,13 @@ from pathlib import Path
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.config import Run
-from lit_vlm.data.images import FORMATS, FileImage
+from lit_vlm.data.lazy_images import FORMATS, FileImage
 from lit_vlm.data.markup import parse_markup
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.signals import EXIT_STATUS, StopRequest, use_listener
-from lit_vlm.evaluation.answers import generate_answers
-from lit_vlm.evaluation.drawing import PREDICTED, draw_boxes, parse_box_marks
-from lit_vlm.tasks.finished import open_pretrained
+from lit_vlm.evaluation.box_drawing import PREDICTED, draw_boxes, parse_box_marks
+from lit_vlm.evaluation.generation import generate_answers
+from lit_vlm.fault_tolerance.signals import EXIT_STATUS, StopRequest, use_listener
+from lit_vlm.tasks.pretrained import open_pretrained
 from lit_vlm.types import (
     ContentPart,
     ControlToken,

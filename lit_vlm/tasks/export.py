@@ -7,35 +7,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, CorruptCheckpointError, load_tensors, read_index
+from lit_vlm.checkpoint.resume import check_files, find_state_mismatches
 from lit_vlm.config import Run
+from lit_vlm.config.model_settings import read_model_config
 from lit_vlm.config.schema import DPOStageConfig, RunConfig
-from lit_vlm.config.stored import read_model_config
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.checkpoint import (
-    CheckpointFolder,
-    CheckpointIndex,
-    CorruptCheckpointError,
-    load_tensors,
-    read_index,
-)
-from lit_vlm.engine.checkpoint.read import check_files, find_state_mismatches
-from lit_vlm.engine.hold import RunLock
-from lit_vlm.engine.rebuild import read_config_file
-from lit_vlm.engine.run_folder import (
+from lit_vlm.distributed.sharded_state import StateKind, TensorShard
+from lit_vlm.distributed.trainer import disable_library_warnings
+from lit_vlm.fault_tolerance.run_lock import RunLock
+from lit_vlm.files import CorruptFileError
+from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.model.export import export_model
+from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
+from lit_vlm.runs.rebuild import read_config_file
+from lit_vlm.runs.run_folder import (
     RunFolder,
     compute_parts_digest,
     describe_parent,
     read_manifest,
     read_manifest_or_empty,
 )
-from lit_vlm.engine.shards import StateKind, TensorShard
-from lit_vlm.engine.trainer import disable_library_warnings
-from lit_vlm.files import CorruptFileError
-from lit_vlm.model.build import ModelSpec, load_model_spec
-from lit_vlm.model.export import export_model
-from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
 from lit_vlm.stages import Stage
-from lit_vlm.tasks.stage_data import resolve_template_date, resolve_tiny_parts
+from lit_vlm.tasks.prepare_data import resolve_template_date, resolve_tiny_parts
 from lit_vlm.tasks.terminal import say
 from lit_vlm.tasks.train import make_stage
 from lit_vlm.types import UserError, format_count

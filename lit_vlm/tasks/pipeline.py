@@ -10,11 +10,11 @@ from pathlib import Path
 from types import FrameType
 
 from lit_vlm.config import Run, build_stage_overrides, list_stages, parse
-from lit_vlm.engine.budget import BUDGET_FILE as BUDGET
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.report import make_scores_table, make_summary_table, write_report
-from lit_vlm.engine.run_folder import read_manifest
-from lit_vlm.engine.signals import EXIT_STATUS, STOP_REQUESTS, StopRequest
+from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED
+from lit_vlm.fault_tolerance.oom import BUDGET_FILE as BUDGET
+from lit_vlm.fault_tolerance.signals import EXIT_STATUS, STOP_REQUESTS, StopRequest
+from lit_vlm.reports.report import make_scores_table, make_summary_table, write_report
+from lit_vlm.runs.run_folder import read_manifest
 from lit_vlm.tasks.terminal import console
 from lit_vlm.types import UserError
 

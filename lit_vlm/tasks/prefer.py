@@ -12,16 +12,15 @@ from rich.table import Table
 
 from lit_vlm.config import Run, RunConfig
 from lit_vlm.config.schema import ScorerName
-from lit_vlm.curation.journal import IMAGES, AnswerLog, find_template_day, get_log_folder
-from lit_vlm.curation.maker import PAIR, PairGenerator, get_sample_key, summarize_lines
-from lit_vlm.curation.records import PairImages, find_image_root
+from lit_vlm.curation.answer_log import IMAGES, AnswerLog, find_template_day, get_log_folder
+from lit_vlm.curation.generator import PAIR, PairGenerator, PairImages, find_image_root, get_sample_key, summarize_lines
 from lit_vlm.curation.scorers import ExactScorer, ModelJudge, Scorer, load_custom_scorer
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.plan.lock import TEMPLATE_DATE_KEY
-from lit_vlm.engine.exits import INTERRUPTED
-from lit_vlm.engine.run_folder import compute_sources_digest, describe_parent, require_finished_parent, to_plain
-from lit_vlm.tasks.finished import PretrainedModel, open_pretrained
-from lit_vlm.tasks.stage_data import StageData, apply_quarantine, make_datamodule, open_sources
+from lit_vlm.data.packing.mixture_lock import TEMPLATE_DATE_KEY
+from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
+from lit_vlm.runs.run_folder import compute_sources_digest, describe_parent, require_finished_parent, to_plain
+from lit_vlm.tasks.prepare_data import StageData, apply_quarantine, make_datamodule, open_sources
+from lit_vlm.tasks.pretrained import PretrainedModel, open_pretrained
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError, format_count
 

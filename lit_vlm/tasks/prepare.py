@@ -9,8 +9,8 @@ from rich.table import Table
 from lit_vlm.config import Run
 from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.index.verify import verify_images
-from lit_vlm.tasks.run_lock import check_mixture_lock
-from lit_vlm.tasks.stage_data import (
+from lit_vlm.tasks.mixture_lock import check_mixture_lock
+from lit_vlm.tasks.prepare_data import (
     StageData,
     apply_quarantine,
     build_stage_data,

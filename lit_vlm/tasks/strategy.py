@@ -13,16 +13,18 @@ import torch
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import RunConfig, StrategyName
 from lit_vlm.cost import DEVICES, Device, ModelShape
-from lit_vlm.engine.preflight.model import count_parameters, describe_training, prepare_meta_stage
-from lit_vlm.engine.preflight.numbers import summarize_plan
-from lit_vlm.engine.preflight.strategy import (
+from lit_vlm.reports.preflight.estimates import (
     StrategyDecision,
+    count_parameters,
+    describe_training,
     make_training_setup,
+    prepare_meta_stage,
     select_cpu_strategy,
     select_strategy,
 )
+from lit_vlm.reports.preflight.statistics import summarize_plan
 from lit_vlm.stages import Stage
-from lit_vlm.tasks.stage_data import StageData
+from lit_vlm.tasks.prepare_data import StageData
 from lit_vlm.tasks.terminal import say
 
 GB = 10**9
@@ -70,7 +72,7 @@ def detect_device(config: RunConfig) -> Device | None:
     """Return this machine's device: its own memory, and the speed of `preflight.device`; None on a CPU.
 
     Memory is rounded down to whole GB: devices of one kind may differ by some MB, and all ranks must make the same choice
-    (`engine/agreement.py` compares it).
+    (`fault_tolerance/rank_check.py` compares it).
     """
     if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
         return None

@@ -13,29 +13,34 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from lit_vlm.cluster.batch_script import build_step_command
+from lit_vlm.cluster.slurm import get_environment_outside_job, get_own_job, is_preempted, requeue
 from lit_vlm.config import ConfigError, Run, RunConfig, parse
-from lit_vlm.config.job import GPU_ACCELERATORS
 from lit_vlm.config.overrides import add_implied_overrides, quote_value
 from lit_vlm.config.parse import collect_override_errors
-from lit_vlm.config.sweep import get_trial_overrides
-from lit_vlm.engine.exits import INTERRUPTED, RESTART
-from lit_vlm.engine.run_folder import require_writable
-from lit_vlm.engine.signals import StopRequest
-from lit_vlm.engine.slurm import get_environment_outside_job, get_own_job, is_preempted, requeue
-from lit_vlm.engine.slurm_script import build_step_command
+from lit_vlm.config.slurm_options import GPU_ACCELERATORS
+from lit_vlm.config.sweep_overrides import get_trial_overrides
+from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART
+from lit_vlm.fault_tolerance.signals import StopRequest
 from lit_vlm.files import CorruptFileError, read_json, write_json
-from lit_vlm.secrets import find_secret_errors
-from lit_vlm.sweep.file import SearchMethod, SweepFile, try_read_sweep
-from lit_vlm.sweep.mistakes import find_sweep_errors
-from lit_vlm.sweep.process import TrialProcess
-from lit_vlm.sweep.records import TrialRecord, find_best_trial
-from lit_vlm.sweep.report import SweepReport, write_sweep_report
+from lit_vlm.redaction import find_secret_errors
+from lit_vlm.runs.run_folder import require_writable
+from lit_vlm.sweep.report import SweepReport, make_parameter_table, make_trial_table, write_sweep_report
+from lit_vlm.sweep.results import TrialRecord, find_best_trial
 from lit_vlm.sweep.search import Search
-from lit_vlm.sweep.table import make_parameter_table, make_trial_table
-from lit_vlm.sweep.trials import DeviceGroup, TrialRunner, collect_records
-from lit_vlm.sweep.words import build_trial_overrides, build_value_overrides, format_command, format_trial_command
+from lit_vlm.sweep.sweep_file import (
+    SearchMethod,
+    SweepFile,
+    build_trial_overrides,
+    build_value_overrides,
+    format_command,
+    format_trial_command,
+    try_read_sweep,
+)
+from lit_vlm.sweep.trial_runner import DeviceGroup, TrialProcess, TrialRunner, collect_records
+from lit_vlm.sweep.validation import find_sweep_errors
 from lit_vlm.tasks.pipeline import build_command
-from lit_vlm.tasks.sweep_slurm import find_queued_workers, submit_workers
+from lit_vlm.tasks.submit import find_queued_workers, submit_workers
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 

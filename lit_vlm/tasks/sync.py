@@ -15,11 +15,10 @@ from typing import Any
 
 from lit_vlm.config import Run
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.engine.hold import RunLock
-from lit_vlm.engine.run_folder import RunFolder, read_manifest, require_writable
-from lit_vlm.engine.tracking import RunTracker, connection
-from lit_vlm.engine.tracking.artifacts import ARTIFACT_PATHS
-from lit_vlm.engine.tracking.tables import list_sample_images
+from lit_vlm.fault_tolerance.run_lock import RunLock
+from lit_vlm.loggers import RunTracker, wandb_client
+from lit_vlm.loggers.wandb_client import ARTIFACT_PATHS, list_sample_images
+from lit_vlm.runs.run_folder import RunFolder, read_manifest, require_writable
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import UserError, format_count
 
@@ -63,7 +62,7 @@ def send_run(path: Path) -> None:
             say(f"{path}: was sent already, all of it: {known.get('url')}")
             return
         tracking = RunTracker(
-            make_logger_config(manifest, known), path, None, say, connection.FINISH_WITH_MODEL_SECONDS
+            make_logger_config(manifest, known), path, None, say, wandb_client.FINISH_WITH_MODEL_SECONDS
         )
         if tracking.wandb is None or tracking.wandb.offline:
             raise UserError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lit_vlm.engine.run_folder import is_rank_zero
+from lit_vlm.runs.run_folder import is_rank_zero
 from lit_vlm.types import escape_control_characters
 
 console = Console(highlight=False)

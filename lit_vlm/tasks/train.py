@@ -13,17 +13,25 @@ import yaml
 from rich.table import Table
 
 from callbacks import make_callbacks
+from lit_vlm.checkpoint import CheckpointFolder, RunFingerprint
 from lit_vlm.config import Run
 from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.schema import ActivationCheckpointing, DebugMode, RunConfig
-from lit_vlm.engine.budget import BUDGET_FILE as BUDGET
-from lit_vlm.engine.budget import MicroBatchBudget
-from lit_vlm.engine.checkpoint import CheckpointFolder, RunFingerprint
-from lit_vlm.engine.exits import CoordinatedExit
-from lit_vlm.engine.hold import RunLock
-from lit_vlm.engine.ranks import is_restarted
-from lit_vlm.engine.report import write_report
-from lit_vlm.engine.run_folder import (
+from lit_vlm.distributed.ranks import is_restarted
+from lit_vlm.distributed.trainer import DEBUG_FAST_STEPS, close_process_group, make_trainer
+from lit_vlm.fault_tolerance.exit_status import CoordinatedExit
+from lit_vlm.fault_tolerance.oom import BUDGET_FILE as BUDGET
+from lit_vlm.fault_tolerance.oom import MicroBatchBudget
+from lit_vlm.fault_tolerance.run_lock import RunLock
+from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE as SKIPPED
+from lit_vlm.files import handle_write_errors, write_text_atomically
+from lit_vlm.loggers import RunTracker
+from lit_vlm.model.build import ModelSpec
+from lit_vlm.model.skeleton import defer_weights
+from lit_vlm.model.tensor_files import compute_weights_digest
+from lit_vlm.redaction import redact
+from lit_vlm.reports.report import write_report
+from lit_vlm.runs.run_folder import (
     RunFolder,
     compute_parts_digest,
     compute_sources_digest,
@@ -35,18 +43,9 @@ from lit_vlm.engine.run_folder import (
     require_finished_parent,
     to_plain,
 )
-from lit_vlm.engine.skipped import SKIPPED_STEPS_FILE as SKIPPED
-from lit_vlm.engine.tracking import RunTracker
-from lit_vlm.engine.trainer import DEBUG_FAST_STEPS, close_process_group, make_trainer
-from lit_vlm.files import handle_write_errors, write_text_atomically
-from lit_vlm.model.build import ModelSpec
-from lit_vlm.model.skeleton import defer_weights
-from lit_vlm.model.tensor_files import compute_weights_digest
-from lit_vlm.secrets import redact
 from lit_vlm.stages import STAGES, Stage
-from lit_vlm.tasks.attempts import run_fit, run_with_restarts
-from lit_vlm.tasks.run_lock import check_mixture_lock, get_template_date
-from lit_vlm.tasks.stage_data import (
+from lit_vlm.tasks.mixture_lock import check_mixture_lock, get_template_date
+from lit_vlm.tasks.prepare_data import (
     StageData,
     apply_quarantine,
     build_stage_data,
@@ -54,6 +53,7 @@ from lit_vlm.tasks.stage_data import (
     open_sources,
     require_record_type,
 )
+from lit_vlm.tasks.restarts import run_fit, run_with_restarts
 from lit_vlm.tasks.strategy import resolve_auto_strategy
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError, format_count

@@ -18,7 +18,7 @@ from benchmarks.compare.memory import measure_peak_memory
 from benchmarks.compare.sizes import save_model
 from benchmarks.compare.switches import ABLATIONS
 from benchmarks.flops_bound import Recipe, RecordSize, compute_ratio_bound, compute_step_flops
-from lit_vlm.cost.shape import ModelShape, TextShape, VisionShape
+from lit_vlm.cost.model_shape import ModelShape, TextShape, VisionShape
 from lit_vlm.types import UserError
 
 # Qwen2.5-7B's and SigLIP so400m's matrices, all 27 layers of the tower

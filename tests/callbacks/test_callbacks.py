@@ -15,11 +15,11 @@ from callbacks import CALLBACKS, Export, Guard, LanguageLoss, Report, Samples, T
 from lit_vlm.anyres import Tiling
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index import columns as codes_of
+from lit_vlm.data.index import sample_index
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.report_data import read_run
-from lit_vlm.engine.watch import Activity, Progress
-from lit_vlm.evaluation.answers import get_end_of_answer_id
+from lit_vlm.evaluation.generation import get_end_of_answer_id
+from lit_vlm.fault_tolerance.watchdog import Activity, Progress
+from lit_vlm.reports.run_record import read_run
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
 from lit_vlm.types import Language, UserError
 
@@ -135,7 +135,7 @@ def test_validation_time_is_not_counted_as_training_time():
 def test_the_token_weighted_mean_of_the_language_losses_is_the_validation_loss(blueprint):
     trainer, stage, module = fit(blueprint, [LanguageLoss()])
     metrics, index = {name: float(value) for name, value in trainer.callback_metrics.items()}, module.held_out
-    for codes, known in ((index.language, codes_of.LANGUAGES), (index.kind, codes_of.KINDS)):
+    for codes, known in ((index.language, sample_index.LANGUAGES), (index.kind, sample_index.KINDS)):
         names = [known[code] for code in codes]
         tokens = {
             str(name): sum(int(n) for n, other in zip(index.supervised, names, strict=True) if other == name)
@@ -163,7 +163,7 @@ def test_segments_of_pairs_are_chosen_answers_then_rejected_ones(processor):
     pairs = [record for source in build_sources("preference", n=2) for record in source]
     batch = collate(processor, pairs)
     callback, stage = LanguageLoss(), SimpleNamespace(device=torch.device("cpu"))
-    languages = np.array([codes_of.LANGUAGES.index(language) for language in batch.languages])
+    languages = np.array([sample_index.LANGUAGES.index(language) for language in batch.languages])
     index = SimpleNamespace(language=languages, kind=np.array([], dtype=int))
     callback.on_validation_epoch_start(SimpleNamespace(datamodule=SimpleNamespace(held_out=index)), stage)
     sums, counts = torch.arange(8.0), torch.ones(8, dtype=torch.long)

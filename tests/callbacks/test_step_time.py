@@ -8,8 +8,7 @@ import torch
 from test_callbacks import fit
 
 from callbacks import Guard, Throughput
-from callbacks.memory import measure_memory_parts
-from callbacks.step_time import STEP_PARTS, StepTimer, StragglerMonitor
+from callbacks.step_time import STEP_PARTS, StepTimer, StragglerMonitor, measure_memory_parts
 from lit_vlm.stages import SFTStage
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import yaml
 
 from lit_vlm.config import parse
 from lit_vlm.config.compose import CONF_DIR, list_choices, list_groups
-from lit_vlm.config.keys import get_setting_type
+from lit_vlm.config.key_validation import get_setting_type
 from lit_vlm.config.schema import DPOStageConfig
 
 FILES = sorted(path.relative_to(CONF_DIR).with_suffix("").as_posix() for path in CONF_DIR.rglob("*.yaml"))

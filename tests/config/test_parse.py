@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lit_vlm.config import ConfigError, build_stage_overrides, list_stages, parse
-from lit_vlm.config.check import list_trainer_arguments
-from lit_vlm.config.check_dpo import LOSS_TYPES
 from lit_vlm.config.overrides import parse_override, quote_value
 from lit_vlm.config.schema import DPOStageConfig, StageName, Task
+from lit_vlm.config.stage_validation import LOSS_TYPES
+from lit_vlm.config.validation import list_trainer_arguments
 from lit_vlm.types import UserError
 
 

@@ -27,10 +27,10 @@ from secret_cases import (
 )
 
 from benchmarks import secret_sinks
-from lit_vlm.config.multirun import ensure_no_secrets, validate_multirun
 from lit_vlm.config.overrides import ConfigError, quote_value
 from lit_vlm.config.parse import parse
-from lit_vlm.secrets import (
+from lit_vlm.config.sweep_overrides import ensure_no_secrets, validate_multirun
+from lit_vlm.redaction import (
     MAX_PENDING_CHARACTERS,
     REDACTED,
     RedactedStream,
@@ -260,7 +260,7 @@ def test_the_terminal_loses_no_character_of_a_long_line():
 
 PROGRAM = """
 import sys
-from lit_vlm.secrets import redact_terminal
+from lit_vlm.redaction import redact_terminal
 redact_terminal()
 print("password=", "hunter2abc", sep="")
 print("asked:", input("your name? "))

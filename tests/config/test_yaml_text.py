@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from lit_vlm.config import parse
-from lit_vlm.config.yaml_text import quote_text, read_yaml
-from lit_vlm.sweep.file import read_sweep
+from lit_vlm.config.yaml_reader import quote_text, read_yaml
+from lit_vlm.sweep.sweep_file import read_sweep
 
 # Numbers, booleans and dates of YAML 1.1, or of Hydra's command line
 WORDS = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_vlm.curation.choice import (
+from lit_vlm.curation.pairs import (
     AnswerOrigin,
     AnswerPair,
     AnswerState,
@@ -10,8 +10,8 @@ from lit_vlm.curation.choice import (
     NoPairReason,
     choose_control_pair,
     choose_response_pair,
+    remove_control_token,
 )
-from lit_vlm.curation.control import remove_control_token
 from lit_vlm.data.markup import build_object_mention
 from lit_vlm.types import Box, ControlToken, ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 

@@ -9,9 +9,9 @@ from PIL import Image
 from support import picture
 
 from lit_vlm.config.schema import Format, SourceConfig
-from lit_vlm.curation.choice import AnswerOrigin, AnswerPair, AnswerState, CandidateAnswer
-from lit_vlm.curation.records import PairImages, build_pair_row, find_image_root
-from lit_vlm.data.images import BytesImage, FileImage
+from lit_vlm.curation.generator import PairImages, build_pair_row, find_image_root
+from lit_vlm.curation.pairs import AnswerOrigin, AnswerPair, AnswerState, CandidateAnswer
+from lit_vlm.data.lazy_images import BytesImage, FileImage
 from lit_vlm.data.markup import build_object_mention
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import Box, ControlToken, ImagePlaceholder, Language, Message, RecordError, Role, Sample, SampleKind

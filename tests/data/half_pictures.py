@@ -152,7 +152,7 @@ CUTS = {"JPEG": cut_jpeg, "PNG": cut_png, "WEBP": cut_webp, "GIF": cut_gif, "BMP
 def main(number: int, seed: int) -> int:
     """Print a table of formats and encoders: files, refused, truncated and undetected ones. Return 1 on a failure."""
     sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
-    from lit_vlm.data.images import BytesImage
+    from lit_vlm.data.lazy_images import BytesImage
     from lit_vlm.types import RecordError
 
     def get_refusal(data: bytes) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lit_vlm.data.images import FileImage
+from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, RecordError, Role, Sample, SampleKind
 
 

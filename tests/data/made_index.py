@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.index.columns import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
+from lit_vlm.data.index.sample_index import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
 from lit_vlm.types import Language, SampleKind
 
 FLOPS = Flops(per_token=8e10, per_square=6e5, per_tile=7e11, per_supervised=3e9)  # about those of a 7B model

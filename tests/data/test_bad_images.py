@@ -16,9 +16,9 @@ from waiting import PATIENCE
 
 from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.collate import collate
-from lit_vlm.data.images import BytesImage, FileImage
+from lit_vlm.data.lazy_images import BytesImage, FileImage
 from lit_vlm.data.quarantine import Quarantine
-from lit_vlm.data.tiles import load_tiles
+from lit_vlm.data.tiling import load_tiles
 from lit_vlm.types import Fault, ImagePlaceholder, Language, Message, RecordError, Role, Sample, SampleKind
 
 ONE_BY_HEADER = ("pixel_bombs", "web_pages", "other_formats", "empty", "no_files", "outside", "nowhere")
@@ -150,7 +150,7 @@ def test_files_without_permission_are_reported(corpus):
 PROGRAM = """
 import json, sys, time, warnings
 from pathlib import Path
-from lit_vlm.data.images import FileImage
+from lit_vlm.data.lazy_images import FileImage
 warnings.simplefilter("ignore")
 
 def peak():

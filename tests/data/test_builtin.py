@@ -7,8 +7,9 @@ import unicodedata
 import numpy as np
 import pytest
 
-from lit_vlm.data.builtin import PATHS, BuiltinSource, fonts, generate_corpus
-from lit_vlm.data.builtin.words import (
+from lit_vlm.data.markup import parse_markup, parse_mentions
+from lit_vlm.data.synthetic import PATHS, BuiltinSource, generate_corpus, scenes
+from lit_vlm.data.synthetic.vocabulary import (
     COLOURS,
     SHAPES,
     WORDS_EN,
@@ -17,8 +18,7 @@ from lit_vlm.data.builtin.words import (
     format_caption,
     has_final_consonant,
 )
-from lit_vlm.data.markup import parse_markup, parse_mentions
-from lit_vlm.evaluation.scoring import compute_score
+from lit_vlm.evaluation.metrics import compute_score
 from lit_vlm.types import (
     ControlToken,
     ImagePlaceholder,
@@ -163,20 +163,20 @@ def test_no_text_is_cut_off_by_the_border(path, language, hard):
 
 
 def test_hangul_glyphs_are_rendered():
-    ink = {word: bytes(fonts.load_font(24).getmask(word)) for word in WORDS_KO}
+    ink = {word: bytes(scenes.load_font(24).getmask(word)) for word in WORDS_KO}
     assert len(set(ink.values())) == len(WORDS_KO)
     # A font without a glyph renders its box for missing glyphs, the same as for a private character.
-    missing = bytes(fonts.load_font(24).getmask("\ue000\ue000"))
+    missing = bytes(scenes.load_font(24).getmask("\ue000\ue000"))
     assert missing not in ink.values()
 
 
 def test_the_error_of_a_missing_font_names_the_package_to_install(monkeypatch):
-    fonts.find_font_file.cache_clear()
+    scenes.find_font_file.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps koreanize-matplotlib==0.1.1"):
-        fonts.find_font_file()
+        scenes.find_font_file()
     monkeypatch.undo()
-    assert fonts.find_font_file().is_file()
+    assert scenes.find_font_file().is_file()
 
 
 @pytest.mark.parametrize("hard", [False, True])

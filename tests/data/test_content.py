@@ -15,9 +15,9 @@ from pyarrow import parquet
 from source_cases import GPT, HUMAN, make_llava, open_path, write
 from support import builtin
 
-from lit_vlm.data.builtin import scenes
-from lit_vlm.data.content import HASHED_BLOCK_BYTES, NUM_HASHED_BLOCKS, compute_image_hash
 from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.lazy_images import HASHED_BLOCK_BYTES, NUM_HASHED_BLOCKS, compute_image_hash
+from lit_vlm.data.synthetic import scenes
 from lit_vlm.types import RecordError
 
 

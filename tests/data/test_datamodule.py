@@ -11,10 +11,10 @@ from support import builtin, sample
 
 from lit_vlm.data import micro_batches
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index.columns import SampleIndex
-from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.build import build_index
+from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.micro_batches import CorruptRecord, TrainMicroBatches, ValidationMicroBatches
-from lit_vlm.data.plan.plan import Plan
+from lit_vlm.data.packing.plan import Plan
 from lit_vlm.types import Batch, Fault, RecordError, UserError
 
 COUNT = 40

@@ -7,7 +7,7 @@ from PIL import Image
 from source_cases import get_contents, open_path, read_record, write
 
 from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
-from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.build import build_index
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import ImagePlaceholder, RecordError, Role
 
@@ -462,7 +462,7 @@ EVIL = "a\x1b]0;x\x07\x9b31m\u202eb\u2066c"
 
 
 def test_control_characters_of_names_and_records_never_reach_a_terminal_or_a_page(folder, capsys):
-    from lit_vlm.engine.pages import escape_text
+    from lit_vlm.reports.templates import escape_text
     from lit_vlm.tasks.terminal import say
 
     path = write(folder / f"{EVIL}.jsonl", ["{bad", make_conversation(make_human(), make_gpt(), **{EVIL: "x"})])

@@ -17,8 +17,8 @@ from PIL import Image, ImageFile, ImageOps
 
 from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.data.collate import collate
-from lit_vlm.data.images import FORMATS, ArrayImage, BytesImage, FileImage
-from lit_vlm.data.tiles import compute_decode_size, load_tiles, split_into_tiles
+from lit_vlm.data.lazy_images import FORMATS, ArrayImage, BytesImage, FileImage
+from lit_vlm.data.tiling import compute_decode_size, load_tiles, split_into_tiles
 from lit_vlm.types import Fault, ImagePlaceholder, Language, LazyImage, Message, RecordError, Role, Sample, SampleKind
 
 MAX_PIXELS = 64_000_000

@@ -16,11 +16,10 @@ from PIL import Image
 from support import builtin, sample
 from waiting import until
 
-from lit_vlm.data.images import FileImage
-from lit_vlm.data.index import shards
-from lit_vlm.data.index.columns import KINDS, SampleIndex, split_held_out
-from lit_vlm.data.index.store import build_index
-from lit_vlm.data.index.workers import MAX_WORKER_DEATHS
+from lit_vlm.data.index import shard_cache
+from lit_vlm.data.index.build import MAX_WORKER_DEATHS, build_index
+from lit_vlm.data.index.sample_index import KINDS, SampleIndex, split_held_out
+from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.data.processor import Processor
 from lit_vlm.types import Fault, Record, UserError
 
@@ -29,7 +28,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 10)
+    monkeypatch.setattr(shard_cache, "SHARD_RECORDS", 10)
 
 
 @pytest.fixture

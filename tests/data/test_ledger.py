@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_index import make_index
 
-from lit_vlm.data.plan.ledger import Ledger
+from lit_vlm.data.quarantine import Ledger
 from lit_vlm.types import Fault, RecordError
 
 BROKEN = RecordError("집.jsonl:7", "truncated\u2028image", fault=Fault.broken)

@@ -8,9 +8,9 @@ from index_cases import LinesSource, save_photo, write
 from support import builtin, sample
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.data.index.build import build_index
 from lit_vlm.data.index.lengths import apply_length_policy
-from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.types import Fault, ImagePlaceholder, PreferencePair
 
 PLENTY = 10**6

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_index import make_index
 
-from lit_vlm.data.plan.lock import compare_locks, describe_source, read_lock, write_lock
+from lit_vlm.data.packing.mixture_lock import compare_locks, describe_source, read_lock, write_lock
 from lit_vlm.types import UserError
 
 LOCK = {

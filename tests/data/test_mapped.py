@@ -11,7 +11,7 @@ from PIL import Image
 
 from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, RegionTask
 from lit_vlm.config.schema import MarkerMeaning
-from lit_vlm.data.images import FileImage
+from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.data.markup import parse_mentions
 from lit_vlm.types import (
     ControlToken,

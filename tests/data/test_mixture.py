@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from made_index import make_index
 
-from lit_vlm.data.index.columns import KINDS, LANGUAGES, SampleIndex
-from lit_vlm.data.plan.mixture import Mixture, MixtureSettings, SourceAmount
+from lit_vlm.data.index.sample_index import KINDS, LANGUAGES, SampleIndex
+from lit_vlm.data.packing.mixture import Mixture, MixtureSettings, SourceAmount
 from lit_vlm.types import Language, SampleKind, UserError
 
 KO, EN = LANGUAGES.index(Language.ko), LANGUAGES.index(Language.en)

@@ -11,14 +11,14 @@ from made_index import FLOPS, make_index, make_shaped_index
 from support import builtin
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.index.columns import KINDS, SampleIndex, split_held_out
-from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.build import build_index
+from lit_vlm.data.index.sample_index import KINDS, SampleIndex, split_held_out
 from lit_vlm.data.micro_batches import TrainMicroBatches
-from lit_vlm.data.plan import plan as plan_module
-from lit_vlm.data.plan.deal import MicroBatchLimits, gather_steps, try_pack
-from lit_vlm.data.plan.ledger import Ledger
-from lit_vlm.data.plan.mixture import Mixture, MixtureSettings, SourceAmount
-from lit_vlm.data.plan.plan import Plan, PlanStep, pack_validation
+from lit_vlm.data.packing import plan as plan_module
+from lit_vlm.data.packing.mixture import Mixture, MixtureSettings, SourceAmount
+from lit_vlm.data.packing.pack import MicroBatchLimits, gather_steps, try_pack
+from lit_vlm.data.packing.plan import Plan, PlanStep, pack_validation
+from lit_vlm.data.quarantine import Ledger
 from lit_vlm.types import RecordError, SampleKind, UserError
 
 TOKENS = Flops(per_token=1.0, per_square=0.0, per_tile=0.0, per_supervised=0.0)

@@ -13,7 +13,7 @@ import pytest
 from source_cases import GPT, make_llava, open_path, write
 from waiting import PATIENCE
 
-from lit_vlm.data.readers.rows import json_files, json_list
+from lit_vlm.data.readers.rows import json_files
 from lit_vlm.data.readers.rows.base import split_range
 from lit_vlm.types import Fault, RecordError, UserError
 
@@ -31,7 +31,7 @@ def generate_records(count, seed=0):
 
 @pytest.mark.parametrize("window", [1, 7, 64, 1000, 1 << 22])
 def test_a_list_is_scanned_the_same_with_any_window_size(tmp_path, monkeypatch, window):
-    monkeypatch.setattr(json_list, "_WINDOW_BYTES", window)
+    monkeypatch.setattr(json_files, "_WINDOW_BYTES", window)
     for indent, ascii_, bom in ((None, True, ""), (2, False, "\ufeff"), (None, False, " \r\n\t")):
         rows = list(generate_records(40))
         (tmp_path / "a.json").write_text(bom + json.dumps(rows, indent=indent, ensure_ascii=ascii_) + " \n", "utf-8")
@@ -60,7 +60,7 @@ def test_a_list_is_scanned_the_same_with_any_window_size(tmp_path, monkeypatch, 
     ],
 )
 def test_a_broken_list_is_refused_with_line_and_column_with_any_window_size(tmp_path, monkeypatch, window, text, words):
-    monkeypatch.setattr(json_list, "_WINDOW_BYTES", window)
+    monkeypatch.setattr(json_files, "_WINDOW_BYTES", window)
     (tmp_path / "a.json").write_text(text, "utf-8")
     with pytest.raises(UserError, match="a.json: not a JSON list of records") as caught:
         json_files.open_json_list(tmp_path / "a.json")

@@ -17,7 +17,7 @@ from image_bytes import encode, make_photo, make_png, make_webp
 from PIL import Image, ImageDraw
 from sound_pictures import OTHERS, OWN, Picture, make_pictures, save
 
-from lit_vlm.data.images import BytesImage
+from lit_vlm.data.lazy_images import BytesImage
 from lit_vlm.types import Fault, RecordError
 
 
@@ -169,7 +169,7 @@ def test_an_avif_is_read_correctly_and_a_heic_is_reported():
 
 def test_pillows_warning_about_large_images_is_not_printed(repository):
     program = (
-        "import sys; from lit_vlm.data.images import BytesImage; from lit_vlm.types import RecordError\n"
+        "import sys; from lit_vlm.data.lazy_images import BytesImage; from lit_vlm.types import RecordError\n"
         "try: BytesImage(sys.stdin.buffer.read(), 'it', 10**9).size; BytesImage(b'', 'it', 1).size\n"
         "except RecordError as error: print(error.fault)"
     )

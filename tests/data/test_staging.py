@@ -11,7 +11,7 @@ from PIL import Image
 from waiting import PATIENCE
 
 from lit_vlm.config.schema import SourceConfig
-from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.build import build_index
 from lit_vlm.data.sources import open_source
 from lit_vlm.data.staging import copy_to_node, get_staging_folder, resolve_staged_path
 from lit_vlm.types import UserError

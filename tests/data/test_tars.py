@@ -14,7 +14,7 @@ from hostile_tars import CANARY, CASES, build_archive, make_member
 from source_cases import get_contents, open_path
 
 from lit_vlm.config.schema import Format
-from lit_vlm.data.readers.rows.tars import open_tar
+from lit_vlm.data.readers.rows.tar_samples import open_tar
 from lit_vlm.types import Fault, ImagePlaceholder, Language, RecordError, SampleKind, UserError
 
 
@@ -132,7 +132,7 @@ def test_a_folder_of_shards_is_one_source(folder, photos):
 def test_the_headers_are_read_once(folder, photos, monkeypatch):
     path, cache = write_tar(folder / "train.tar", make_samples(photos)), folder / "cache"
     first = open_path(path, cache=cache)
-    monkeypatch.setattr("lit_vlm.data.readers.rows.tars._build_table", None)
+    monkeypatch.setattr("lit_vlm.data.readers.rows.tar_samples._build_table", None)
     second = open_path(path, cache=cache)
     assert [second[index].id for index in range(3)] == [first[index].id for index in range(3)]
     assert pickle.loads(pickle.dumps(second))[2].id == first[2].id
@@ -212,7 +212,7 @@ def test_webdataset_reads_only_tars(folder):
 
 
 def test_a_member_of_too_many_bytes_is_refused_without_reading_it(folder, photos, monkeypatch):
-    monkeypatch.setattr("lit_vlm.data.readers.rows.tar_entries.MAX_FILE_BYTES", 10_000)
+    monkeypatch.setattr("lit_vlm.data.readers.rows.tar_headers.MAX_FILE_BYTES", 10_000)
     body = make_member("a.jpg", b"\0" * 20_000) + make_member("a.txt", b"x")
     (folder / "t.tar").write_bytes(body + b"\0" * 1024)
     with pytest.raises(RecordError, match="has 20,000 bytes, at most 10,000 are read") as caught:

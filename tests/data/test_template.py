@@ -5,8 +5,8 @@ import random
 import pytest
 from support import blueprint_of, sample
 
+from lit_vlm.data.chat_template import ChatTemplate
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.data.template import ChatTemplate
 from lit_vlm.types import SPECIAL_TOKENS, ControlToken, ImagePlaceholder, Message, Role, UserError
 
 # structure of the template of llava-hf's OneVision checkpoints: parts only, another header than in its prompt
@@ -85,7 +85,7 @@ def test_long_conversations_are_masked_like_short_ones(template_factory, process
     )
     fast = template.encode(messages, [])
     assert len(rendered) < 60
-    monkeypatch.setattr("lit_vlm.data.template.NUM_RENDERED_TURNS", 1000)
+    monkeypatch.setattr("lit_vlm.data.chat_template.NUM_RENDERED_TURNS", 1000)
     exact = ChatTemplate(template.tokenizer).encode(messages, [])
     assert len(rendered) > 100
     assert fast.input_ids.tolist() == exact.input_ids.tolist() and fast.supervised.tolist() == exact.supervised.tolist()

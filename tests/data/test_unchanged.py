@@ -14,10 +14,10 @@ from PIL import Image
 from lit_vlm.config.mapping import MappingConfig
 from lit_vlm.config.schema import Format, OnOverlong, SourceConfig
 from lit_vlm.data import micro_batches
+from lit_vlm.data.index.build import build_index
 from lit_vlm.data.index.lengths import apply_length_policy
-from lit_vlm.data.index.store import build_index
 from lit_vlm.data.micro_batches import CorruptRecord, read_micro_batch
-from lit_vlm.data.plan.ledger import Ledger
+from lit_vlm.data.quarantine import Ledger
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import Batch, Fault
 

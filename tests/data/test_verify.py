@@ -12,16 +12,16 @@ from index_cases import LinesSource, make_rows, save_photo, write
 from PIL import Image
 from waiting import until
 
-from lit_vlm.data.images import BytesImage, FileImage
-from lit_vlm.data.index import shards
-from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index import shard_cache
+from lit_vlm.data.index.build import build_index
 from lit_vlm.data.index.verify import verify_images
+from lit_vlm.data.lazy_images import BytesImage, FileImage
 from lit_vlm.types import Fault, ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 10)
+    monkeypatch.setattr(shard_cache, "SHARD_RECORDS", 10)
 
 
 @pytest.fixture

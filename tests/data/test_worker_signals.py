@@ -10,11 +10,11 @@ import pytest
 from waiting import PATIENCE
 
 from lit_vlm.data.datamodule import SignalSafeDataLoader
-from lit_vlm.data.worker_signals import setup_worker_signals
+from lit_vlm.data.loader import setup_worker_signals
 
 SCRIPT = """
 from torch.utils.data import DataLoader, Dataset
-from lit_vlm.data.worker_signals import register_worker_cleanup, setup_worker_signals
+from lit_vlm.data.loader import register_worker_cleanup, setup_worker_signals
 
 class Broken(Dataset):
     def __len__(self):
@@ -35,7 +35,7 @@ READING = """
 import atexit, time
 atexit.register(lambda: [time.sleep(0.01) for _ in range(50)])
 from torch.utils.data import DataLoader
-from lit_vlm.data.worker_signals import register_worker_cleanup, setup_worker_signals
+from lit_vlm.data.loader import register_worker_cleanup, setup_worker_signals
 
 register_worker_cleanup()
 batches = iter(DataLoader(range(100), batch_size=None, num_workers=2, worker_init_fn=setup_worker_signals))

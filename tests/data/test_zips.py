@@ -13,10 +13,9 @@ from delivery import RawName, decompose, label, make_pair, make_zip, open_mapped
 from PIL import Image
 
 from lit_vlm.data import decoding
-from lit_vlm.data.readers import archives, zips
-from lit_vlm.data.readers.archives import iter_members
-from lit_vlm.data.readers.catalogue import IMAGE_PATTERNS, FileCatalogue
-from lit_vlm.data.readers.zips import ZipMemberStream
+from lit_vlm.data.readers import zip_members
+from lit_vlm.data.readers.file_catalogue import IMAGE_PATTERNS, FileCatalogue
+from lit_vlm.data.readers.zip_members import ZipMemberStream, iter_members
 from lit_vlm.types import Fault, RecordError, UserError
 
 
@@ -97,10 +96,10 @@ def test_an_unsupported_compression_method_is_reported(tmp_path):
 
 def test_members_that_claim_too_much_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
     path = make_zip(tmp_path / "a.zip", [("a", bytes(3_000_000)), ("b", make_noise(3000))])
-    monkeypatch.setattr(archives, "MAX_COMPRESSION_RATIO", 100)
+    monkeypatch.setattr(zip_members, "MAX_COMPRESSION_RATIO", 100)
     assert get_fault(path, "a") is Fault.hostile and len(read_members(path)["b"].read("")) == 3000
-    monkeypatch.setattr(archives, "MAX_COMPRESSION_RATIO", 2000)
-    monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1_000_000)
+    monkeypatch.setattr(zip_members, "MAX_COMPRESSION_RATIO", 2000)
+    monkeypatch.setattr(zip_members, "MAX_FILE_BYTES", 1_000_000)
     assert get_fault(path, "a") is Fault.too_large and decoding.MAX_FILE_BYTES == 200_000_000
 
 
@@ -118,13 +117,13 @@ def test_a_decompression_bomb_is_not_unpacked_beyond_its_claimed_size(tmp_path):
     path = make_zip(tmp_path / "a.zip", [("a.jpg", bytes(50_000_000))])
     member = read_members(path)["a.jpg"]
     stream = ZipMemberStream(
-        zips.ZipMember(path, "a.jpg", member.offset, member.compressed_size, 100_000, member.crc), "here"
+        zip_members.ZipMember(path, "a.jpg", member.offset, member.compressed_size, 100_000, member.crc), "here"
     )
     with pytest.raises(RecordError, match="more than the 100,000 bytes"):
         stream.read()
     assert len(stream._data) <= 100_001
-    image = zips.ZipImage(
-        zips.ZipMember(path, "a.jpg", member.offset, member.compressed_size, 10, member.crc), "here", 10**6
+    image = zip_members.ZipImage(
+        zip_members.ZipMember(path, "a.jpg", member.offset, member.compressed_size, 10, member.crc), "here", 10**6
     )
     for look in (lambda: image.size, image.load):
         with pytest.raises(RecordError) as caught:

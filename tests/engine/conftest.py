@@ -5,7 +5,7 @@ import os
 import pytest
 import wandb
 
-from lit_vlm.sweep.loopback import LoopbackServer
+from sweeps.wandb_server import LoopbackServer
 
 
 @pytest.fixture

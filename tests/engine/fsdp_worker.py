@@ -23,9 +23,9 @@ from alive import Alive
 from rank_cases import AnswerRecorder, Case, StateRecorder, StateRestorer, assemble, fit, validate
 
 from callbacks.export import Export
-from lit_vlm.engine import fsdp
-from lit_vlm.engine.fsdp import FSDP2Strategy
-from lit_vlm.engine.trainer import close_process_group
+from lit_vlm.distributed import fsdp
+from lit_vlm.distributed.fsdp import FSDP2Strategy
+from lit_vlm.distributed.trainer import close_process_group
 
 WORLD, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
 Parts = tuple[str, str]
@@ -36,7 +36,7 @@ def make_strategy(**options: Any) -> FSDP2Strategy:
 
 
 def make_zero_strategy() -> Any:
-    from lit_vlm.engine.deepspeed import ZeroStrategy
+    from lit_vlm.distributed.zero import ZeroStrategy
 
     return ZeroStrategy(3, persistence_threshold=0, timeout=timedelta(minutes=10), bucket_size=100_000)
 

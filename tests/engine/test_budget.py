@@ -8,7 +8,7 @@ from support import builtin
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.budget import MicroBatchBudget, halve_budget
+from lit_vlm.fault_tolerance.oom import MicroBatchBudget, halve_budget
 from lit_vlm.files import get_temporary_path, write_text_atomically
 from lit_vlm.types import UserError
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from waiting import PATIENCE
 
-from lit_vlm.engine.checkpoint import (
+from lit_vlm.checkpoint import (
     CheckpointFolder,
     CheckpointIndex,
     CheckpointWriter,
@@ -24,11 +24,10 @@ from lit_vlm.engine.checkpoint import (
     RunFingerprint,
     load_tensors,
     read_index,
+    write,
 )
-from lit_vlm.engine.checkpoint import write as writing
-from lit_vlm.engine.checkpoint.read import check_files, find_state_mismatches
-from lit_vlm.engine.checkpoint.resume import find_resume_checkpoint
-from lit_vlm.engine.shards import ReplicatedState, StateKind
+from lit_vlm.checkpoint.resume import check_files, find_resume_checkpoint, find_state_mismatches
+from lit_vlm.distributed.sharded_state import ReplicatedState, StateKind
 from lit_vlm.types import UserError
 
 
@@ -104,7 +103,7 @@ def test_other_precisions_are_saved_bit_for_bit(tmp_path, dtype):
 
 
 def test_a_large_state_is_split_into_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "MAX_FILE_BYTES", 20_000)
+    monkeypatch.setattr(write, "MAX_FILE_BYTES", 20_000)
     folder = save_checkpoint(tmp_path, 3, make_slices(2))
     assert len(list_tensor_files(folder)) > 4
     loaded = SlicedState(seed=99)
@@ -204,14 +203,14 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
 
 def test_a_rank_that_cannot_write_ends_the_wait_of_rank_0(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, make_slices(2))
-    real = writing.write_shards
+    real = write.write_shards
 
     def fail_on_rank_1(draft, rank, pieces):
         if rank == 1:
             raise OSError(28, "No space left on device")
         return real(draft, rank, pieces)
 
-    monkeypatch.setattr(writing, "write_shards", fail_on_rank_1)
+    monkeypatch.setattr(write, "write_shards", fail_on_rank_1)
     folder, shards = CheckpointFolder(tmp_path), make_slices(2)
     writers = [CheckpointWriter(folder, rank=rank, writer_ranks=(0, 1), timeout_seconds=PATIENCE) for rank in (0, 1)]
     for writer, held in zip(writers, shards, strict=True):
@@ -224,7 +223,7 @@ def test_a_rank_that_cannot_write_ends_the_wait_of_rank_0(tmp_path, monkeypatch)
 
 def test_an_old_checkpoint_that_cannot_be_removed_costs_only_disk_space(tmp_path, monkeypatch):
     """A network file system refuses the removal while a file is open."""
-    monkeypatch.setattr("lit_vlm.engine.checkpoint.folder.remove_folder", _raise_busy)
+    monkeypatch.setattr("lit_vlm.checkpoint.folder.remove_folder", _raise_busy)
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, make_slices(1), keep_last=1)
     assert CheckpointFolder(tmp_path).list_steps() == [3, 2, 1] and CheckpointFolder(tmp_path).read_latest_step() == 3
@@ -241,13 +240,13 @@ def test_rank_0_waits_no_longer_than_its_timeout(tmp_path):
 
 
 def test_values_that_change_during_the_write_are_saved_as_they_were(tmp_path, monkeypatch):
-    held, real, copied = SlicedState(), writing.write_shards, threading.Event()
+    held, real, copied = SlicedState(), write.write_shards, threading.Event()
 
     def write_slowly(*arguments):
         copied.wait(PATIENCE)
         return real(*arguments)
 
-    monkeypatch.setattr(writing, "write_shards", write_slowly)
+    monkeypatch.setattr(write, "write_shards", write_slowly)
     writer = CheckpointWriter(CheckpointFolder(tmp_path))
     writer.start(make_index(1), list(held.iter_shards()), asynchronous=True)
     for piece in held.iter_shards():

@@ -12,7 +12,7 @@ from rank_runs import require_equal, run_ranks
 from waiting import PATIENCE
 
 from lit_vlm.config.schema import StrategyName, TrainerConfig
-from lit_vlm.engine.strategy import make_strategy
+from lit_vlm.distributed.trainer import make_strategy
 
 pytestmark = pytest.mark.xdist_group("zero")  # the ranks are started once for the whole file
 WORKER = Path(__file__).with_name("zero_worker.py")

@@ -17,8 +17,8 @@ from waiting import PATIENCE
 
 from callbacks.export import Export
 from lit_vlm.config.schema import StrategyName, TrainerConfig
-from lit_vlm.engine.fsdp import FSDP2Strategy
-from lit_vlm.engine.strategy import make_strategy
+from lit_vlm.distributed.fsdp import FSDP2Strategy
+from lit_vlm.distributed.trainer import make_strategy
 from lit_vlm.types import UserError
 
 pytestmark = pytest.mark.xdist_group("fsdp")  # the ranks are started once for the whole file

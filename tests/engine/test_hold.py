@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lit_vlm.engine.hold import HOLDER_FILE, LOCK_FILE, RunLock
+from lit_vlm.fault_tolerance.run_lock import HOLDER_FILE, LOCK_FILE, RunLock
 from lit_vlm.types import UserError
 
 
@@ -69,7 +69,7 @@ def test_a_killed_holder_and_its_orphans_do_not_block_the_lock(tmp_path):
     ["[1]", "5", "null", "{}", '{"config": {}}', json.dumps({"host": socket.gethostname()}), '{"process": 1}', "\0"],
 )
 def test_a_damaged_holder_file_names_no_process_and_hides_no_lock(content, tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_vlm.engine.hold.ORPHAN_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("lit_vlm.fault_tolerance.run_lock.ORPHAN_WAIT_SECONDS", 0.0)
     with RunLock(tmp_path) as lock:
         lock.acquire()
         (tmp_path / HOLDER_FILE).write_text(content)

@@ -13,12 +13,10 @@ from lit_vlm.config import parse
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.markup import build_object_mention
-from lit_vlm.engine.preflight import terminal
-from lit_vlm.engine.preflight.checks import collect_findings
-from lit_vlm.engine.preflight.facts import Finding, PreflightFacts, Severity, SourceRow
-from lit_vlm.engine.preflight.looked_at import EvenlySpacedSubset, subsample_source
-from lit_vlm.engine.preflight.numbers import build_histograms, compute_padding, fill_source_rows, summarize_plan
-from lit_vlm.engine.preflight.page import (
+from lit_vlm.reports.preflight import terminal
+from lit_vlm.reports.preflight.checks import collect_findings
+from lit_vlm.reports.preflight.facts import Finding, PreflightFacts, Severity, SourceRow
+from lit_vlm.reports.preflight.page import (
     format_bytes,
     format_estimated_time,
     format_number,
@@ -26,7 +24,15 @@ from lit_vlm.engine.preflight.page import (
     render_preflight_page,
     write_preflight_page,
 )
-from lit_vlm.engine.preflight.samples import collect_bad_examples, prepare_sample, prepare_samples, split_prompt
+from lit_vlm.reports.preflight.samples import collect_bad_examples, prepare_sample, prepare_samples, split_prompt
+from lit_vlm.reports.preflight.statistics import (
+    EvenlySpacedSubset,
+    build_histograms,
+    compute_padding,
+    fill_source_rows,
+    subsample_source,
+    summarize_plan,
+)
 from lit_vlm.types import (
     Box,
     ControlToken,

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from lit_vlm.engine.profile.facts import summarize_trace
-from lit_vlm.engine.profile.page import collect_profile_findings, render_profile_page
-from lit_vlm.engine.profile.trace import read_trace
+from lit_vlm.reports.profile.page import collect_profile_findings, render_profile_page
+from lit_vlm.reports.profile.summary import summarize_trace
+from lit_vlm.reports.profile.trace import read_trace
 
 ABOUT = {"name": "a <run>", "device": "a device", "precision": "bf16-mixed", "tokens": 10, "tiles": 2}
 BF16, FP32 = "c10::BFloat16", "float"

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from lit_vlm.checkpoint import CheckpointFolder
 from lit_vlm.config import parse
-from lit_vlm.data.plan.ledger import Ledger
-from lit_vlm.engine.checkpoint import CheckpointFolder
-from lit_vlm.engine.run_folder import MANIFEST, open_run_folder, read_manifest_or_empty, read_or_rebuild_manifest
-from lit_vlm.engine.skipped import SKIPPED_STEPS_FILE, add_skipped, read_skipped
+from lit_vlm.data.quarantine import Ledger
+from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE, add_skipped, read_skipped
+from lit_vlm.runs.run_folder import MANIFEST, open_run_folder, read_manifest_or_empty, read_or_rebuild_manifest
 from lit_vlm.types import UserError
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tracking_cases import get_history, log_steps, make_run_folder, make_saved_rows, start_run, write_samples
 
-from lit_vlm.engine.hold import RunLock
-from lit_vlm.engine.run_folder import RunFolder, read_manifest
-from lit_vlm.engine.tracking import connection
+from lit_vlm.fault_tolerance.run_lock import RunLock
+from lit_vlm.loggers import wandb_client
+from lit_vlm.runs.run_folder import RunFolder, read_manifest
 from lit_vlm.tasks.sync import send_run
 from lit_vlm.types import UserError
 
@@ -98,7 +98,7 @@ def test_wandbs_own_sync_from_another_home_finds_every_picture_in_the_run_folder
     assert len(list(folder.path.glob("wandb/earlier/offline-run-*"))) == 1
     run_wandb_sync(newest, tmp_path / "other")
     run_wandb_sync(newest, tmp_path / "other")
-    assert list_uploaded_pictures(server) == PICTURES and connection.is_synced(folder.path)
+    assert list_uploaded_pictures(server) == PICTURES and wandb_client.is_synced(folder.path)
     send_run(folder.path)  # knows that all rows have arrived
     run = get_run(server, folder)
     assert [row["_step"] for row in get_history(run)] == list(range(6)) and "samples/before" in run.history[0]
@@ -142,7 +142,7 @@ def test_missing_files_are_named_and_nothing_is_sent(server, tmp_path):
 
 def test_without_an_answer_nothing_counts_as_sent(server, session, tmp_path, monkeypatch):
     folder = write_offline_run(tmp_path / "run")
-    monkeypatch.setattr(connection, "ANSWER_SECONDS", 2)
+    monkeypatch.setattr(wandb_client, "ANSWER_SECONDS", 2)
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")
     server.fail(500)
     with pytest.raises(UserError, match="nothing was sent. Start it again once the server can be reached"):

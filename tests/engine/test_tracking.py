@@ -19,11 +19,11 @@ from tracking_cases import (
 from waiting import until
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.engine.tracking import MetricsCsv, RunTracker, connection, facts
-from lit_vlm.engine.tracking.history import RowBuffer
-from lit_vlm.engine.tracking.tables import build_box_overlays
-from lit_vlm.engine.tracking.tensorboard import make_tensorboard_logger
-from lit_vlm.engine.tracking.tracking import require_logged_metric
+from lit_vlm.loggers import MetricsCsv, RunTracker, run_metadata, wandb_client
+from lit_vlm.loggers.tensorboard import make_tensorboard_logger
+from lit_vlm.loggers.tracker import require_logged_metric
+from lit_vlm.loggers.wandb_client import build_box_overlays
+from lit_vlm.loggers.wandb_logger import RowBuffer
 from lit_vlm.types import UserError
 
 SECRET = "ghp_abcdefghijklmnopqrstuvwx"  # the secret in tracking_cases.CONFIG
@@ -38,8 +38,8 @@ def short_timeouts(monkeypatch):
     def patch_timeouts():
         with monkeypatch.context() as patch:
             patch.setenv("WANDB_HTTP_TIMEOUT", "2")
-            patch.setattr(connection, "ANSWER_SECONDS", 2)
-            patch.setattr(connection, "FINISH_SECONDS", 3)
+            patch.setattr(wandb_client, "ANSWER_SECONDS", 2)
+            patch.setattr(wandb_client, "FINISH_SECONDS", 3)
             yield
 
     return patch_timeouts
@@ -87,7 +87,7 @@ def test_rows_config_table_and_summary_arrive_and_secrets_do_not(server, tmp_pat
         "figures": {"tokens_per_second": 10.5, "scores": {"after": {"ocr_ko": 0.5}}},
         "weights_digest": "w",
     }
-    tracker.close("finished", facts.build_summary(folder.manifest, "finished"))
+    tracker.close("finished", run_metadata.build_summary(folder.manifest, "finished"))
     run = get_run(server, folder)
     assert (run.state, run.exit_code, run.job_type, run.tags) == ("finished", 0, "sft", ["한국어"])
     assert (
@@ -264,7 +264,7 @@ def test_a_server_that_stays_down_does_not_delay_the_end_and_the_same_command_se
     for values in make_saved_rows(range(6)):
         table.log_metrics({key: value for key, value in values.items() if key != "step"}, values["step"])
     with monkeypatch.context() as patch:  # read when the run is opened
-        patch.setattr(connection, "FINISH_SECONDS", 3)
+        patch.setattr(wandb_client, "FINISH_SECONDS", 3)
         opened = open_tracking(folder, messages)
     with opened as tracking:
         log_steps(tracking.wandb, range(3))
@@ -339,7 +339,7 @@ def test_sweep_values_are_in_the_config_and_must_equal_those_of_the_run(server, 
     monkeypatch.setenv("WANDB_PROJECT", "of the sweep")
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(values))
     folder = make_run_folder(tmp_path / "run")
-    facts.require_sweep_values(folder.manifest["config"])
+    run_metadata.require_sweep_values(folder.manifest["config"])
     start_run(folder, []).close("finished", {})
     run = server.runs["trial7"]
     assert folder.manifest["tracking"]["wandb"]["id"] == "trial7" and run.project == "of the sweep"
@@ -347,7 +347,7 @@ def test_sweep_values_are_in_the_config_and_must_equal_those_of_the_run(server, 
     messages = capfd.readouterr()
     assert "locked" not in messages.err + messages.out and "Ignoring" not in messages.err + messages.out
     with pytest.raises(UserError, match=r"stage\.learning_rate is 0\.001 in the sweep and 0\.5 in this run.*args_json"):
-        facts.require_sweep_values({"seed": 3, "stage": {"learning_rate": 0.5}})
+        run_metadata.require_sweep_values({"seed": 3, "stage": {"learning_rate": 0.5}})
 
 
 def test_a_stop_request_of_the_server_is_seen_by_the_next_query(server, tmp_path):
@@ -399,6 +399,6 @@ def test_tensorboard_files_of_a_resumed_run_have_every_step_once(tmp_path):
 
 
 def test_tensorboard_without_its_package_reports_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_vlm.engine.tracking.tensorboard.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_vlm.loggers.tensorboard.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[tensorboard\]'"):
         make_tensorboard_logger(tmp_path)

@@ -16,9 +16,9 @@ import pytest
 from waiting import PATIENCE, until
 
 from callbacks import Heartbeat
-from lit_vlm.engine import watch_thread
-from lit_vlm.engine.exits import STUCK
-from lit_vlm.engine.watch import (
+from lit_vlm.fault_tolerance import watchdog_thread
+from lit_vlm.fault_tolerance.exit_status import STUCK
+from lit_vlm.fault_tolerance.watchdog import (
     Activity,
     Progress,
     RankHeartbeat,
@@ -27,7 +27,13 @@ from lit_vlm.engine.watch import (
     read_start_time,
     write_heartbeat,
 )
-from lit_vlm.engine.watch_thread import ExitNotice, Watchdog, _is_busy_alone, _kill_process, make_stuck_notice
+from lit_vlm.fault_tolerance.watchdog_thread import (
+    ExitNotice,
+    Watchdog,
+    _is_busy_alone,
+    _kill_process,
+    make_stuck_notice,
+)
 from lit_vlm.types import UserError
 
 
@@ -239,7 +245,7 @@ def test_a_notice_is_never_read_half_written(tmp_path):
 
 def test_a_rank_that_ends_with_an_exception_is_not_interrupted_unless_others_are_stuck(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
-    monkeypatch.setattr(watch_thread, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(watchdog_thread, "GRACE_SECONDS", 0.1)
     ExitNotice(1, "another rank failed", []).create_file(tmp_path)
     for failing, limit, left in ((True, 60.0, False), (True, 0.5, True), (False, 60.0, True)):
         watchdog = make_watchdog(tmp_path, Progress(), limit=limit, failing=lambda failing=failing: failing)

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.engine.run_folder import RunFolder
-from lit_vlm.engine.tracking import facts
-from lit_vlm.engine.tracking.wandb_run import WandbRun
+from lit_vlm.loggers import run_metadata
+from lit_vlm.loggers.wandb_logger import WandbRun
+from lit_vlm.runs.run_folder import RunFolder
 
 CONFIG = {"seed": 3, "stage": {"learning_rate": 1e-3}, "logger": {"tags": ["ghp_abcdefghijklmnopqrstuvwx"]}}
 BOX = {"layer": "reference", "label": "고양이", "box": [0.75, 0.1, 0.25, 0.5]}
@@ -37,7 +37,7 @@ def make_run_folder(
 
 def write_run_record(folder: RunFolder, settings: LoggerConfig) -> dict:
     """Write the run's id and group into the manifest, as a start does."""
-    known = facts.get_run_record(folder, settings, "tiny/2_sft")
+    known = run_metadata.get_run_record(folder, settings, "tiny/2_sft")
     folder.update(tracking={"wandb": known})
     return known
 

@@ -19,9 +19,9 @@ import lightning as L
 import torch
 from rank_cases import AnswerRecorder, Case, StateRecorder, StateRestorer, assemble, fit, validate
 
-from lit_vlm.engine import zero_model
-from lit_vlm.engine.deepspeed import ZeroStrategy
-from lit_vlm.engine.trainer import close_process_group
+from lit_vlm.distributed import zero
+from lit_vlm.distributed.trainer import close_process_group
+from lit_vlm.distributed.zero import ZeroStrategy
 
 WORLD, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
 Parts = tuple[str, str]
@@ -97,7 +97,7 @@ def inspect_loaded_weights(parts: Parts, out: Path) -> dict[str, Any]:
 
 def measure_building(parts: Parts, out: Path) -> dict[str, Any]:
     """Measure what exists in this process whenever a weight's values are read."""
-    real, largest = zero_model.read_initial_values, {"whole": 0, "read": 0.0}
+    real, largest = zero.read_initial_values, {"whole": 0, "read": 0.0}
 
     def read_and_measure(model, name, shape, start, stop):
         whole = [weight for weight in model.parameters() if not weight.is_meta and weight.numel()]
@@ -105,11 +105,11 @@ def measure_building(parts: Parts, out: Path) -> dict[str, Any]:
         largest["read"] = max(largest["read"], (stop - start) / shape.numel())
         return real(model, name, shape, start, stop)
 
-    zero_model.read_initial_values = read_and_measure
+    zero.read_initial_values = read_and_measure
     try:
         fit(Case("align", steps=1), parts, make_strategy("zero3"), first := InitialStateRecorder(), world=WORLD)
     finally:
-        zero_model.read_initial_values = real
+        zero.read_initial_values = real
     return largest | {"weights": first.weights}
 
 

@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from lit_vlm.evaluation.drawing import PREDICTED, REFERENCE, draw_boxes, parse_box_marks, resize_to_readable
+from lit_vlm.evaluation.box_drawing import PREDICTED, REFERENCE, draw_boxes, parse_box_marks, resize_to_readable
 
 GREEN, RED = (18, 161, 80), (229, 72, 77)
 

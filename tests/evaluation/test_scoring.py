@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from lit_vlm.evaluation.scoring import compute_iou, compute_score
+from lit_vlm.evaluation.metrics import compute_iou, compute_score
 from lit_vlm.types import Box, SampleKind
 
 CIRCLE = "<obj>빨간 원</obj><bbox>0.1, 0.3, 0.5, 0.8</bbox>"

@@ -106,7 +106,7 @@ def write_choice(path: Path, choice: dict) -> None:
 
 def build_datamodule(*overrides: str):
     from lit_vlm.config import parse
-    from lit_vlm.tasks.stage_data import build_stage_data, open_sources
+    from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
 
     run = parse(["--config-dir", "conf", *overrides])
     return build_stage_data(run, *open_sources(run), None).datamodule

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from lit_vlm.config import ConfigError, parse
-from lit_vlm.config.check_dpo import SORTING_LOSS_TYPES
+from lit_vlm.config.stage_validation import SORTING_LOSS_TYPES
 from lit_vlm.losses.preference import PreferenceLoss
 from lit_vlm.types import UserError
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.checkpointing import should_save_result
+from lit_vlm.model.activation_checkpointing import should_save_result
 from lit_vlm.model.tiny import make_language_model, make_vision_tower
 from lit_vlm.stages import AlignStage, SFTStage
 from lit_vlm.types import UserError

@@ -10,10 +10,10 @@ from support import blueprint_of, picture, sample
 from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.tiles import split_into_tiles
-from lit_vlm.model import attention, hub
+from lit_vlm.data.tiling import split_into_tiles
+from lit_vlm.model import hub, packed_attention
 from lit_vlm.model.build import build_model
-from lit_vlm.model.segments import Segments
+from lit_vlm.model.packed_attention import Segments
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Batch
 
@@ -89,11 +89,11 @@ def test_attention_under_autocast_computes_in_the_autocast_type():
     query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
     segments = Segments([2, 4], torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
-        out, _ = attention.flat_attention_forward(
+        out, _ = packed_attention.flat_attention_forward(
             torch.nn.Module(), query, key, value.bfloat16(), None, segments=segments
         )
     assert out.dtype == torch.bfloat16
-    exact, _ = attention.flat_attention_forward(torch.nn.Module(), query, key, value, None, segments=segments)
+    exact, _ = packed_attention.flat_attention_forward(torch.nn.Module(), query, key, value, None, segments=segments)
     torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
 
 

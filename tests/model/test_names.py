@@ -23,8 +23,7 @@ from transformers import (
 
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.build import build_model, build_on_meta, load_model_spec
-from lit_vlm.model.export import export_model
-from lit_vlm.model.merged import MergedStateDict
+from lit_vlm.model.export import MergedStateDict, export_model
 from lit_vlm.model.skeleton import defer_weights
 from lit_vlm.model.tensor_files import split_into_files
 from lit_vlm.stages import SFTStage

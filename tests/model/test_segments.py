@@ -9,12 +9,12 @@ from torch.nn.attention import varlen
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model import attention, last_layer
+from lit_vlm.model import packed_attention, packed_forward
 from lit_vlm.model.build import build_model
-from lit_vlm.model.last_layer import PrunedLastLayer
-from lit_vlm.model.segments import Segments
+from lit_vlm.model.packed_attention import Segments
+from lit_vlm.model.packed_forward import PrunedLastLayer
 from lit_vlm.stages import DPOStage
-from lit_vlm.stages.tally import PreferenceMetrics
+from lit_vlm.stages.preference_metrics import PreferenceMetrics
 from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, Role, SampleKind
 
 CPU = torch.device("cpu")
@@ -75,9 +75,9 @@ def test_a_token_sees_its_prefix_and_its_segment_up_to_itself(way, tails, window
     segments = Segments(LENGTHS, CPU, PREFIXES, tails)
     tensors = make_qkv(len(segments.query_positions))
     if way == "grouped":
-        ours = attention._run_grouped_attention(*tensors, segments, None, 0.0, window)
+        ours = packed_attention._run_grouped_attention(*tensors, segments, None, 0.0, window)
     else:
-        ours = attention._run_varlen_attention(*tensors, segments, None, window)
+        ours = packed_attention._run_varlen_attention(*tensors, segments, None, window)
     theirs = attend_by_hand(*tensors, segments, window)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     factors = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
@@ -116,12 +116,15 @@ def test_the_kernel_is_called_with_the_arguments_of_its_release(release, monkeyp
 
     monkeypatch.setattr(varlen, "varlen_attn", {"2.10": run_old_kernel, "2.12": run_newer_kernel}[release])
     for scaling in (None, 0.25):
-        ours = attention._run_varlen_attention(*tensors, segments, scaling, None)
+        ours = packed_attention._run_varlen_attention(*tensors, segments, scaling, None)
         if scaling is None:
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
         else:
             torch.testing.assert_close(
-                ours, attention._run_grouped_attention(*tensors, segments, scaling, 0.0, None), atol=1e-6, rtol=1e-5
+                ours,
+                packed_attention._run_grouped_attention(*tensors, segments, scaling, 0.0, None),
+                atol=1e-6,
+                rtol=1e-5,
             )
 
 
@@ -214,7 +217,7 @@ def test_the_last_layer_computes_only_supervised_rows(model, processor, mixed):
 
 
 def test_an_unknown_family_computes_its_whole_last_layer(small_parts, processor, mixed, monkeypatch):
-    monkeypatch.setattr(last_layer, "MODELS_WITH_PRUNED_LAST_LAYER", ())
+    monkeypatch.setattr(packed_forward, "MODELS_WITH_PRUNED_LAST_LAYER", ())
     model = build_model(blueprint_of(small_parts))
     assert not isinstance(model.model.language_model.layers[-1], PrunedLastLayer)
     batch = collate(processor, mixed)

@@ -13,7 +13,7 @@ from test_build import FAMILIES, make_language_folder
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen3MoeConfig, SiglipConfig, SiglipModel
 
 from lit_vlm.config.schema import ModelConfig, ProjectorName
-from lit_vlm.model import merged
+from lit_vlm.model import export
 from lit_vlm.model.build import build_model, load_model_spec
 from lit_vlm.model.export import export_model
 from lit_vlm.model.skeleton import defer_weights, read_initial_values
@@ -144,9 +144,9 @@ def test_merged_weights_may_be_on_another_device_than_weights_read_from_files(sm
     with defer_weights():
         stage.configure_model()
     names = {name for name, parameter in stage.model.named_parameters() if parameter.requires_grad}
-    monkeypatch.setattr(merged, "read_initial_values", lambda *interval: read_initial_values(*interval).to("meta"))
+    monkeypatch.setattr(export, "read_initial_values", lambda *interval: read_initial_values(*interval).to("meta"))
     shapes = {name: parameter.shape for name, parameter in stage.model.named_parameters()}
-    weights = merged.MergedStateDict(stage.model, gather_weight=lambda name: torch.zeros(shapes[name]))
+    weights = export.MergedStateDict(stage.model, gather_weight=lambda name: torch.zeros(shapes[name]))
     merged_into = {"lora_A", "new_tokens"}
     assert all(any(word in name for name in names) for word in merged_into)
     for name, described in weights.tensors.items():

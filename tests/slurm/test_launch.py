@@ -9,7 +9,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from waiting import PATIENCE
 
-from lit_vlm.engine.ranks import count_srun_tasks, get_global_rank, make_cluster_plugins
+from lit_vlm.distributed.ranks import count_srun_tasks, get_global_rank, make_cluster_plugins
 from lit_vlm.types import UserError
 
 # As a real Slurm sets them; the batch script and an interactive shell also have those of the first line

@@ -15,10 +15,10 @@ import torch
 from fakes import get_path_with, make_fake_slurm, read_calls
 from waiting import PATIENCE
 
+from lit_vlm.cluster.slurm import is_preempted, requeue
 from lit_vlm.config import parse
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.signals import use_listener
-from lit_vlm.engine.slurm import is_preempted, requeue
+from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED
+from lit_vlm.fault_tolerance.signals import use_listener
 from lit_vlm.tasks import pipeline
 
 WORKER = Path(__file__).with_name("preempt_worker.py")
@@ -200,7 +200,7 @@ def test_answers_of_slurm_are_parsed(tmp_path, monkeypatch):
 
 LEAVES = """
 import os, signal, sys, time
-from lit_vlm.engine import signals
+from lit_vlm.distributed import signals
 signals.RANK_ZERO_SECONDS = 0.5
 signals.handle_signals()
 try:

@@ -10,8 +10,8 @@ import pytest
 from mini_slurm import MISSING, MiniSlurm
 from waiting import PATIENCE
 
-from lit_vlm.sweep.file import read_sweep
 from lit_vlm.sweep.search import Search, Trial
+from lit_vlm.sweep.sweep_file import read_sweep
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 pytestmark = [

@@ -9,7 +9,7 @@ import pytest
 from mini_slurm import MISSING, MiniSlurm
 from waiting import PATIENCE, until
 
-from lit_vlm.sweep.loopback import LoopbackServer
+from sweeps.wandb_server import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [

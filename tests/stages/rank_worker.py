@@ -14,7 +14,7 @@ from support import blueprint_of, builtin
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.trainer import close_process_group
+from lit_vlm.distributed.trainer import close_process_group
 from lit_vlm.stages import SFTStage
 
 

@@ -15,7 +15,7 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.losses.preference import LOSS_TYPES, PreferenceLoss
 from lit_vlm.stages import DPOStage
-from lit_vlm.stages.tally import PreferenceMetrics
+from lit_vlm.stages.preference_metrics import PreferenceMetrics
 from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, Role, SampleKind, UserError
 
 

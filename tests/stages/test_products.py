@@ -13,7 +13,7 @@ from lit_vlm.cost import ModelShape
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.products import MatmulDtypeCounter
+from lit_vlm.model.matmul_dtypes import MatmulDtypeCounter
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
 
 LORA = {"parts": {"language_model": {"lora": {"rank": 4, "dropout": 0.1}}}}

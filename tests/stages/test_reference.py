@@ -11,14 +11,12 @@ from support import builtin
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.build import build_index
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import load_model_spec
 from lit_vlm.model.export import export_model
-from lit_vlm.stages import DPOStage
-from lit_vlm.stages import dpo as dpo_module
-from lit_vlm.stages.kept import compute_cache_key
-from lit_vlm.stages.reference import ReferenceLogProbCache
+from lit_vlm.stages import DPOStage, dpo
+from lit_vlm.stages.caches import ReferenceLogProbCache, compute_cache_key
 from lit_vlm.types import UserError
 
 
@@ -82,7 +80,7 @@ def test_another_reference_model_has_a_separate_cache(folder, model, processor, 
 
 
 def test_an_interrupted_pass_of_the_reference_resumes(folder, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_vlm.stages.kept.PART_BYTES", 80)
+    monkeypatch.setattr("lit_vlm.stages.caches.PART_BYTES", 80)
     add, added = ReferenceLogProbCache.add_batch, []
 
     def fail_after_two_batches(self, batch, log_probs):
@@ -158,7 +156,7 @@ def test_a_reference_of_another_tokenizer_is_refused(folder, processor, model, t
 
 
 def test_a_collapse_of_the_chosen_answers_gives_a_warning(folder, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr(dpo_module, "COLLAPSE", 10.0)
+    monkeypatch.setattr(dpo, "COLLAPSE", 10.0)
     with pytest.warns(UserWarning, match=r"tokens of chosen answers are .* times less likely.*sigmoid,sft"):
         train(folder, processor, tmp_path / "store", steps=1, cache_reference=False)
 

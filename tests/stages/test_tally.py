@@ -8,7 +8,7 @@ from test_dpo import make_pair
 
 from lit_vlm.data.collate import collate
 from lit_vlm.losses.preference import PreferenceOutput
-from lit_vlm.stages.tally import PreferenceMetrics, estimate_kl
+from lit_vlm.stages.preference_metrics import PreferenceMetrics, estimate_kl
 from lit_vlm.types import Language, SampleKind
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from waiting import PATIENCE
 
-from lit_vlm.sweep.loopback import LoopbackServer
+from sweeps.wandb_server import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[2]
 # The unchanged command line, but the agent polls every 0.3 s instead of every 5 s

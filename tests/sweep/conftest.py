@@ -1,7 +1,7 @@
 import pytest
 from clients import Client
 
-from lit_vlm.sweep.loopback import LoopbackServer
+from sweeps.wandb_server import LoopbackServer
 
 
 @pytest.fixture

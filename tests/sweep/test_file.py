@@ -7,10 +7,19 @@ import pytest
 import yaml
 
 from lit_vlm.config import ConfigError
-from lit_vlm.sweep.file import Goal, Objective, SearchMethod, parse_sweep, read_sweep, try_parse_sweep, try_read_sweep
-from lit_vlm.sweep.mistakes import find_sweep_errors, list_metric_names
-from lit_vlm.sweep.reasons import read_comments
-from lit_vlm.sweep.words import build_trial_overrides, format_command
+from lit_vlm.sweep.search_space import read_comments
+from lit_vlm.sweep.sweep_file import (
+    Goal,
+    Objective,
+    SearchMethod,
+    build_trial_overrides,
+    format_command,
+    parse_sweep,
+    read_sweep,
+    try_parse_sweep,
+    try_read_sweep,
+)
+from lit_vlm.sweep.validation import find_sweep_errors, list_metric_names
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIGN = {"experiment": {"value": "tiny/1_align"}}

@@ -5,7 +5,7 @@ import sys
 
 from waiting import PATIENCE
 
-from lit_vlm.sweep.loopback import LoopbackServer
+from sweeps.wandb_server import LoopbackServer
 
 LOG = """
 import wandb

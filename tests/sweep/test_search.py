@@ -10,8 +10,8 @@ import pytest
 from waiting import PATIENCE
 
 from benchmarks.stopped_trials import STOPPED_VALUES, run_search
-from lit_vlm.sweep.file import parse_sweep, read_sweep
 from lit_vlm.sweep.search import Search, TrialOutcome
+from lit_vlm.sweep.sweep_file import parse_sweep, read_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = {"stage.learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}}

@@ -8,11 +8,16 @@ import pytest
 from rich.console import Console
 
 from lit_vlm.sweep.charts import compute_axis_range, compute_relative_ranks, draw_parallel_coordinates
-from lit_vlm.sweep.file import Goal, parse_sweep
-from lit_vlm.sweep.importance import compute_importance, get_reliability_note, list_edge_warnings
-from lit_vlm.sweep.records import TrialRecord, find_best_trial, find_varying_keys
-from lit_vlm.sweep.report import SweepReport, write_sweep_report
-from lit_vlm.sweep.table import make_parameter_table, make_trial_table
+from lit_vlm.sweep.report import SweepReport, make_parameter_table, make_trial_table, write_sweep_report
+from lit_vlm.sweep.results import (
+    TrialRecord,
+    compute_importance,
+    find_best_trial,
+    find_varying_keys,
+    get_reliability_note,
+    list_edge_warnings,
+)
+from lit_vlm.sweep.sweep_file import Goal, parse_sweep
 
 INJECTION = "<script>alert(1)</script>"
 PARAMETERS = {

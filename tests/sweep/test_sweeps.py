@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from lit_vlm.config.parse import parse
-from lit_vlm.sweep.file import SearchMethod, read_sweep
-from lit_vlm.sweep.mistakes import find_sweep_errors
+from lit_vlm.sweep.sweep_file import SearchMethod, read_sweep
+from lit_vlm.sweep.validation import find_sweep_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE, until
 
-from lit_vlm.sweep.file import parse_sweep
-from lit_vlm.sweep.process import TrialProcess
 from lit_vlm.sweep.search import Search, TrialOutcome
-from lit_vlm.sweep.trials import TrialRunner, collect_records
+from lit_vlm.sweep.sweep_file import parse_sweep
+from lit_vlm.sweep.trial_runner import TrialProcess, TrialRunner, collect_records
 from lit_vlm.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 
 from callbacks.checkpoint import _count_updates
-from lit_vlm.engine.shards import get_sharded_state
+from lit_vlm.distributed.sharded_state import get_sharded_state
 from lit_vlm.stages.base import Stage
 
 SMALL = ["data.global_batch_size=12", "data.tokens_per_micro_batch=120"]  # three micro-batches on two ranks
@@ -57,9 +57,9 @@ def record_steps(folder: Path) -> Callable[[], None]:
     """Return a patch: each rank writes, for each step, its samples and the digests of its state before and after."""
 
     def patch() -> None:
-        from lit_vlm.tasks import attempts
+        from lit_vlm.tasks import restarts
 
-        fit = attempts.run_fit
+        fit = restarts.run_fit
 
         def run_fit_with_recorder(trainer, *rest):
             trainer.callbacks.append(StepRecorder(folder))

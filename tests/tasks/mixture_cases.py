@@ -12,7 +12,7 @@ from run_helpers import PHOTOS, TINY, RunOutput, make_conversations, make_llava_
 from lit_vlm.config import parse
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.tasks.prepare import prepare
-from lit_vlm.tasks.stage_data import build_stage_data, open_sources
+from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
 
 SIZES = {"llava": 24, "messages": 12, "bytes": 8, "sharegpt": 16, "tar": 8, "zips": 8}
 

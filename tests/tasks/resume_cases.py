@@ -19,8 +19,8 @@ from pathlib import Path
 from run_helpers import TINY, RunOutput, write_data_choice
 from waiting import PATIENCE
 
+from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, read_index
 from lit_vlm.config import Run, parse
-from lit_vlm.engine.checkpoint import CheckpointFolder, CheckpointIndex, read_index
 from lit_vlm.tasks.train import train
 from lit_vlm.types import UserError
 
@@ -213,7 +213,7 @@ def _run_child(job: Run, folder: Path, log: Path, patch: Callable[[], None] | No
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
         os.environ.update(env)
         os.chdir(folder)
-        from lit_vlm.engine.signals import handle_signals
+        from lit_vlm.fault_tolerance.signals import handle_signals
         from lit_vlm.tasks import terminal
 
         handle_signals()  # as run.py does

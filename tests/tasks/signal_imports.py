@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lit_vlm.engine import signals
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
+from lit_vlm.fault_tolerance import signals
+from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED
 
 STATUS = {signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED, signal.SIGUSR1: RESTART}
 IN_EARNEST = (

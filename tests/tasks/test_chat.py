@@ -11,7 +11,7 @@ from lit_vlm.config.schema import ModelConfig, RunConfig
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
-from lit_vlm.tasks import chat as chat_module
+from lit_vlm.tasks import chat
 from lit_vlm.tasks.chat import Conversation, remove_control_characters, run_chat
 from lit_vlm.types import ControlToken, UserError
 
@@ -57,7 +57,7 @@ def scripted_answers(monkeypatch):
             prompts.append(samples[0])
             return [texts.pop(0)]
 
-        monkeypatch.setattr(chat_module, "generate_answers", ask)
+        monkeypatch.setattr(chat, "generate_answers", ask)
         return prompts
 
     return set_answers

@@ -182,8 +182,7 @@ def test_user_callbacks_do_not_prevent_the_export(get_run_pair, work_folder, cap
 
 
 def test_the_best_command_of_a_sweep_exports_a_model():
-    from lit_vlm.sweep.file import try_read_sweep
-    from lit_vlm.sweep.words import build_trial_overrides, format_trial_command
+    from lit_vlm.sweep.sweep_file import build_trial_overrides, format_trial_command, try_read_sweep
 
     for path in sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml")):
         file, errors = try_read_sweep(path)

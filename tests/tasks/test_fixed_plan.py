@@ -23,7 +23,7 @@ from resume_cases import (
 from run_helpers import TINY, RunOutput, make_llava_record, run, write_records
 
 from lit_vlm.model.vocabulary import CHATML
-from lit_vlm.tasks import stage_data
+from lit_vlm.tasks import prepare_data
 from lit_vlm.types import UserError
 
 DAY = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}"
@@ -45,7 +45,7 @@ def set_today(day: str):
             def now(cls, tz=None):
                 return cls.fromisoformat(day)
 
-        stage_data.date, utils.datetime = Today, Now
+        prepare_data.date, utils.datetime = Today, Now
 
     return patch
 
@@ -107,10 +107,12 @@ def test_prepared_data_are_trained_on_with_the_template_date_of_preparing(tmp_pa
     overrides = ["stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "model.chat_template=t.jinja"]
     overrides += ["run_name=a", "data.validation.fraction=0", "trainer.max_steps=1", "callbacks=[]", "export=false"]
     overrides += ["stage.trainable=[language_model]"]
-    today = stage_data.date
-    monkeypatch.setattr(stage_data, "date", type("Day", (date,), {"today": classmethod(lambda cls: date(2026, 4, 30))}))
+    today = prepare_data.date
+    monkeypatch.setattr(
+        prepare_data, "date", type("Day", (date,), {"today": classmethod(lambda cls: date(2026, 4, 30))})
+    )
     run_prepare(*overrides)
-    monkeypatch.setattr(stage_data, "date", today)
+    monkeypatch.setattr(prepare_data, "date", today)
     capsys.readouterr()
     run_output = run(*overrides)
     output = capsys.readouterr().out

@@ -7,7 +7,7 @@ from delivery import label, make_zip, picture
 from mixture_cases import build_datamodule, parse_sft_run
 from run_helpers import PHOTOS, make_llava_record, run, save_photos, write_data_choice, write_records
 
-from lit_vlm.tasks.stage_data import open_sources
+from lit_vlm.tasks.prepare_data import open_sources
 from lit_vlm.types import Language, SampleKind, UserError
 
 SIZES = {"talk_ko": 12, "talk_en": 48, "seen_ko": 24, "read_en": 36}

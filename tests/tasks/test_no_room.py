@@ -8,9 +8,9 @@ from transformers import SiglipVisionModel
 
 from lit_vlm.config import parse
 from lit_vlm.model.tensor_files import raise_os_errors
-from lit_vlm.stages import kept
-from lit_vlm.stages.reference import ReferenceLogProbCache
-from lit_vlm.tasks.stage_data import resolve_tiny_parts
+from lit_vlm.stages import caches
+from lit_vlm.stages.caches import ReferenceLogProbCache
+from lit_vlm.tasks.prepare_data import resolve_tiny_parts
 from lit_vlm.types import UserError
 
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # message of safetensors
@@ -42,7 +42,7 @@ def test_a_folder_that_cannot_be_created_for_the_tiny_model_is_named(tmp_path):
 
 
 def test_a_full_disk_for_the_reference_cache_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "save_file", raise_disk_full)
+    monkeypatch.setattr(caches, "save_file", raise_disk_full)
     reference = ReferenceLogProbCache(tmp_path / "reference")
     reference.add(1, 0, [1, 1], torch.zeros(2))
     with pytest.raises(UserError, match=r"reference cannot be kept in .*reference: No space left.*data\.index_dir"):

@@ -10,7 +10,7 @@ from run_helpers import PHOTOS, make_llava_record, run, save_photos, write_data_
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.micro_batches import TrainMicroBatches
-from lit_vlm.tasks.stage_data import build_stage_data, open_sources
+from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
 from lit_vlm.tasks.train import make_stage
 from run import dispatch
 

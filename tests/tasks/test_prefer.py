@@ -11,8 +11,8 @@ from run_helpers import make_llava_record, run, write_records
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.schema import Format, Markup, SourceConfig
-from lit_vlm.curation import maker
-from lit_vlm.curation.journal import AnswerLog
+from lit_vlm.curation import generator
+from lit_vlm.curation.answer_log import AnswerLog
 from lit_vlm.data.sources import open_source
 from lit_vlm.tasks.prefer import generate_preferences
 from lit_vlm.types import ControlToken, Language, SampleKind, UserError
@@ -119,7 +119,7 @@ def test_an_interrupted_task_resumes_and_batching_changes_nothing(make_pairs, tm
     for path in (tmp_path / "pairs.jsonl", tmp_path / "pairs_files"):
         path.rename(path.with_name(f"old_{path.name}"))
 
-    add, sample_answers, batch_sizes = AnswerLog.add, maker.sample_answers, []
+    add, sample_answers, batch_sizes = AnswerLog.add, generator.sample_answers, []
 
     def add_or_interrupt(self, line):
         if len(self.lines) == 3:
@@ -136,7 +136,9 @@ def test_an_interrupted_task_resumes_and_batching_changes_nothing(make_pairs, tm
 
     monkeypatch.setattr(AnswerLog, "add", add)
     monkeypatch.setattr(
-        maker, "sample_answers", lambda *arguments: batch_sizes.append(len(arguments[2])) or sample_answers(*arguments)
+        generator,
+        "sample_answers",
+        lambda *arguments: batch_sizes.append(len(arguments[2])) or sample_answers(*arguments),
     )
     assert make_pairs(alone) == undisturbed
     assert sum(batch_sizes) == 12 - 3 and len(batch_sizes) > 1

@@ -18,10 +18,10 @@ from run_helpers import (
 )
 
 from lit_vlm.config import parse
-from lit_vlm.data.plan.lock import write_lock
+from lit_vlm.data.packing.mixture_lock import write_lock
+from lit_vlm.tasks.mixture_lock import build_mixture_lock
 from lit_vlm.tasks.preflight import run_preflight
-from lit_vlm.tasks.run_lock import build_mixture_lock
-from lit_vlm.tasks.stage_data import build_stage_data, open_sources
+from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
 from lit_vlm.types import UserError
 
 PREFLIGHT = [*(word for word in TINY if word != "task=train"), "task=preflight", "stage=sft", "run_name=look"]
@@ -111,7 +111,7 @@ def test_five_formats_are_checked_without_loading_weights(work_folder, monkeypat
     """The numbers of the page are those of index and plan, and the model is never built."""
     overrides = write_five_formats(work_folder, share={"ko": 0.5, "text_only": 0.3})
     monkeypatch.setattr("lit_vlm.model.build._load_pretrained", fail_on_use)
-    monkeypatch.setattr("lit_vlm.stages.start.build_model", fail_on_use)
+    monkeypatch.setattr("lit_vlm.stages.model_init.build_model", fail_on_use)
     monkeypatch.setattr("safetensors.safe_open", fail_on_use)
     monkeypatch.setattr("torch.load", fail_on_use)
     output = run_preflight_with(*overrides, "preflight.world_size=2")
@@ -508,7 +508,7 @@ def test_devices_of_slightly_different_memory_lead_to_one_choice(monkeypatch):
 
 def set_free_disk(monkeypatch, free: int) -> None:
     usage = type("Usage", (), {"free": free})
-    monkeypatch.setattr("lit_vlm.engine.preflight.model.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("lit_vlm.reports.preflight.estimates.shutil.disk_usage", lambda path: usage)
 
 
 def set_gpu_memory(monkeypatch, memory: int) -> None:

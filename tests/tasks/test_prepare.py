@@ -9,7 +9,7 @@ from mixture_cases import SIZES, build_sources, make_files, parse_sft_run, read_
 from run_helpers import TINY, run, run_process, write_data_choice
 from waiting import PATIENCE
 
-from lit_vlm.data.images import EncodedImage
+from lit_vlm.data.lazy_images import EncodedImage
 from lit_vlm.data.processor import Processor
 from lit_vlm.tasks.preflight import run_preflight
 

@@ -15,7 +15,7 @@ from mixture_cases import build_datamodule, build_sources, make_files, run_prepa
 from run_helpers import run, write_data_choice
 from waiting import PATIENCE
 
-from lit_vlm.data.index import shards
+from lit_vlm.data.index import shard_cache
 from lit_vlm.types import UserError
 
 FORK = multiprocessing.get_context("fork")
@@ -33,7 +33,7 @@ def overrides(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    monkeypatch.setattr(shards, "SHARD_RECORDS", 5)
+    monkeypatch.setattr(shard_cache, "SHARD_RECORDS", 5)
     return [
         *write_data_choice(tmp_path, sources=build_sources(files), validation={"fraction": 0.1}),
         "data.index_workers=2",

@@ -4,8 +4,8 @@ import pytest
 import torch
 from run_helpers import make_conversations, run, save_photos, write_records
 
-from lit_vlm.engine.profile.facts import summarize_trace
-from lit_vlm.engine.profile.trace import read_trace
+from lit_vlm.reports.profile.summary import summarize_trace
+from lit_vlm.reports.profile.trace import read_trace
 
 ABOUT = {"name": "run", "device": "CPU", "precision": "32-true", "tokens": 1, "tiles": 1}
 

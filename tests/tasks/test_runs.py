@@ -256,7 +256,7 @@ def check_same_weights(one, two, atol=1e-5):
 
 def count_text_only_packs(overrides):
     """Return the numbers of packs without an image, of empty packs, and of micro-batches in a step, for two ranks."""
-    from lit_vlm.tasks.stage_data import build_stage_data, open_sources
+    from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
 
     job = parse([*TINY, *overrides])
     plan = build_stage_data(job, *open_sources(job), None).datamodule.make_plan(2)

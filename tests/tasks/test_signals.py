@@ -29,8 +29,8 @@ from run_helpers import RUN, TINY, write_data_choice
 from signal_moments import AT_ONCE, ENVIRONMENT, SAVED, SIGNALS, run_moments
 from waiting import until
 
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.signals import get_signal_handler, handle_signals, postpone_signals
+from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED
+from lit_vlm.fault_tolerance.signals import get_signal_handler, handle_signals, postpone_signals
 from lit_vlm.tasks import pipeline
 from lit_vlm.tasks.chat import read_lines
 

@@ -11,9 +11,9 @@ from resume_cases import build_overrides, start
 from run_helpers import TWO
 from waiting import until
 
-from lit_vlm.engine.checkpoint import CheckpointFolder
-from lit_vlm.engine.exits import STUCK, TERMINATED
-from lit_vlm.engine.watch import read_heartbeat
+from lit_vlm.checkpoint import CheckpointFolder
+from lit_vlm.fault_tolerance.exit_status import STUCK, TERMINATED
+from lit_vlm.fault_tolerance.watchdog import read_heartbeat
 
 LIMIT = 4.0
 QUICK = [f"trainer.timeout_minutes={LIMIT / 60}", "guard.heartbeat_seconds=1", "trainer.max_steps=200", *SMALL]
@@ -144,7 +144,7 @@ def test_a_rank_with_a_stop_signal_after_the_last_step_does_not_wait_for_others(
 
 def _patch_slow_write():
     """Write longer than the other ranks wait for a silent rank."""
-    from lit_vlm.engine.checkpoint import write
+    from lit_vlm.checkpoint import write
 
     write_shards = write.write_shards
 
@@ -193,17 +193,17 @@ def _patch_read_forever():
 
 
 def _patch_code_digest():
-    from lit_vlm.engine import agreement
+    from lit_vlm.fault_tolerance import rank_check
 
     if os.environ["RANK"] == "1":
-        agreement.compute_code_digest = lambda: "another"
+        rank_check.compute_code_digest = lambda: "another"
 
 
 def _patch_slow_disk():
     """Write slowly, with a process group timeout as short as the limit of the watchdog."""
     from datetime import timedelta
 
-    from lit_vlm.engine import strategy
+    from lit_vlm.distributed import trainer as strategy
     from lit_vlm.model.tensor_files import SafetensorsFile
 
     write = SafetensorsFile.write
@@ -222,7 +222,7 @@ def _patch_slow_disk():
 
 def _patch_long_export():
     from callbacks import Heartbeat
-    from lit_vlm.engine.watch import Activity, get_progress
+    from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
 
     end = Heartbeat.on_train_end
 

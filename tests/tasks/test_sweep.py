@@ -17,9 +17,9 @@ from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.schema import RunConfig, TrainerConfig
-from lit_vlm.config.sweep import get_sweep_overrides, get_trial_overrides
-from lit_vlm.sweep.file import read_sweep
+from lit_vlm.config.sweep_overrides import get_sweep_overrides, get_trial_overrides
 from lit_vlm.sweep.search import Search, TrialOutcome
+from lit_vlm.sweep.sweep_file import read_sweep
 from lit_vlm.tasks.sweep import Sweep, assign_devices, load_sweep, lock_sweep_folder, prepare_sweep_folder, run_sweep
 from lit_vlm.types import UserError
 

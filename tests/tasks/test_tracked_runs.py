@@ -13,7 +13,7 @@ import pytest
 from run_helpers import RUN, TINY, RunOutput, make_conversations, save_photos, write_records
 from waiting import PATIENCE
 
-from lit_vlm.sweep.loopback import LoopbackServer
+from sweeps.wandb_server import LoopbackServer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "config"))
 from secret_cases import FORMS, INSIDE, LETTERS

@@ -24,8 +24,9 @@ from run_helpers import (
 )
 from waiting import until
 
-from lit_vlm.data import look_ahead, micro_batches
-from lit_vlm.data.images import FileImage
+from lit_vlm.data import loader as look_ahead
+from lit_vlm.data import micro_batches
+from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.stages.base import Stage
 from lit_vlm.types import Fault, RecordError, UserError
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index.columns import SampleIndex
-from lit_vlm.data.index.shards import get_origin
+from lit_vlm.data.index.sample_index import SampleIndex
+from lit_vlm.data.index.shard_cache import get_origin
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.readers.record import keep_first_turns
+from lit_vlm.data.readers.conversation import keep_first_turns
 from lit_vlm.types import Fault, RecordError, Role, Sample
 
 ColumnChanges = dict[str, Any]  # column -> value of the shortened sample

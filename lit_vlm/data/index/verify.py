@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.data.index.build import OnProgress, compute_verified_key, map_parallel
 from lit_vlm.data.index.fingerprint import compute_stamp, get_image_key
-from lit_vlm.data.index.shards import (
+from lit_vlm.data.index.sample_index import SampleIndex
+from lit_vlm.data.index.shard_cache import (
     BadRecord,
     Shard,
     ShardCache,
@@ -23,8 +24,6 @@ from lit_vlm.data.index.shards import (
     lock_source,
     open_shard_cache,
 )
-from lit_vlm.data.index.store import OnProgress, compute_verified_key
-from lit_vlm.data.index.workers import map_parallel
 from lit_vlm.types import Fault, LazyImage, Record, RecordError, Source
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.mapping import REGIONS_VARIABLE, MappingConfig, RegionTask, find_mapping_errors
-from lit_vlm.data.readers.catalogue import IMAGE_PATTERNS, FileCatalogue, FileName, require_files
-from lit_vlm.data.readers.fields import FieldScope, Template, parse_template
-from lit_vlm.data.readers.labels import LabelRecords
-from lit_vlm.data.readers.place import ReaderSettings, RecordContext
-from lit_vlm.data.readers.record import make_sample
-from lit_vlm.data.readers.regions import read_regions
+from lit_vlm.data.readers.context import ReaderSettings, RecordContext
+from lit_vlm.data.readers.conversation import make_sample
+from lit_vlm.data.readers.file_catalogue import IMAGE_PATTERNS, FileCatalogue, FileName, require_files
+from lit_vlm.data.readers.label_fields import FieldScope, Template, parse_template, read_regions
+from lit_vlm.data.readers.label_files import LabelRecords
 from lit_vlm.data.staging import resolve_original_path
 from lit_vlm.types import ContentPart, ControlToken, ImagePlaceholder, LazyImage, Message, Role, Sample, UserError
 

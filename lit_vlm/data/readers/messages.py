@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lit_vlm.data.images import format_untrusted
-from lit_vlm.data.readers.dialects import SYSTEM_KEYS, check_part, check_record, check_turn
-from lit_vlm.data.readers.place import RecordContext, describe_type
-from lit_vlm.data.readers.record import check_num_images, make_sample
+from lit_vlm.data.lazy_images import format_untrusted
+from lit_vlm.data.readers.context import RecordContext, describe_type
+from lit_vlm.data.readers.conversation import check_num_images, make_sample
+from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_part, check_record, check_turn
 from lit_vlm.types import (
     SPECIAL_TOKENS,
     ContentPart,

@@ -14,10 +14,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_vlm.data.readers.dialects import SYSTEM_KEYS, check_record
-from lit_vlm.data.readers.messages import read_turns
-from lit_vlm.data.readers.place import RecordContext, describe_type, iter_slot_indices
-from lit_vlm.data.readers.record import (
+from lit_vlm.data.readers.context import RecordContext, describe_type, iter_slot_indices
+from lit_vlm.data.readers.conversation import (
     add_missing_questions,
     add_system_message,
     check_num_images,
@@ -26,6 +24,8 @@ from lit_vlm.data.readers.record import (
     detect_language,
     get_record_id,
 )
+from lit_vlm.data.readers.messages import read_turns
+from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record
 from lit_vlm.types import Fault, ImagePlaceholder, LazyImage, Message, PreferencePair, Role, SampleKind, format_count
 
 _READ_KEYS = (

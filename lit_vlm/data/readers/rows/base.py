@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lit_vlm.data.images import format_untrusted
+from lit_vlm.data.lazy_images import format_untrusted
 from lit_vlm.data.staging import resolve_original_path
 
 

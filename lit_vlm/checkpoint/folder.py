@@ -1,0 +1,209 @@
+"""Durable files: safetensors files that are synced to disk and hashed while they are written, and atomic removal of folders."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from lit_vlm.checkpoint.index import StoredFile
+from lit_vlm.files import sync_to_disk, write_json, write_text_atomically
+from lit_vlm.types import UserError
+
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+}  # safetensors' names
+BLOCK_BYTES = 1 << 24  # bytes that are written and hashed in one call, which releases Python's global lock
+
+
+def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
+    """Write a safetensors file of flat tensors and hash it in the same pass. It is on the disk when this returns.
+
+    Args:
+        tensors: key and values [n]. Values on another device are copied to the host one by one.
+
+    Returns:
+        name, size in bytes and SHA-256 of the file.
+    """
+    hasher, size = hashlib.sha256(), 0
+    with path.open("xb") as stream:
+        for block in _iter_blocks(tensors):
+            hasher.update(block)
+            stream.write(block)
+            size += len(block)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return StoredFile(path.name, size, hasher.hexdigest())
+
+
+def _iter_blocks(tensors: list[tuple[str, Tensor]]) -> Iterator[Any]:
+    yield _build_header(tensors)
+    for _, values in tensors:
+        data: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy().data
+        for start in range(0, len(data), BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
+
+
+def _build_header(tensors: list[tuple[str, Tensor]]) -> bytes:
+    """Build the safetensors header: 8 bytes of length, then JSON with dtype, shape and byte offsets of each tensor.
+
+    The JSON is padded to a multiple of 8 bytes, so that the values are aligned.
+    """
+    entries, end = {}, 0
+    for key, values in tensors:
+        begin, end = end, end + values.numel() * values.element_size()
+        entries[key] = {
+            "dtype": SAFETENSORS_DTYPES[values.dtype],
+            "shape": [values.numel()],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def compute_file_digest(path: Path) -> str:
+    """Compute the SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder atomically: rename it first, so that no incomplete folder ever has the name of a checkpoint."""
+    hidden_path = path.with_name(f".gone-{path.name.lstrip('.')}-{uuid4().hex}")
+    os.rename(path, hidden_path)
+    shutil.rmtree(hidden_path, ignore_errors=True)  # on some systems an open file stays; `clean_before_run` removes it
+
+
+LATEST_FILE, BEST_FILE = "latest", "best"
+STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFolder:
+    """Folder `<run>/checkpoints`, with one subfolder for each saved step.
+
+    Only rank 0 removes, renames and updates the pointer files. A subfolder whose name has no leading dot is complete.
+    """
+
+    path: Path
+
+    def get_step_path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
+        return self.path / f"step-{step:08d}"
+
+    def get_temporary_path(self, step: int) -> Path:
+        """Return the temporary folder in which the checkpoint of a step is written."""
+        return self.path / f".step-{step:08d}"
+
+    def list_steps(self) -> list[int]:
+        """List the steps of all complete checkpoints, the newest first."""
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(
+            (int(match[1]) for entry in entries if (match := STEP_FOLDER_PATTERN.fullmatch(entry.name))), reverse=True
+        )
+
+    def move_into_place(self, step: int) -> None:
+        """Rename the temporary folder of a step to its final name, and point `latest` to it."""
+        temporary, target = self.get_temporary_path(step), self.get_step_path(step)
+        sync_to_disk(temporary)
+        if target.exists():
+            remove_folder(target)
+        os.rename(temporary, target)
+        sync_to_disk(self.path)
+        write_text_atomically(self.path / LATEST_FILE, f"{target.name}\n")
+
+    def read_latest_step(self) -> int | None:
+        """Return the step that the pointer file `latest` names, even if its folder is missing. None without a valid pointer."""
+        file = self.path / LATEST_FILE
+        match = (
+            STEP_FOLDER_PATTERN.fullmatch(file.read_text(encoding="utf-8", errors="replace").strip())
+            if file.is_file()
+            else None
+        )
+        return int(match[1]) if match else None
+
+    def mark_best(self, step: int, loss: float) -> None:
+        """Write the pointer file `best` with a step and its val/loss."""
+        write_json(self.path / BEST_FILE, {"checkpoint": self.get_step_path(step).name, "val_loss": loss})
+
+    def read_best(self) -> tuple[int, float] | None:
+        """Return step and val/loss of the best checkpoint; None if there is none or if its folder is missing."""
+        try:
+            pointer = json.loads((self.path / BEST_FILE).read_text(encoding="utf-8"))
+            match = STEP_FOLDER_PATTERN.fullmatch(pointer["checkpoint"])
+            loss = float(pointer["val_loss"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return (int(match[1]), loss) if match and self.get_step_path(int(match[1])).is_dir() else None
+
+    def remove_old(self, keep_last: int) -> None:
+        """Remove all checkpoints except the newest `keep_last` and the best."""
+        best = self.read_best()
+        for step in self.list_steps()[keep_last:]:
+            if best is None or step != best[0]:
+                with contextlib.suppress(OSError):  # the new checkpoint is complete; the next call tries again
+                    remove_folder(self.get_step_path(step))
+
+    def clean_before_run(self, resume_step: int) -> None:
+        """Remove leftovers of killed writers and checkpoints later than the resumed step, before a run writes here.
+
+        Raises:
+            UserError: a folder has the name of a pointer file, or a file has the name of the checkpoint folder.
+        """
+        for pointer in (self.path / LATEST_FILE, self.path / BEST_FILE):
+            if pointer.is_dir():
+                raise UserError(
+                    f"{pointer} is a folder, and a file that names a checkpoint is kept there. Remove it, and start the run again."
+                )
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(
+                f"{self.path} is no folder, and checkpoints are kept there. Remove it, and start the run again."
+            )
+        if not self.path.is_dir():
+            return
+        for entry in self.path.iterdir():
+            if entry.name.startswith("."):
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        for later_step in self.list_steps():
+            if later_step > resume_step:
+                remove_folder(self.get_step_path(later_step))
+        if self.read_best() is None:
+            (self.path / BEST_FILE).unlink(missing_ok=True)
+        remaining_steps = self.list_steps()
+        if remaining_steps and self.read_latest_step() != remaining_steps[0]:
+            write_text_atomically(self.path / LATEST_FILE, f"{self.get_step_path(remaining_steps[0]).name}\n")
+        elif not remaining_steps:
+            (self.path / LATEST_FILE).unlink(missing_ok=True)
+
+    def remove_all(self, *, keep_best: bool = False) -> None:
+        """Remove all checkpoints once the run is finished and its model is saved, and leftovers of a killed removal.
+
+        Args:
+            keep_best: keep the checkpoint with the lowest val/loss.
+        """
+        for leftover in (*self.path.glob(".*"), *self.path.parent.glob(f".gone-{self.path.name}-*")):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        best = self.read_best() if keep_best else None
+        if best is None:
+            if self.path.is_dir():
+                remove_folder(self.path)
+            return
+        for step in self.list_steps():
+            if step != best[0]:
+                remove_folder(self.get_step_path(step))
+        write_text_atomically(self.path / LATEST_FILE, f"{self.get_step_path(best[0]).name}\n")

@@ -1,0 +1,338 @@
+"""Cross-field validation of a config: settings that contradict each other or that no run can use."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+from lit_vlm.config.callbacks import find_callback_errors
+from lit_vlm.config.mapping import find_mapping_errors
+from lit_vlm.config.ranges import find_range_errors
+from lit_vlm.config.schema import (
+    DataConfig,
+    DPOStageConfig,
+    Format,
+    LoggerConfig,
+    Markup,
+    PartConfig,
+    RunConfig,
+    ScorerName,
+    ShareConfig,
+    SourceConfig,
+    StageName,
+    StrategyName,
+    Task,
+    TrainerConfig,
+    WeightUnit,
+)
+from lit_vlm.config.settings import find_nearest, format_suggestion, get_field_types
+from lit_vlm.config.slurm_options import find_submit_errors
+from lit_vlm.config.stage_validation import (
+    find_preference_loss_errors,
+    find_unused_data_settings,
+    find_unused_stage_settings,
+)
+from lit_vlm.config.sweep_overrides import find_trial_errors
+from lit_vlm.types import ModelPart, SampleKind
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
+SHARDED_PRECISIONS = (
+    "32-true",
+    "bf16-mixed",
+    "bf16-true",
+)  # float16 needs a loss scaler, which is supported without sharding only
+SHARDED_STRATEGIES = tuple(one for one in StrategyName if one.value.startswith(("deepspeed", "fsdp", "hsdp")))
+PRECISION_ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+
+# Arguments of lightning.Trainer that the program sets itself -> text that names the alternative.
+MANAGED_TRAINER_ARGUMENTS = {
+    "callbacks": "name them with callbacks=[...]",
+    "logger": "choose logger=csv, logger=wandb or logger=tensorboard",
+    "accumulate_grad_batches": "it follows from data.global_batch_size and the two memory caps, and is printed",
+    "default_root_dir": "a run's folder is run_dir/run_name",
+    "enable_checkpointing": "checkpoints are written by the program, one layout for all strategies",
+    "use_distributed_sampler": "the plan deals the samples to the ranks",
+    "reload_dataloaders_every_n_epochs": "the plan knows every step beforehand",
+    "val_check_interval": "set data.validation.every_steps",
+    "check_val_every_n_epoch": "set data.validation.every_steps",
+    "fast_dev_run": "set debug=fast",
+    "overfit_batches": "set debug=overfit",
+    "profiler": "set trainer.profile=true",
+    "barebones": "it would turn the callbacks off",
+}
+
+
+STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # tasks that use one stage and its data
+
+
+def find_config_errors(config: RunConfig) -> list[str]:
+    """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
+    errors = [*find_range_errors(config), *find_name_errors(config)]
+    if config.task is Task.prefer:
+        return [
+            *errors,
+            *find_prefer_errors(config),
+            *_find_data_errors(config.data),
+            *_find_prefer_data_errors(config.data),
+        ]
+    if config.task is Task.sweep:
+        return [*errors, *find_trial_errors(config)]
+    if config.task is Task.sync:
+        missing_sync = "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
+        return errors if config.sync else [*errors, missing_sync]
+    if config.task not in STAGE_TASKS:
+        return errors
+    return [
+        *errors,
+        *_find_stage_errors(config),
+        *_find_data_errors(config.data),
+        *_find_pair_errors(config),
+        *_find_trainer_errors(config.trainer),
+        *find_callback_errors(config.callbacks),
+        *find_unused_stage_settings(config),
+        *find_logger_errors(config.logger),
+        *_find_checkpoint_errors(config),
+        *(find_submit_errors(config) if config.task is Task.submit else []),
+    ]
+
+
+def _find_stage_errors(config: RunConfig) -> Iterator[str]:
+    stage = config.stage
+    if len(stage.adam_betas) != 2:
+        yield f"stage.adam_betas: must be two numbers, found {list(stage.adam_betas)}."
+    if not stage.trainable:
+        yield f"stage.trainable: is empty, so nothing would train; name some of {', '.join(ModelPart)}."
+    if len(set(stage.trainable)) != len(stage.trainable):
+        yield "stage.trainable: names a part twice."
+    trainable = {part.value for part in stage.trainable}
+    for field in fields(stage.parts):
+        yield from _find_part_errors(field.name, getattr(stage.parts, field.name), field.name in trainable)
+    if isinstance(stage, DPOStageConfig):
+        yield from find_preference_loss_errors(stage)
+
+
+def _find_part_errors(name: str, part: PartConfig, is_trainable: bool) -> Iterator[str]:
+    key = f"stage.parts.{name}"
+    if "lm_head" in part.lora.targets:
+        yield (
+            f"{key}.lora.targets: lm_head cannot have an adapter, which would never train: scores are computed from the head's"
+            " weight directly. Take it out."
+        )
+    if part.lora.rank > 0 and not is_trainable:
+        yield f"{key}.lora.rank: is {part.lora.rank}, but {name} does not train; add it to stage.trainable or set 0."
+
+
+def _find_data_errors(data: DataConfig) -> Iterator[str]:
+    if not data.sources:
+        yield "data.sources: is empty; choose data=... or 'data/source@data.sources=[...]'."
+    for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
+        for name, source in sources.items():
+            yield from _find_source_errors(f"{table}.{name}", source)
+    yield from find_unused_data_settings(data)
+    yield from _find_weight_errors(data)
+    yield from _find_share_errors(data.share)
+
+
+def _find_source_errors(key: str, source: SourceConfig) -> Iterator[str]:
+    if source.path is None and source.hub is None and source.format is not Format.digits:
+        yield f"{key}.path is not set: give the file or folder, {key}.path=..."
+    if source.path is not None and source.hub is not None:
+        yield f"{key}: both path and hub are given; one of them must go."
+    if source.format is Format.mapped and source.mapping is None:
+        yield f"{key}.mapping is not set: format=mapped needs it; conf/data/source/aihub_*.yaml show some."
+    if source.mapping is not None and source.format is not Format.mapped:
+        yield f"{key}.mapping: is read with format=mapped only, and format is {source.format.value}."
+    elif source.mapping is not None:
+        yield from find_mapping_errors(f"{key}.mapping", source.mapping)
+        if source.markup is Markup.on:
+            yield f"{key}.markup: format=mapped takes control tokens from mapping.regions, never from text; set auto."
+    if source.repeat is not None and source.count is not None:
+        yield f"{key}: both repeat and count are given; one of them must go."
+    if source.kind is not None and source.kind not in list(SampleKind):
+        suggestion = format_suggestion(find_nearest(source.kind, list(SampleKind)))
+        yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(SampleKind)}.{suggestion}"
+
+
+def _find_weight_errors(data: DataConfig) -> Iterator[str]:
+    sources = data.sources
+    weights = {name: source.weight for name, source in sources.items()}
+    counted_sources = [
+        name for name, source in sources.items() if source.repeat is not None or source.count is not None
+    ]
+    if counted_sources and any(weight is not None for weight in weights.values()):
+        yield f"data.sources: {', '.join(counted_sources)}: repeat and count say how much an epoch reads, weights say shares; use one way."
+    if data.temperature != 1.0 and any(weight is not None for weight in weights.values()):
+        yield "data.temperature: tempers the sizes of sources without weights; take the weights away, or set it to 1."
+    if data.weights_in is WeightUnit.tokens and all(weight is None for weight in weights.values()):
+        yield "data.weights_in=tokens: no source has a weight; give every source one."
+    unweighted = [name for name, weight in weights.items() if weight is None]
+    if unweighted and len(unweighted) < len(weights):
+        yield (
+            f"data.sources: {', '.join(unweighted)} {'has' if len(unweighted) == 1 else 'have'} no weight and the others do;"
+            " give every source a weight, or none (then their sizes count)."
+        )
+    elif weights and not unweighted and not any(weights.values()):
+        yield "data.sources: every weight is 0, so there is nothing to draw from."
+
+
+def _find_share_errors(share: ShareConfig) -> Iterator[str]:
+    for name in share.kinds:
+        if name not in list(SampleKind):
+            suggestion = format_suggestion(find_nearest(name, list(SampleKind)))
+            yield f"data.share.kinds: there is no kind {name}; there are {', '.join(SampleKind)}.{suggestion}"
+    if sum(share.kinds.values()) > 1 + 1e-9:
+        yield f"data.share.kinds: the shares add up to {sum(share.kinds.values()):g}, more than 1."
+
+
+def has_preference_pairs(source: SourceConfig) -> bool | None:
+    """Return True if a source contains preference pairs; None if only the file can tell."""
+    if source.format is Format.preference or source.kind == SampleKind.preference:
+        return True
+    if source.format is Format.builtin:
+        return source.path == SampleKind.preference
+    return None if source.format is Format.auto and source.kind is None else False
+
+
+def _find_pair_errors(config: RunConfig) -> Iterator[str]:
+    is_dpo, stage = config.stage.name is StageName.dpo, config.stage.name.value
+    mismatched = [name for name, source in config.data.sources.items() if has_preference_pairs(source) is not None]
+    mismatched = [name for name in mismatched if has_preference_pairs(config.data.sources[name]) is not is_dpo]
+    names = ", ".join(mismatched)
+    if mismatched and is_dpo:
+        yield f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
+    elif mismatched:
+        yield f"data.sources: {names}: preference pairs, which stage={stage} cannot use; choose other data or dpo."
+
+
+def _find_prefer_data_errors(data: DataConfig) -> Iterator[str]:
+    names = ", ".join(name for name, source in data.sources.items() if has_preference_pairs(source))
+    if names:
+        yield f"data.sources: {names}: preference pairs already; task=prefer makes them of conversations. Choose other data."
+
+
+def _find_trainer_errors(trainer: TrainerConfig) -> Iterator[str]:
+    batches = trainer.limit_val_batches
+    if batches is not None and batches > 1 and batches % 1:
+        yield f"trainer.limit_val_batches: above 1 it is a number of batches and must be whole, found {batches}."
+    if trainer.precision not in PRECISIONS:
+        nearest_precision = PRECISION_ALIASES.get(trainer.precision) or find_nearest(trainer.precision, PRECISIONS)
+        offered = ", ".join(PRECISIONS)
+        yield f"trainer.precision: expected one of {offered}, found {trainer.precision}.{format_suggestion(nearest_precision)}"
+    world, size = trainer.devices * trainer.num_nodes, trainer.shard_size
+    if trainer.strategy is StrategyName.hsdp and size and size > 0 and world % size:
+        offered = ", ".join(str(number) for number in range(2, world) if world % number == 0) or "none but all of them"
+        yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; groups may be of {offered}."
+    if (
+        trainer.strategy in SHARDED_STRATEGIES
+        and trainer.precision in PRECISIONS
+        and trainer.precision not in SHARDED_PRECISIONS
+    ):
+        offered = ", ".join(SHARDED_PRECISIONS)
+        yield f"trainer.precision: {trainer.strategy} computes in {offered}, found {trainer.precision}; choose bf16-mixed."
+    for name in trainer.extra:
+        yield from _find_extra_argument_errors(name)
+
+
+def _find_extra_argument_errors(name: str) -> Iterator[str]:
+    key = f"trainer.extra.{name}"
+    if name in get_field_types(TrainerConfig):
+        yield f"{key}: is a setting of its own, trainer.{name}."
+    elif name in MANAGED_TRAINER_ARGUMENTS:
+        yield f"{key}: is not yours to set; {MANAGED_TRAINER_ARGUMENTS[name]}."
+    elif name not in list_trainer_arguments():
+        yield f"{key}: lightning.Trainer has no such argument.{format_suggestion(find_nearest(name, list_trainer_arguments()))}"
+
+
+@cache
+def list_trainer_arguments() -> tuple[str, ...]:
+    """List the arguments of lightning.Trainer, read from its source.
+
+    Importing Lightning takes seconds, and an error message should not wait for it.
+    """
+    package = Path(importlib.util.find_spec("lightning").origin).parent
+    tree = ast.parse((package / "pytorch/trainer/trainer.py").read_text(encoding="utf-8"))
+    trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
+    init = next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    return tuple(argument.arg for argument in init.args.kwonlyargs)
+
+
+def _find_checkpoint_errors(config: RunConfig) -> Iterator[str]:
+    resume_from = config.resume_from
+    if resume_from not in ("auto", "none") and not Path(resume_from).expanduser().is_dir():
+        yield (
+            f"resume_from: there is no folder {resume_from}; name a checkpoint's (runs/.../checkpoints/step-...), auto for the"
+            " run's own newest, or none to start from the beginning."
+        )
+
+
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+MAX_NAME_BYTES = 255  # maximum bytes of a folder name
+RESERVED_NAMES = ("index",)  # folders of run_dir that belong to no run
+RUN_SUBFOLDERS = ("checkpoints", "hf", "samples", "wandb")  # subfolders of a run, which must not contain another run
+ABSOLUTE_PATH_START = re.compile(r"[/\\~]|[A-Za-z]:[/\\]")
+
+
+def find_name_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each name or path that cannot be used for the folder of a run."""
+    if config.run_name is not None:
+        for reason in _find_run_name_errors(config.run_name):
+            yield f"run_name: {reason}, found {config.run_name!r}; name a folder below run_dir, e.g. run_name=first/try."
+    for key, path in (("run_dir", config.run_dir), ("data.index_dir", config.data.index_dir)):
+        if path is not None and CONTROL_CHARACTERS.search(path):
+            yield f"{key}: has a control character in it, found {path!r}."
+
+
+def _find_run_name_errors(name: str) -> Iterator[str]:
+    parts = name.split("/")
+    if not name.strip():
+        yield "is empty"
+    elif CONTROL_CHARACTERS.search(name):
+        yield "has a control character in it"
+    elif ABSOLUTE_PATH_START.match(name):
+        yield "must not begin at another folder than run_dir"
+    elif any(part in ("", ".", "..") for part in parts):
+        yield "must not have empty parts, . or .. in it"
+    elif any(part != part.strip() or "\\" in part for part in parts):
+        yield "must have no backslash, and no part that begins or ends with a space"
+    elif any(len(part.encode(errors="surrogatepass")) > MAX_NAME_BYTES for part in parts):
+        yield f"has a part of more than {MAX_NAME_BYTES} bytes"
+    elif any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):
+        yield "is no Unicode text"
+    elif parts[0] in RESERVED_NAMES:
+        yield f"must not begin with {parts[0]}, where indexes and plans are kept"
+    elif inner := next((part for part in parts[1:] if part in RUN_SUBFOLDERS), None):
+        yield f"must not have {inner} behind another folder, where a run keeps files of its own"
+
+
+def find_prefer_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of task=prefer."""
+    prefer = config.prefer
+    if config.init_from is None:
+        yield "init_from is not set: task=prefer asks a finished model, init_from=runs/<name>/hf or a hub id."
+    if not prefer.output.endswith(".jsonl"):
+        yield f"prefer.output: must end in .jsonl, found {prefer.output}."
+    if not prefer.kinds:
+        yield "prefer.kinds: is empty; name response, control or both."
+    uses_judge = prefer.scorer is ScorerName.judge
+    if uses_judge and prefer.judge is None:
+        yield "prefer.judge is not set: scorer=judge needs a finished model's folder, or the import path of your own class."
+    if not uses_judge and prefer.judge is not None:
+        yield f"prefer.judge: is asked with prefer.scorer=judge only, and the scorer is {prefer.scorer.value}."
+
+
+ARTIFACTS = ("model", "lock", "report")
+
+
+def find_logger_errors(logger: LoggerConfig) -> Iterator[str]:
+    """Yield an error message for each unknown artifact, and for artifacts without W&B."""
+    for name in logger.artifacts:
+        if name not in ARTIFACTS:
+            suggestion = format_suggestion(find_nearest(name, ARTIFACTS))
+            yield f"logger.artifacts: there is no artifact {name}; there are {', '.join(ARTIFACTS)}.{suggestion}"
+    if logger.artifacts and not logger.wandb:
+        yield "logger.artifacts: are uploaded to Weights & Biases, and logger.wandb is false; choose logger=wandb."

@@ -1,0 +1,283 @@
+"""Content hashes of images, computed from their bytes alone: independent of file name and modification time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from lit_vlm.data.decoding import (
+    FORMATS,
+    REMEDY,
+    decode_upright,
+    describe_error,
+    get_orientation,
+    get_upright_size,
+    open_image,
+)
+from lit_vlm.types import Fault, LazyImage, Record, RecordError
+
+NUM_HASHED_BLOCKS, HASHED_BLOCK_BYTES = (
+    4,
+    1 << 14,
+)  # files that are no longer than all blocks together are read completely
+
+
+def compute_image_hash(record: Record) -> int:
+    """Compute a 64-bit content hash of the record's images; 0 without images.
+
+    Raises:
+        RecordError: an image cannot be read.
+    """
+    if not record.images:
+        return 0
+    contents = [_hash_image(image) for image in record.images]
+    return int.from_bytes(hashlib.blake2b(b"".join(contents), digest_size=8).digest(), "big")
+
+
+def hash_stream(stream: BinaryIO) -> bytes:
+    """Hash a file by its length and by blocks spread over it, which include the first and the last bytes.
+
+    Images that were encoded again differ in length or nearly everywhere, and a PNG ends with a checksum of its pixels.
+    Not detected: a few bytes in the middle of a longer file that were changed in place. BMP is not compressed, so it is
+    hashed completely.
+    """
+    size = stream.seek(0, os.SEEK_END)
+    hasher = hashlib.blake2b(size.to_bytes(8, "big"), digest_size=16)
+    stream.seek(0)
+    first = stream.read(HASHED_BLOCK_BYTES)
+    hasher.update(first)
+    if size <= NUM_HASHED_BLOCKS * HASHED_BLOCK_BYTES or first.startswith(b"BM"):
+        hasher.update(stream.read())
+        return hasher.digest()
+    for number in range(1, NUM_HASHED_BLOCKS):
+        stream.seek((size - HASHED_BLOCK_BYTES) * number // (NUM_HASHED_BLOCKS - 1))
+        hasher.update(stream.read(HASHED_BLOCK_BYTES))
+    return hasher.digest()
+
+
+def hash_pixels(pixels: np.ndarray) -> bytes:
+    """Hash decoded pixels and their shape: 16 bytes."""
+    return hashlib.blake2b(f"{pixels.shape}".encode() + pixels.tobytes(), digest_size=16).digest()
+
+
+def _hash_image(image: LazyImage) -> bytes:
+    """Hash one image; an image of a custom source may have a method `content` (digest of its bytes), else it is decoded."""
+    content = getattr(image, "content", None)
+    return content() if content else hash_pixels(np.asarray(image.load()))
+
+
+__all__ = [
+    "FORMATS",
+    "REMEDY",
+    "ArrayImage",
+    "BytesImage",
+    "FileImage",
+    "format_untrusted",
+    "resolve_image_path",
+    "validate_image_path",
+]
+
+_URL = re.compile(r"\s*(?:[a-z][a-z0-9+.\-]*://|(?:https?|ftp|data|file):)", re.IGNORECASE)
+
+
+class EncodedImage:
+    """Encoded image that is decoded on request; subclasses implement `_open`.
+
+    `size` and `orientation` read the header once per object; `load` and `load_at_least` read the file on each call.
+    """
+
+    origin: str
+    max_pixels: int
+    _description = "its image"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels after EXIF rotation. Raises RecordError if the header is unusable."""
+        return self._header[0]
+
+    @property
+    def orientation(self) -> int:
+        """EXIF orientation, 1 to 8: how to turn the pixels of the file upright. Raises RecordError as `size`."""
+        return self._header[1]
+
+    @cached_property
+    def _header(self) -> tuple[tuple[int, int], int]:
+        with self._open_image() as (image, _):
+            return get_upright_size(image), get_orientation(image)
+
+    def load(self) -> Image.Image:
+        """Load the image as upright RGB. Raises RecordError if it cannot be decoded completely."""
+        with self._open_image() as (image, stream):
+            return decode_upright(image, stream)
+
+    def load_at_least(self, height: int, width: int) -> Image.Image:
+        """Load as `load`, but a JPEG at the smallest scale of 1/1, 1/2, 1/4, 1/8 that has at least this size in pixels."""
+        with self._open_image() as (image, stream):
+            return decode_upright(image, stream, (height, width))
+
+    def read_encoded(self) -> tuple[bytes, str]:
+        """Read the encoded bytes and their format ("jpeg", "png"). Raises RecordError as `size`."""
+        with self._open_image() as (image, stream):
+            stream.seek(0)
+            return stream.read(), str(image.format).lower()
+
+    def content(self) -> bytes:
+        """Hash the encoded bytes, for `content.py`. Raises RecordError if they cannot be read."""
+        with self._open() as stream:
+            try:
+                return hash_stream(stream)
+            except OSError as error:
+                reason = f"{self._description} cannot be read: {describe_error(error)}"
+                raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
+
+    @contextmanager
+    def _open_image(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
+        with self._open() as stream, open_image(stream, self._description, self.origin, self.max_pixels) as image:
+            yield image, stream
+
+    def _open(self) -> BinaryIO:
+        """Open the encoded bytes. Raises RecordError."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FileImage(EncodedImage):
+    """Image file inside `root`; `path` is as the dataset writes it, `origin` is the record that names it."""
+
+    path: str
+    root: Path
+    origin: str
+    max_pixels: int
+
+    @property
+    def _description(self) -> str:  # type: ignore[override]
+        return f"image {format_untrusted(self.path)}"
+
+    def _open(self) -> BinaryIO:
+        found = resolve_image_path(self.path, self.root, self.origin)
+        try:
+            return open(found, "rb")
+        except OSError as error:
+            reason = f"{self._description} cannot be opened: {error.strerror}"
+            raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
+
+
+@dataclass(frozen=True)
+class BytesImage(EncodedImage):
+    """Encoded image inside the record itself, as in Parquet files."""
+
+    data: bytes = field(repr=False)
+    origin: str
+    max_pixels: int
+
+    def _open(self) -> BinaryIO:
+        return io.BytesIO(self.data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)  # comparing arrays gives no single boolean
+class ArrayImage:
+    """Image as pixels in memory: [H, W] or [H, W, 3], uint8."""
+
+    array: np.ndarray = field(repr=False)
+    origin: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.array.shape[0], self.array.shape[1]
+
+    def load(self) -> Image.Image:
+        return Image.fromarray(self.array).convert("RGB")
+
+    def content(self) -> bytes:
+        return hash_pixels(self.array)
+
+
+def format_untrusted(value: object, max_chars: int = 120) -> str:
+    """Format an untrusted value for a message: quoted, control characters escaped, truncated to `max_chars` characters."""
+    text = repr(value)
+    return text if len(text) <= max_chars else f"{text[:max_chars]}..."
+
+
+def validate_image_path(path: str, origin: str) -> None:
+    """Validate an image path: raise RecordError for an URL, and for a name that no file can have."""
+    if _URL.match(path):
+        remedy = "Download the image beforehand and give its path inside the image root"
+        reason = f"image {format_untrusted(path)} is an URL; URLs are never fetched while training"
+        raise RecordError(origin, reason, remedy, Fault.url)
+    if not path or "\0" in path or not _is_encodable(path):
+        raise RecordError(origin, f"image {format_untrusted(path)} is no file name", REMEDY, Fault.missing)
+
+
+def _is_encodable(path: str) -> bool:
+    try:
+        os.fsencode(path)  # half of a surrogate pair cannot be encoded
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def resolve_image_path(path: str, root: Path, origin: str) -> Path:
+    """Resolve an image path to the regular file inside `root`; symbolic links are followed.
+
+    If a name does not exist as written, other Unicode normal forms are tried: macOS stores Hangul decomposed (NFD),
+    datasets write it composed (NFC), and on Linux these are different names.
+
+    Raises:
+        RecordError: an URL, a path that leads out of the root, a missing file, or not a regular file.
+    """
+    validate_image_path(path, origin)
+    try:
+        real_root = root.resolve()
+        # Checked before any lookup, so that the error does not reveal whether a file outside of the root exists.
+        found = _resolve_inside(real_root / path, real_root, path, origin)
+        if not found.exists():
+            found = _resolve_inside(_find_other_spelling(real_root, path), real_root, path, origin)
+        status = found.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = "Set data.sources.<name>.image_root=... to the folder that the paths start from, or fix the record"
+        raise RecordError(
+            origin, f"image {format_untrusted(path)} not found in {root}", remedy, Fault.missing
+        ) from None
+    except (OSError, RuntimeError, ValueError) as error:  # link loops, long names, lone surrogates, no permission
+        if isinstance(error, RecordError):
+            raise
+        reason = f"image {format_untrusted(path)} cannot be reached: {describe_error(error)}"
+        raise RecordError(origin, reason, REMEDY, Fault.unreadable) from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block for ever
+        raise RecordError(origin, f"image {format_untrusted(path)} is not a regular file", REMEDY, Fault.unreadable)
+    return found
+
+
+def _resolve_inside(candidate: Path, root: Path, path: str, origin: str) -> Path:
+    """Resolve symbolic links; raise RecordError if the result is outside of `root`."""
+    resolved = candidate.resolve()
+    if not resolved.is_relative_to(root):
+        remedy = (
+            "Set data.sources.<name>.image_root=... to a folder that holds all images of the source, or fix the record"
+        )
+        raise RecordError(origin, f"image {format_untrusted(path)} leads out of {root}", remedy, Fault.outside)
+    return resolved
+
+
+def _find_other_spelling(root: Path, path: str) -> Path:
+    """Find `path` with each part in the Unicode form that exists; a copied tree may mix the forms."""
+    current = root
+    for part in Path(path).parts:
+        spellings = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        current = next(
+            (current / spelling for spelling in spellings if os.path.lexists(current / spelling)), current / part
+        )
+    return current

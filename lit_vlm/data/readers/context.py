@@ -1,0 +1,205 @@
+"""Context of one record (origin and reader settings), with the helpers for texts and images that all formats share."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.data.lazy_images import REMEDY, BytesImage, FileImage, format_untrusted, validate_image_path
+from lit_vlm.data.readers.unsupported_keys import find_mark
+from lit_vlm.types import (
+    IMAGE_TOKEN,
+    ContentPart,
+    Fault,
+    ImagePlaceholder,
+    Language,
+    LazyImage,
+    RecordError,
+    SampleKind,
+    escape_control_characters,
+)
+
+_MAX_KEY_CHARS = 60  # characters of a key in the counts of unread keys
+# One line break before or after the marker belongs to it.
+_IMAGE_MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")
+_TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReaderSettings:
+    """Settings for reading the records of one source."""
+
+    source: str
+    format: str
+    image_root: Path
+    max_pixels: int
+    language: Language
+    kind: SampleKind | None  # None: inferred from the record
+    markup: bool
+    max_tiles: int | None = None
+    prompts: tuple[str, ...] = ()  # questions for images without one
+    split: str | None = None  # the split that its records may name; None: any
+    counts_markup: bool = False  # count texts that look like markup: the source's markup setting is auto
+    marks_are_text: bool = False  # placeholder marks of other formats are plain text; no record is refused for them
+
+
+class EmbeddedImage:
+    """Base class of an image that is a part of an archive; a row carries it instead of a path."""
+
+    __slots__ = ()
+
+    def make_image(self, origin: str, max_pixels: int) -> LazyImage:
+        """Make the image source of this member; nothing is decoded yet."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class RecordContext:
+    """Context of one record: its origin, for error messages, and the settings of its source."""
+
+    origin: str
+    settings: ReaderSettings
+    normalised: bool = False  # NFC changed one of the texts read so far
+    unread: dict[str, None] = field(default_factory=dict)  # keys that the reader does not use, in their order
+
+    def mark_unread(self, what: str) -> None:
+        """Mark a key or a part of the record as unread. It does not change what is trained; it is counted."""
+        what = escape_control_characters(what)
+        self.unread[what if len(what) <= _MAX_KEY_CHARS else f"{what[:_MAX_KEY_CHARS]}..."] = None
+
+    def make_error(self, reason: str, fault: Fault = Fault.malformed) -> RecordError:
+        """Make the RecordError of this record, for the caller to raise."""
+        return RecordError(self.origin, reason, REMEDY, fault)
+
+    def require_keys(self, row: Mapping[str, Any], *keys: str) -> None:
+        """Raise a RecordError unless the row has all keys. In columnar files a missing key is a null."""
+        missing = [key for key in keys if row.get(key) is None]
+        if missing:
+            found = [key for key, value in row.items() if value is not None]
+            raise self.make_error(
+                f"missing {_format_keys(missing)}; found {_format_keys(found)}, "
+                f"format={self.settings.format} needs {_format_keys(keys)}"
+            )
+
+    def require_list(self, value: Any, location: str) -> list[Any]:
+        """Return the value, which must be a list with at least one item, or raise a RecordError."""
+        if not isinstance(value, list):
+            raise self.make_error(f"{location} is {describe_type(value)}; it must be a list")
+        if not value:
+            raise self.make_error(f"{location} is empty")
+        return value
+
+    def require_text(self, value: Any, location: str) -> str:
+        """Return the value, which must be text that UTF-8 can encode, or raise a RecordError.
+
+        A tokenizer would fail on a lone surrogate.
+        """
+        if not isinstance(value, str):
+            raise self.make_error(f"{location} is {describe_type(value)}; it must be text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            found = ascii(value[error.start])
+            raise self.make_error(f"{location} holds {found}, half of a surrogate pair, which is no text") from None
+        return value
+
+    def parse_text(self, text: str) -> tuple[ContentPart, ...]:
+        """Parse a text into content pieces: NFC text, and with `markup` also control tokens.
+
+        NFC gives each word one spelling.
+
+        Raises:
+            RecordError: the text holds a placeholder mark of another format, and `marks_are_text` is off.
+        """
+        if not self.settings.marks_are_text and (mark := find_mark(text)):
+            mark_text, meaning = mark
+            raise RecordError(
+                self.origin,
+                f"{format_untrusted(mark_text, 40)} in a text stands for {meaning} in other forms, and nothing stands there in this one",
+                f"Take it out, or say data.sources.{self.settings.source}.marks=text where such words are text",
+                Fault.placeholders,
+            )
+        if not unicodedata.is_normalized("NFC", text):
+            text, self.normalised = unicodedata.normalize("NFC", text), True
+        if not self.settings.markup:
+            if self.settings.counts_markup and "</bbox>" in text:
+                self.mark_unread("boxes written in texts, which markup=on would read")
+            return (text,) if text else ()
+        from lit_vlm.data.markup import parse_markup
+
+        return parse_markup(text)
+
+    def parse_text_with_images(self, text: str, slots: Iterator[int]) -> tuple[ContentPart, ...]:
+        """Parse a text in which each '<image>' becomes an `ImageSlot` with the next index of `slots`."""
+        head, *rest = _IMAGE_MARKER.split(text)
+        content = self.parse_text(head)
+        for piece in rest:
+            content += (ImagePlaceholder(next(slots)), *self.parse_text(piece))
+        return content
+
+    def make_image(self, value: Any) -> LazyImage:
+        """Make an image source of a value of the record.
+
+        The value is a path, a data URL, encoded bytes, the {bytes, path} of a Hugging Face image column, or an
+        `EmbeddedImage` of an archive. Nothing is decoded yet.
+        """
+        max_pixels = self.settings.max_pixels
+        if isinstance(value, Mapping):
+            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, bytes):
+            return BytesImage(value, self.origin, max_pixels)
+        if isinstance(value, str):
+            if value.startswith("data:"):
+                return BytesImage(self._decode_data_url(value), self.origin, max_pixels)
+            validate_image_path(value, self.origin)
+            return FileImage(value, self.settings.image_root, self.origin, max_pixels)
+        if isinstance(value, EmbeddedImage):
+            return value.make_image(self.origin, max_pixels)
+        raise self.make_error(
+            f"an image is {describe_type(value)}; it must be a path, encoded bytes or {{bytes, path}}"
+        )
+
+    def collect_images(self, row: Mapping[str, Any], prefix: str = "") -> tuple[LazyImage, ...]:
+        """Return the images of the column `images` or `image`, which holds a list or one image.
+
+        Args:
+            prefix: goes before the column's name, e.g. `rejected_`.
+        """
+        columns = [key for key in (f"{prefix}images", f"{prefix}image") if row.get(key) is not None]
+        if len(columns) > 1:
+            raise self.make_error(f"both '{columns[0]}' and '{columns[1]}' are given; one of them must go")
+        value = row[columns[0]] if columns else []
+        return tuple(self.make_image(item) for item in (value if isinstance(value, list) else [value]))
+
+    def _decode_data_url(self, url: str) -> bytes:
+        head, _, payload = url.partition(",")
+        try:
+            if not head.endswith(";base64"):
+                raise self.make_error(f"data URL {format_untrusted(head, 40)} is not base64")
+            return base64.b64decode(payload, validate=True)
+        except (binascii.Error, ValueError) as error:
+            if isinstance(error, RecordError):
+                raise
+            raise self.make_error(f"data URL {format_untrusted(head, 40)} is not base64: {error}") from None
+
+
+def describe_type(value: Any) -> str:
+    """Describe a value's type in the words of JSON: "an object", "a list", "null"."""
+    return "null" if value is None else _TYPE_NAMES.get(type(value), f"of type {type(value).__name__}")
+
+
+def iter_slot_indices() -> Iterator[int]:
+    """Return an iterator of indices for the image slots of one record, in the order of the text: 0, 1, 2, ..."""
+    return itertools.count()
+
+
+def _format_keys(keys: Sequence[str]) -> str:
+    names = [format_untrusted(key, 40) for key in keys[:12]]
+    return ", ".join(names) + (", ..." if len(keys) > 12 else "") if names else "nothing"

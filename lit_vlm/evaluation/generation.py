@@ -1,0 +1,141 @@
+"""Generation of answers: for the held-out samples of a run, for chat, and for preference pairs."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from lit_vlm.data.collate import collate
+from lit_vlm.data.index.sample_index import SampleIndex
+from lit_vlm.data.processor import Processor
+from lit_vlm.model.generate import SamplingParams, generate
+from lit_vlm.types import SPECIAL_TOKENS, ContentPart, ControlToken, ImagePlaceholder, Message, Role, Sample
+
+MAX_PROMPTS = 256  # in one generation batch
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One generated answer. Its control tokens are separate from text that looks like them.
+
+    Attributes:
+        content: text and control tokens, in order.
+        is_complete: the model generated the end token; else the length limit cut the answer.
+    """
+
+    content: tuple[ContentPart, ...]
+    is_complete: bool
+
+    @property
+    def text(self) -> str:
+        """The answer as text, with control tokens spelled out."""
+        return Message(Role.assistant, self.content).text
+
+
+def generate_answers(
+    model: LlavaOnevisionForConditionalGeneration, processor: Processor, samples: Sequence[Sample], max_new_tokens: int
+) -> list[str]:
+    """Generate the last answer of each conversation with greedy decoding. Returns texts with control tokens spelled out.
+
+    All samples are one generation batch: the caller keeps it within the memory. The samples' own last messages are not read.
+    """
+    batch = collate(processor, list(samples)).to(next(model.parameters()).device)
+    stop_id = get_end_of_answer_id(processor)
+    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id)
+    return [processor.decode([token for token in ids if token != stop_id]) for ids in outputs]
+
+
+def sample_answers(
+    model: LlavaOnevisionForConditionalGeneration,
+    processor: Processor,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    sampling: SamplingParams,
+) -> list[list[Completion]]:
+    """Sample several last answers for each conversation. All are one generation batch, as in `generate_answers`.
+
+    Returns:
+        For each sample a list of completions, one for each of its seeds.
+    """
+    batch = collate(processor, list(samples)).to(next(model.parameters()).device)
+    stop_id = get_end_of_answer_id(processor)
+    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id, sampling=sampling)
+    completions = [Completion(_decode_content(processor, ids, stop_id), ids[-1:] == [stop_id]) for ids in outputs]
+    num_seeds = len(sampling.seeds[0])
+    return [completions[start : start + num_seeds] for start in range(0, len(completions), num_seeds)]
+
+
+def _decode_content(processor: Processor, ids: list[int], stop_id: int) -> tuple[ContentPart, ...]:
+    """Decode token ids into control tokens (nine are known) and text, in NFC, without surrounding white space."""
+    tokenizer, vocabulary = processor.tokenizer, processor.template.control_ids
+    control_by_id = {vocabulary[token]: ControlToken(token) for token in SPECIAL_TOKENS if token in vocabulary}
+    skipped_ids = (stop_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    pieces: list[ContentPart] = []
+    for control, group in groupby((token for token in ids if token not in skipped_ids), control_by_id.get):
+        tokens = list(group)
+        text = unicodedata.normalize("NFC", tokenizer.decode(tokens, skip_special_tokens=False))
+        pieces += [control] * len(tokens) if control else [text]
+    if pieces and isinstance(pieces[0], str):
+        pieces[0] = pieces[0].lstrip()
+    if pieces and isinstance(pieces[-1], str):
+        pieces[-1] = pieces[-1].rstrip()
+    return tuple(piece for piece in pieces if piece != "")
+
+
+def get_reference_lengths(index: SampleIndex) -> np.ndarray:
+    """Return the number of reference tokens of each sample, [samples]; of several answers, their sum."""
+    return np.where(index.chosen > 0, index.chosen, index.supervised)
+
+
+def batch_by_length(
+    index: SampleIndex, numbers: Sequence[int], *, max_tokens: int, max_tiles: int, new_tokens: int = 0
+) -> Iterator[list[int]]:
+    """Group samples of similar length into generation batches, under a token limit and a tile limit.
+
+    Samples are sorted by the length of the reference, then of the prompt. So there is little padding, and no short answer
+    waits for a long one.
+
+    Args:
+        numbers: samples of the index.
+        max_tokens: limit of batch size x longest sequence; a single longer sample is a batch of its own.
+        max_tiles: limit of the tiles in a batch.
+        new_tokens: reserved for generation, on top of each sample's own tokens.
+    """
+    references = get_reference_lengths(index)
+    batch: list[int] = []
+    longest = tiles = 0
+    for number in sorted(numbers, key=lambda i: (int(references[i]), int(index.tokens[i]))):
+        length, num_tiles = int(index.tokens[number]) + new_tokens, int(index.tiles[number])
+        longest, tiles = max(longest, length), tiles + num_tiles
+        is_full = len(batch) == MAX_PROMPTS or longest * (len(batch) + 1) > max_tokens or tiles > max_tiles
+        if batch and is_full:
+            yield batch
+            batch, longest, tiles = [], length, num_tiles
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def get_end_of_answer_id(processor: Processor) -> int:
+    """Return the id of the token that closes an answer in this template: training teaches this one, also where the tokenizer's EOS differs."""
+    turn = processor.template.encode((Message(Role.user, ("?",)), Message(Role.assistant, ("!",))), [])
+    return int(turn.input_ids[turn.supervised][-1])
+
+
+def format_prompt(messages: Sequence[Message]) -> str:
+    """Format a prompt as readable text; several turns get one line each, with the role."""
+    texts = ["".join(_format_piece(piece) for piece in message.content).strip() for message in messages]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n".join(f"{message.role}: {text}" for message, text in zip(messages, texts, strict=True))
+
+
+def _format_piece(piece: ContentPart) -> str:
+    if isinstance(piece, ImagePlaceholder):
+        return "<image> "
+    return piece if isinstance(piece, str) else piece.token

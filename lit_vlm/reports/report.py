@@ -1,0 +1,320 @@
+"""Report page of one run or of a pipeline of stages, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from PIL import Image
+from rich.table import Table
+
+from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
+from lit_vlm.reports.run_record import RunRecord, format_change, format_duration, format_short, read_run, split_group
+from lit_vlm.reports.templates import PageTemplate, write_page
+from lit_vlm.types import SPECIAL_TOKENS, format_count
+
+HEADINGS = ("stage", "trained", "samples", "tokens", "tokens/s", "loss", "held-out score")
+MAX_INLINE_BYTES = 60_000  # of a PNG; a larger one is embedded as JPEG
+SAMPLES_SINGLE_RUN, SAMPLES_SEVERAL_RUNS = 4, 1  # samples for each kind and language
+IMAGE_PLACEHOLDER = re.compile(r"<image>\s?")  # removed, since the images are shown above the prompt
+MAX_DOTS = 60  # of a curve; with more points it has no dots
+CONTROL_TOKEN = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
+_PAGE = PageTemplate("report_page.html", short=format_short, percent=lambda share: f"{100 * share:.1f} %")
+
+
+def write_report(path: Path, runs: list[Path], title: str) -> None:
+    """Write the report page. Run folders may lack any of their files; the page then shows the rest."""
+    records = [read_run(run) for run in runs]
+    page = _PAGE.render(
+        title=title,
+        headings=HEADINGS,
+        rows=[list(zip(HEADINGS, make_summary_row(record), strict=True)) for record in records],
+        stages=[
+            _collect_stage(record, SAMPLES_SINGLE_RUN if len(records) == 1 else SAMPLES_SEVERAL_RUNS)
+            for record in records
+        ],
+        ladder=_collect_stage_scores(records),
+        lead=_format_totals(records),
+        origin=_collect_origin(records),
+    )
+    write_page(path, page)
+
+
+def make_summary_table(runs: list[Path]) -> Table:
+    """Make the first table of the page, for the terminal."""
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for run in runs:
+        table.add_row(*("\n".join(lines) for lines in make_summary_row(read_run(run))))
+    return table
+
+
+def make_summary_row(record: RunRecord) -> list[list[str]]:
+    """Make the cells of a stage in the columns of `HEADINGS`; each cell is a list of lines."""
+    figures = record.figures
+    parts = [
+        f"{part.get('part')} {format_short(part.get('trainable'))} ({part.get('how')})" for part in record.trained_parts
+    ]
+    return [
+        [record.name, format_duration(figures.get("seconds"))],
+        [part.replace(" (all)", "") for part in parts],
+        [format_short(figures.get("samples"))],
+        [format_short(figures.get("tokens"))],
+        [format_short(figures.get("tokens_per_second"))],
+        [format_change(figures.get("loss_first"), figures.get("loss_last"))],
+        [
+            format_change(record.compute_mean_score("before"), record.compute_mean_score("after")),
+            *_format_reward_accuracy(record),
+        ],
+    ]
+
+
+def make_scores_table(runs: list[Path]) -> Table:
+    """Make a table of held-out scores by kind and language after each stage, for the terminal."""
+    records = [record for record in map(read_run, runs) if record.get_scores("after")]
+    ladder = _collect_stage_scores(records)
+    table = Table(title="Held-out score after each stage", title_justify="left")
+    table.add_column("kind")
+    for record in records:
+        for language in ladder["languages"]:
+            table.add_column(f"{record.stage} {language}", justify="right")
+    for row in ladder["rows"]:
+        cells = ["-" if score is None else f"{score:.2f}" for score in row["scores"]]
+        table.add_row(row["kind"].replace("_", " "), *cells)
+    return table
+
+
+def _format_reward_accuracy(record: RunRecord) -> list[str]:
+    """Format the reward accuracy of a preference stage: the share of held-out pairs with the higher reward for the chosen answer."""
+    accuracy = record.figures.get("val/rewards/accuracies")
+    return [] if accuracy is None else [f"reward accuracy {accuracy:.2f}"]
+
+
+def _format_totals(records: list[RunRecord]) -> str:
+    """Format the totals in one line: stages, samples, tokens and time."""
+
+    def sum_figure(name: str) -> float:
+        return sum(record.figures.get(name) or 0 for record in records)
+
+    stages = f"{len(records)} stages, " if len(records) > 1 else ""
+    if not sum_figure("tokens"):
+        return ""
+    amount = f"{stages}{format_short(sum_figure('samples'))} samples, {format_short(sum_figure('tokens'))} tokens"
+    return f"{amount}, {format_duration(sum_figure('seconds'))} of training"
+
+
+def _collect_origin(records: list[RunRecord]) -> dict[str, Any]:
+    """Collect commit, times, versions and commands of the page, from the last run with a manifest."""
+    manifest = next((record.manifest for record in reversed(records) if record.manifest), {})
+    git = manifest.get("git") or {}
+    starts = [record.manifest["started"] for record in records if record.manifest.get("started")]
+    return {
+        "commit": (git.get("commit") or "")[:12] + (", with local changes" if git.get("dirty") else ""),
+        "started": _format_time(min(starts)) if starts else "",
+        "finished": _format_time(manifest.get("finished") or ""),
+        "versions": manifest.get("versions") or {},
+        "commands": [record.manifest["command"] for record in records if record.manifest.get("command")],
+    }
+
+
+def _format_time(iso: str) -> str:
+    return iso[:16].replace("T", " ") + (" UTC" if iso.endswith(("+00:00", "Z")) else "")
+
+
+def _collect_stage(record: RunRecord, num_samples: int) -> dict[str, Any]:
+    mixture = record.data.get("mixture") or []
+    return {
+        "name": record.name,
+        "stage": record.stage,
+        "unfinished": bool(record.manifest)
+        and record.manifest.get("status") != "finished"
+        and not record.manifest.get("finished"),
+        "facts": _collect_facts(record),
+        "charts": _draw_charts(record),
+        "scores": _collect_scores(record),
+        "mixture": _prepare_mixture(mixture),
+        "languages": _format_languages(mixture),
+        "groups": _group_samples(record, num_samples),
+        "quarantined": _summarize_quarantine(record),
+        "unread": record.data.get("unread") or {},
+        "settings": record.settings,
+    }
+
+
+def _collect_facts(record: RunRecord) -> list[tuple[str, str]]:
+    plan, figures, parent = (record.manifest.get("plan") or {}), record.figures, record.manifest.get("parent") or {}
+    waited, memory = figures.get("data_wait"), figures.get("peak_memory_bytes")
+    facts = [
+        ("steps", format_short(figures.get("steps", plan.get("steps")))),
+        ("batch", _format_batch_size(plan)),
+        ("micro-batches per step", f"{plan['k']}" if "k" in plan else ""),
+        ("ranks", str(plan.get("world_size", ""))),
+        ("time", format_duration(figures.get("seconds"))),
+        ("waited for data", f"{waited:.1%}" if waited is not None else ""),
+        ("peak memory", f"{memory / 2**30:.2f} GiB" if memory else ""),
+        ("starts from", str(parent.get("path") or "")),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _format_batch_size(plan: dict[str, Any]) -> str:
+    for key, what in (("global_batch_size", "sample"), ("global_batch_tokens", "token")):
+        if plan.get(key):
+            return format_count(plan[key], what)
+    return ""
+
+
+def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
+    metrics = record.metrics
+    loss, held_out = metrics.get("train/loss", []), metrics.get("val/loss", [])
+    lines = [ChartLine("training loss", loss, "raw"), ChartLine("training loss, smoothed", smooth(loss), "main")]
+    lines.append(ChartLine("held-out loss", held_out, "second", dots=len(held_out) <= MAX_DOTS))
+    svg = draw_line_chart(lines, label=f"loss of {record.name} by step", allow_log=True)
+    charts = [{"title": "Loss", "svg": Markup(svg), "legend": _make_legend(lines), "note": _format_loss_note(record)}]
+    accuracy, margin = metrics.get("train/rewards/accuracies", []), metrics.get("train/rewards/margins", [])
+    held_out = metrics.get("val/rewards/accuracies", [])
+    name = "of training pairs"
+    lines = [ChartLine(name, accuracy, "raw"), ChartLine(f"{name}, smoothed", smooth(accuracy), "main")]
+    lines.append(ChartLine("of held-out pairs", held_out, "second", dots=len(held_out) <= MAX_DOTS))
+    svg = draw_line_chart(lines, label=f"reward accuracy of {record.name} by step", low=0.0, high=1.0)
+    note = f"margin of the rewards {format_change(margin[0][1], margin[-1][1], '.3f')}" if margin else ""
+    charts.append({"title": "Reward accuracy", "svg": Markup(svg), "legend": _make_legend(lines), "note": note})
+    return [chart for chart in charts if chart["svg"]]
+
+
+def _make_legend(lines: list[ChartLine]) -> list[tuple[str, str]]:
+    """Make the legend. A raw curve shares the entry of its smoothed curve."""
+    return [(line.style, line.name.removesuffix(", smoothed")) for line in lines if line.points and line.style != "raw"]
+
+
+def _format_loss_note(record: RunRecord) -> str:
+    last = {name: points[-1][1] for name, points in record.metrics.items() if name.startswith("val/loss")}
+    if "val/loss" not in last:
+        return ""
+    languages = [f"{name} {last[f'val/loss_{name}']:.3g}" for name in ("ko", "en") if f"val/loss_{name}" in last]
+    return f"held-out at the end {last['val/loss']:.3g}" + (f" ({', '.join(languages)})" if languages else "")
+
+
+def _collect_scores(record: RunRecord) -> list[dict[str, Any]]:
+    """Collect the scores: one row for each kind, with before and after for each language."""
+    before, after = record.get_scores("before"), record.get_scores("after")
+    counts = record.figures.get("num_scored") or {}
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for group in {**after, **before}:
+        kind, language = split_group(group)
+        pair = {"before": before.get(group), "after": after.get(group)}
+        kinds[kind].append(
+            {
+                "language": language,
+                **pair,
+                "num": counts.get(group),
+                "text": format_change(pair["before"], pair["after"]),
+            }
+        )
+    return [{"kind": kind, "languages": rows} for kind, rows in kinds.items()]
+
+
+def _collect_stage_scores(records: list[RunRecord]) -> dict[str, Any]:
+    """Collect the scores of each kind after each stage, by language: they show learning and forgetting."""
+    groups = dict.fromkeys(split_group(group) for record in records for group in record.get_scores("after"))
+    kinds, languages = dict.fromkeys(kind for kind, _ in groups), sorted({language for _, language in groups})[::-1]
+    rows = [
+        {"kind": kind, "scores": [r.get_scores("after").get(f"{kind}_{name}") for r in records for name in languages]}
+        for kind in kinds
+    ]
+    return {"languages": languages, "rows": rows}
+
+
+def _prepare_mixture(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prepare the rows of the mixture: sources, languages, text alone, kinds. `width` is in percent of the largest share."""
+    most = max((row["samples"] for row in rows), default=0.0) or 1.0
+    return [row | {"width": 100 * row["samples"] / most} for row in rows]
+
+
+def _format_languages(rows: list[dict[str, Any]]) -> str:
+    found = sorted((row for row in rows if row["group"] == "language"), key=lambda row: -row["samples"])
+    return ", ".join(f"{row['name']} {row['samples']:.0%}" for row in found)
+
+
+def _summarize_quarantine(record: RunRecord) -> dict[str, Any]:
+    counts = record.data.get("quarantined") or Counter(str(row.get("source")) for row in record.quarantine)
+    total = sum(counts.values()) if isinstance(counts, dict) else 0
+    return {"total": total, "counts": counts, "first": record.quarantine[:8]}
+
+
+@dataclass(slots=True)
+class SampleCard:
+    """Held-out sample with prompt, reference, and the answer of each phase."""
+
+    prompt: list[tuple[str, bool]]
+    kind: str
+    language: str
+    reference: list[tuple[str, bool]]
+    answers: list[dict[str, Any]]
+    pictures: list[dict[str, str]]
+    marked: bool  # the images have boxes
+
+
+def _group_samples(record: RunRecord, num_samples: int) -> list[tuple[str, list[SampleCard]]]:
+    """Group the first samples of each kind and language by kind."""
+    rows: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in record.samples:
+        rows[str(row.get("kind")), str(row.get("language"))][f"{row.get('source')}/{row.get('id')}"].append(row)
+    groups: dict[str, list[SampleCard]] = defaultdict(list)
+    for (kind, _), samples in rows.items():
+        groups[kind if num_samples > 1 else ""] += [
+            _make_card(record.path, phases) for phases in list(samples.values())[:num_samples]
+        ]
+    return list(groups.items())
+
+
+def _make_card(folder: Path, phases: list[dict[str, Any]]) -> SampleCard:
+    phases = sorted(phases, key=lambda row: row.get("phase") != "before")
+    first = phases[0]
+    keys = ("phase", "score")
+    answers = [
+        {key: row.get(key) for key in keys} | {"pieces": _split_control_tokens(row.get("prediction"))} for row in phases
+    ]
+    pictures: dict[str, str] = {}  # an image without boxes is the same in both phases
+    for row in phases:
+        for path in row.get("images") or []:
+            pictures.setdefault(path, str(row.get("phase")))
+    differs = len(set(pictures.values())) > 1
+    images = [
+        {"source": _encode_data_url(folder, path), "phase": phase if differs else ""}
+        for path, phase in pictures.items()
+    ]
+    return SampleCard(
+        prompt=_split_control_tokens(IMAGE_PLACEHOLDER.sub("", str(first.get("prompt") or ""))),
+        kind=str(first.get("kind") or "").replace("_", " "),
+        language=str(first.get("language") or ""),
+        reference=_split_control_tokens(first.get("reference")),
+        answers=answers,
+        pictures=[picture for picture in images if picture["source"]],
+        marked=any(Path(path).stem.endswith(f"_{phase}") for path, phase in pictures.items()),
+    )
+
+
+def _split_control_tokens(text: Any) -> list[tuple[str, bool]]:
+    """Split a text at control tokens. Returns pieces, and whether each is a control token."""
+    return [(piece, bool(CONTROL_TOKEN.fullmatch(piece))) for piece in CONTROL_TOKEN.split(str(text or "")) if piece]
+
+
+def _encode_data_url(folder: Path, name: str) -> str:
+    """Encode an image of the run folder as a data: URL; "" if the file is missing."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return ""
+    data, kind = path.read_bytes(), "png"
+    if len(data) > MAX_INLINE_BYTES:
+        stream = io.BytesIO()
+        Image.open(io.BytesIO(data)).convert("RGB").save(stream, "JPEG", quality=85)
+        data, kind = stream.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

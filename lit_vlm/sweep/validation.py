@@ -1,0 +1,183 @@
+"""Validation of a sweep before its first trial: keys, values and metric against the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lit_vlm.config import ConfigError, Run, RunConfig, parse
+from lit_vlm.config.callbacks import choose_callbacks
+from lit_vlm.config.overrides import add_implied_overrides, get_override_key, parse_arguments
+from lit_vlm.config.parse import collect_override_errors
+from lit_vlm.config.schema import DPOStageConfig
+from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.sweep.search_space import SweepParameter
+from lit_vlm.sweep.sweep_file import SweepFile, build_trial_overrides, build_value_overrides
+from lit_vlm.types import Language, SampleKind
+
+RESERVED_KEYS = ("task", "recipe", "run_name", "run_dir", "overwrite", "resume_from", "sweep", "trials", "submit")
+LOSS_GROUPS = (
+    *(language.value for language in Language if language is not Language.auto),
+    *(kind.value for kind in SampleKind),
+)
+LOSS_METRICS = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in LOSS_GROUPS))
+REWARD_METRICS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
+SCORE_METRICS = tuple(f"score/{kind.value}_{language}" for kind in SampleKind for language in ("ko", "en"))
+THROUGHPUT_METRICS = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
+METRIC_PREFIXES = ("train/rewards/", "val/rewards/", "throughput/")  # families with more members than are listed here
+
+
+def find_sweep_errors(sweep: SweepFile, overrides: list[str]) -> list[str]:
+    """Find all errors in the file's keys, values and metric. Every value is composed as in a trial.
+
+    Args:
+        overrides: of the command line, for every trial.
+
+    Returns:
+        The error messages; [] for a valid sweep.
+    """
+    try:
+        parsed = parse_arguments(overrides)
+    except ConfigError as error:
+        return error.errors
+    errors = list(_find_key_errors(sweep, parsed))
+    bad_keys, value_errors = _find_value_errors(sweep, parsed)
+    errors += value_errors
+    runs: list[Run] = []
+    errors += _find_trial_errors(sweep, parsed, bad_keys, runs)
+    errors += _find_objective_errors(sweep, runs[0].config if runs and not bad_keys else None)
+    override_errors = (
+        {text for texts in _find_override_errors(parsed).values() for text in texts} if value_errors else set()
+    )
+    return [
+        message if message in override_errors else f"{sweep.location}: {message}" for message in dict.fromkeys(errors)
+    ]
+
+
+def _find_key_errors(sweep: SweepFile, overrides: list[str]) -> Iterator[str]:
+    """Find keys that a trial may not vary, and keys that the command line sets as well."""
+    for key in sweep.parameters:
+        if key.lstrip("+~").partition(".")[0] in RESERVED_KEYS:
+            yield f"parameters.{key}: is not a trial's to vary; each trial gets a folder of its own and trains one stage."
+    for override in overrides:
+        if get_override_key(override) in sweep.search_space:
+            yield (
+                f"parameters.{get_override_key(override)}: is swept, and the command line sets it to {override.partition('=')[2]}."
+                " Take one of the two away."
+            )
+
+
+def _find_value_errors(sweep: SweepFile, overrides: list[str]) -> tuple[set[str], list[str]]:
+    """Find errors of keys, choices and types; each value is checked alone.
+
+    Returns:
+        The keys that no trial can use, and the error messages.
+    """
+    trial_overrides = build_trial_overrides(sweep, sweep.fixed, overrides)
+    key_by_override = {override: get_override_key(override) for override in trial_overrides}
+    for parameter in sweep.search_space.values():
+        for value in parameter.list_example_values():
+            key_by_override |= dict.fromkeys(build_value_overrides({parameter.key: value}), parameter.key)
+    bad_keys, errors = set[str](), list[str]()
+    for override, messages in _find_override_errors(list(key_by_override)).items():
+        key = key_by_override.get(override, "")
+        bad_keys.add(key)
+        errors += [message + _get_integer_hint(sweep.parameters.get(key), message) for message in messages]
+    return bad_keys, _drop_repeated_errors(errors)
+
+
+def _drop_repeated_errors(errors: list[str]) -> list[str]:
+    """Drop repeated errors: a range of the wrong type gives the same error at both ends."""
+    return list({mistake.partition(", found ")[0]: mistake for mistake in reversed(errors)}.values())[::-1]
+
+
+def _find_override_errors(overrides: list[str]) -> dict[str, list[str]]:
+    """Find the errors of each override: override -> error messages."""
+    return collect_override_errors(add_implied_overrides(overrides))
+
+
+def _get_integer_hint(parameter: SweepParameter | None, error: str) -> str:
+    """Return a hint for a range that must hold whole numbers; "" for other errors."""
+    if parameter is None or not parameter.is_range or "a whole number" not in error:
+        return ""
+    return " Give the range whole ends (distribution: int_uniform), or q_uniform with a whole q."
+
+
+def _find_trial_errors(sweep: SweepFile, overrides: list[str], bad_keys: set[str], runs: list[Run]) -> Iterator[str]:
+    """Find contradictions between settings, in trials that use each value once. The valid runs are appended to `runs`."""
+    columns = {
+        key: parameter.list_example_values() for key, parameter in sweep.search_space.items() if key not in bad_keys
+    }
+    num_rows = max((len(values) for values in columns.values()), default=1)
+    # error message without the value that was found -> (message, values of the trial)
+    errors: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for row in range(num_rows):
+        values = {key: column[row % len(column)] for key, column in columns.items()}
+        trial_overrides = [
+            override
+            for override in build_trial_overrides(sweep, {**sweep.fixed, **values}, overrides)
+            if get_override_key(override) not in bad_keys
+        ]
+        try:
+            runs.append(parse([*trial_overrides, "run_name=trial"]))
+        except ConfigError as error:
+            for problem in error.errors:
+                if not (bad_keys and "is not set" in problem):  # a wrong override may have meant this setting
+                    errors.setdefault(problem.partition(", found ")[0], []).append((problem, values))
+    for rows in errors.values():
+        problem, values = rows[0]
+        pairs = ", ".join(f"{key}={value}" for key, value in values.items())
+        yield (
+            problem
+            if {message for message, _ in rows} == {problem} and len(rows) == num_rows
+            else f"{problem} (as with {pairs})"
+        )
+
+
+def _find_objective_errors(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
+    """Find errors of the objective: no run of this stage logs the metric, or too rarely for early stopping."""
+    if sweep.metric is None:
+        return
+    name = sweep.metric.name
+    if name not in list_metric_names() and not name.startswith(METRIC_PREFIXES):
+        hint = format_suggestion(find_nearest(name, list_metric_names()))
+        yield (
+            f"metric.name: no run logs {name}; they log train/loss, val/loss, val/loss_ko, val/loss_en, val/rewards/*,"
+            f" score/<kind>_<language>, throughput/*.{hint}"
+        )
+        return
+    if config is None:
+        return
+    if "rewards/" in name and not isinstance(config.stage, DPOStageConfig):
+        yield f"metric.name: {name} is logged by stage=dpo, and these trials train {config.stage.name.value}."
+    if name.startswith("score/") and "samples" not in choose_callbacks(config.callbacks, export=False, profile=False):
+        yield f"metric.name: {name} comes from the callback samples, which callbacks=[...] leaves out."
+    if sweep.early_terminate is not None:
+        yield from _find_early_stopping_errors(name, sweep.early_terminate.rungs[0] + 1, config)
+
+
+def _find_early_stopping_errors(name: str, min_values: int, config: RunConfig) -> Iterator[str]:
+    """Find reasons why early stopping would never compare the trials.
+
+    Args:
+        min_values: number of logged values before the first comparison.
+    """
+    if name.startswith("score/"):
+        yield f"early_terminate: {name} is logged once, at the end, so nothing can be stopped early by it; take val/loss."
+        return
+    is_validation = name.startswith("val/")
+    key = "data.validation.every_steps" if is_validation else "trainer.log_every_n_steps"
+    every = config.data.validation.every_steps if is_validation else config.trainer.log_every_n_steps
+    if every is None:
+        yield f"early_terminate: {key} is not set, so {name} is logged once, at the end; set it, e.g. {key}=100."
+    elif config.trainer.max_steps and config.trainer.max_steps // every < min_values:
+        yield (
+            f"early_terminate: the first comparison is after {min_values} values of {name}, and a run of"
+            f" {config.trainer.max_steps} steps logs {config.trainer.max_steps // every}; lower early_terminate's first rung or {key}."
+        )
+
+
+def list_metric_names() -> list[str]:
+    """List the metrics that runs log; of rewards and throughput only the most common ones."""
+    rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARD_METRICS]
+    return [*LOSS_METRICS, *rewards, *SCORE_METRICS, *THROUGHPUT_METRICS]
