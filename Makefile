@@ -70,7 +70,7 @@ format: setup-dev  ## fix and format the code with ruff
 	@$(BIN)/ruff format .
 
 sweep-demo: setup  ## run a W&B sweep of twelve tiny runs without an account: real client, server on this machine
-	@$(BIN)/python sweeps/demo.py
+	@$(BIN)/python -m sweeps.demo
 
 bench: setup-dev  ## compare optimizer steps of align with TRL and HF Trainer, some minutes on the CPU
 	@$(BIN)/python -m benchmarks.compare stage=align
