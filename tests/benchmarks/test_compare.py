@@ -211,7 +211,7 @@ def test_align_runs_end_to_end_and_executes_the_computed_flops(save_placement):
     assert rows[OURS]["padding"] == 0 < rows[HF_TUNED]["padding"]
     assert all(row["tower_passes_per_tile"] == 1 for row in rows.values())
     assert result["gate"][TRL_TUNED]["updates"] > 0.999
-    assert "GFLOP a sample" in report.render_text(result)
+    assert "GFLOP per sample" in report.render_text(result)
 
 
 def test_dpo_runs_end_to_end_and_counts_tower_passes(save_placement):

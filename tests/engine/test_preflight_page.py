@@ -90,7 +90,7 @@ def test_the_plan_adds_up(facts, datamodule):
     draws, balance = plan.get_sample_sequence(), plan.measure_balance()
     assert facts.plan.tokens == int(datamodule.index.tokens[draws].sum())
     assert facts.plan.tiles == int(datamodule.index.tiles[draws].sum())
-    assert (facts.plan.steps, facts.plan.accumulate_grad_batches, facts.plan.world_size) == (
+    assert (facts.plan.steps, facts.plan.k, facts.plan.world_size) == (
         plan.num_steps,
         plan.accumulate_grad_batches,
         2,

@@ -200,7 +200,7 @@ def test_answers_of_slurm_are_parsed(tmp_path, monkeypatch):
 
 LEAVES = """
 import os, signal, sys, time
-from lit_vlm.distributed import signals
+from lit_vlm.fault_tolerance import signals
 signals.RANK_ZERO_SECONDS = 0.5
 signals.handle_signals()
 try:
