@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Tests that share an expensive fixture (ranks, whole runs) run on one worker: xdist_group
+# All tests of a file run on one worker, because they share expensive fixtures (ranks, whole runs)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1

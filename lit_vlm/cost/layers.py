@@ -53,17 +53,12 @@ def build_layer_costs(
     patches = micro_batch.tiles * vision.num_patches
     tower_flops = 2.0 * patches * (vision.layer_parameters + 2.0 * vision.num_patches * vision.hidden_size)
     text_flops = 2.0 * micro_batch.tokens * (text.layer_parameters + segment_tokens * text.query_width)
+    tower_size = float(vision.layer_parameters)
+    tower_layer = make_layer(
+        tower_size, tower_flops, is_trained=trains_tower, has_backward=trains_tower, is_recomputed=True
+    )
     policy = [
-        *[
-            make_layer(
-                float(vision.layer_parameters),
-                tower_flops,
-                is_trained=trains_tower,
-                has_backward=trains_tower,
-                is_recomputed=True,
-            )
-        ]
-        * vision.num_layers,
+        *[tower_layer] * vision.num_layers,
         make_layer(projector, 2.0 * patches * projector, is_trained=True),
         make_layer(table, 0.0, is_trained=trains_language_model),
         *[make_layer(float(text.layer_parameters), text_flops, is_trained=trains_language_model, is_recomputed=True)]

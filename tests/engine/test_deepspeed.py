@@ -14,7 +14,6 @@ from waiting import PATIENCE
 from lit_vlm.config.schema import StrategyName, TrainerConfig
 from lit_vlm.distributed.trainer import make_strategy
 
-pytestmark = pytest.mark.xdist_group("zero")  # the ranks are started once for the whole file
 WORKER = Path(__file__).with_name("zero_worker.py")
 TRAINED = {
     "trained name=zero2": Case(),

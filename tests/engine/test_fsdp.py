@@ -21,7 +21,6 @@ from lit_vlm.distributed.fsdp import FSDP2Strategy
 from lit_vlm.distributed.trainer import make_strategy
 from lit_vlm.types import UserError
 
-pytestmark = pytest.mark.xdist_group("fsdp")  # the ranks are started once for the whole file
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 ONE_ROW = {"options": {"parts": {"language_model": {"lora": {"rank": 1}}}}}  # the second rank has no row of it
 TRAINED: dict[str, dict[str, Any]] = {
