@@ -52,8 +52,7 @@ def check_chain(results: dict, folder: Path, signals: int) -> None:
     assert read_calls(folder / "bin", "scontrol") == [["requeue", "77"]] * signals
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.long)])
 def test_signals_at_random_moments_save_at_the_end_of_a_step_and_requeue_once(small_parts, tmp_path, ranks):
     results = run_worker(small_parts, tmp_path / "chain", 5, 40, ranks)
     check_chain(results, tmp_path / "chain", 5)

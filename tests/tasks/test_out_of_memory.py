@@ -86,7 +86,7 @@ def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path,
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_out_of_memory_at_ten_random_places_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
     run_without_fault(tmp_path)
     generator = random.Random(0)
