@@ -233,7 +233,7 @@ def _find_trainer_errors(trainer: TrainerConfig) -> Iterator[str]:
         and trainer.precision not in SHARDED_PRECISIONS
     ):
         offered = ", ".join(SHARDED_PRECISIONS)
-        yield f"trainer.precision: {trainer.strategy} computes in {offered}, found {trainer.precision}; choose bf16-mixed."
+        yield f"trainer.precision: {trainer.strategy.value} computes in {offered}, found {trainer.precision}; choose bf16-mixed."
     for name in trainer.extra:
         yield from _find_extra_argument_errors(name)
 
