@@ -231,7 +231,10 @@ def test_a_comma_without_multirun_is_refused():
             ["trainer.strategy=hsdp", "trainer.devices=8", "trainer.shard_size=3"],
             "trainer.shard_size: 8 devices cannot be divided into groups of 3; groups may be of 2, 4",
         ),
-        (["trainer.strategy=fsdp2", "trainer.precision=16-mixed"], "trainer.precision: fsdp2 computes in 32-true, bf16-mixed, bf16-true"),
+        (
+            ["trainer.strategy=fsdp2", "trainer.precision=16-mixed"],
+            "trainer.precision: fsdp2 computes in 32-true, bf16-mixed, bf16-true",
+        ),
         (["trainer.extra.max_steps=3"], "is a setting of its own, trainer.max_steps"),
         (["trainer.extra.accumulate_grad_batches=3"], "follows from data.global_batch_size"),
         (["trainer.extra.max_tme=3"], "Did you mean max_time?"),
