@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "evaluation": {*BELOW_MODEL, "model", "data"},
     "curation": {*BELOW_MODEL, "model", "data", "evaluation"},
     "stages": {*BELOW_MODEL, "model", "data", "evaluation"},
+    "serving": {*BELOW_MODEL, "model", "data", "evaluation"},
     "cluster": {*BELOW_MODEL, "data"},
     "distributed": {*BELOW_MODEL, "model", "data", "stages"},
     "checkpoint": {*BELOW_MODEL, "data", "distributed"},
@@ -31,7 +32,18 @@ MAY_IMPORT = {
     "reports": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "runs"},
     "sweep": {*BELOW_MODEL, "cluster", "runs", "fault_tolerance", "reports"},
     "callbacks": {*BELOW_MODEL, *RUN_ROOMS, "model", "data", "evaluation", "stages"},
-    "tasks": {*BELOW_MODEL, *RUN_ROOMS, "model", "data", "evaluation", "curation", "stages", "sweep", "callbacks"},
+    "tasks": {
+        *BELOW_MODEL,
+        *RUN_ROOMS,
+        "model",
+        "data",
+        "evaluation",
+        "curation",
+        "stages",
+        "serving",
+        "sweep",
+        "callbacks",
+    },
     "run": {"config", "fault_tolerance", "redaction", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])

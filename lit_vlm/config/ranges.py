@@ -57,6 +57,7 @@ LEARNING_RATE = NumberRange(0, 1000, excludes_low=True)
 HEARTBEAT_SECONDS = NumberRange(0.1, DAY_SECONDS)  # each heartbeat writes a file
 MINUTES = NumberRange(0, YEAR_MINUTES, excludes_low=True)
 PROCESSES = NumberRange(0, 4096, excludes_low=True)  # on one machine
+PORT = NumberRange(1, 65535)
 NODES = NumberRange(0, 65536, excludes_low=True)
 PROCESSES_OR_ZERO = NumberRange(0, 4096)
 GRID = NumberRange(0, 64, excludes_low=True)  # its square is the number of possible tile grids

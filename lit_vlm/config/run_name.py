@@ -39,6 +39,7 @@ NON_IDENTITY_KEYS = (
     "data.lock",
     "preflight",
     "prefer",
+    "serve",
     "logger",
     "callbacks",
     "export",

@@ -26,6 +26,7 @@ from lit_vlm.config.ranges import (
     LEARNING_RATE,
     MINUTES,
     NODES,
+    PORT,
     PROCESSES,
     PROCESSES_OR_ZERO,
     SEED,
@@ -52,6 +53,7 @@ class Task(Enum):
     export = "export"  # export the model folder from a run's checkpoint
     sync = "sync"  # upload offline runs, or the missing part of a run, to Weights & Biases
     chat = "chat"  # chat with a finished model
+    serve = "serve"  # serve a finished model with an OpenAI-compatible interface
 
 
 class ProjectorName(Enum):
@@ -532,6 +534,23 @@ class TrialsConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ServeConfig:
+    """Settings of task=serve, the OpenAI-compatible server of the model at init_from."""
+
+    host: str = "127.0.0.1"  # address to listen on; any but a loopback address needs a token in LIT_VLM_TOKEN
+    port: int = ranged(8000, PORT)  # port to listen on
+    model_name: str | None = None  # name of the model for clients; null: the run's or the folder's name
+    image_root: str | None = None  # folder whose files a request may name as images; null: images only inside requests
+    max_new_tokens: int = ranged(1024, COUNT)  # maximum tokens of an answer, for a request that sets none
+    max_sequences: int = ranged(32, COUNT)  # answers that are generated at the same time
+    max_cache_tokens: int = ranged(
+        131_072, COUNT
+    )  # size of the key cache in tokens: answers at the same time x longest of them
+    max_waiting: int = ranged(256, COUNT)  # requests in the server; one more is refused with status 429
+    max_request_mb: int = ranged(64, COUNT)  # maximum size of a request in MB, with its images
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """All settings of a run; the groups of the command line are its fields."""
 
@@ -562,6 +581,7 @@ class RunConfig:
     debug: DebugMode | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)
     sync: list[str] = field(default_factory=list)  # task=sync: run folders, which may be copies from other machines

@@ -14,7 +14,18 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.generate import SamplingParams, generate
-from lit_vlm.types import SPECIAL_TOKENS, ContentPart, ControlToken, ImagePlaceholder, Message, Role, Sample
+from lit_vlm.types import (
+    SPECIAL_TOKENS,
+    ContentPart,
+    ControlToken,
+    ImagePlaceholder,
+    Language,
+    LazyImage,
+    Message,
+    Role,
+    Sample,
+    SampleKind,
+)
 
 MAX_PROMPTS = 256  # in one generation batch
 
@@ -35,6 +46,12 @@ class Completion:
     def text(self) -> str:
         """The answer as text, with control tokens spelled out."""
         return Message(Role.assistant, self.content).text
+
+
+def make_prompt_sample(messages: Sequence[Message], images: Sequence[LazyImage]) -> Sample:
+    """Make the sample of a conversation that ends with a question; its answer is at the place where the model generates."""
+    answer = Message(Role.assistant, ("",))  # its text is not read
+    return Sample("", "chat", "chat", SampleKind.other, Language.auto, (*messages, answer), tuple(images))
 
 
 def generate_answers(

@@ -54,10 +54,10 @@ def generate(
     model.eval()
     try:
         embeddings = model(batch=batch, embeddings_only=True)
-        prompts, mask = _pad_left(embeddings, _find_prompt_positions(batch))
+        prompts, mask = _pad_left(embeddings, find_prompt_positions(batch))
         processors = None
         if sampling is not None:
-            count, processors = len(sampling.seeds[0]), _make_logits_processors(sampling, prompts.device)
+            count, processors = len(sampling.seeds[0]), make_logits_processors(sampling, prompts.device)
             prompts, mask = prompts.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         stop = eos_token_id if eos_token_id is not None else model.generation_config.eos_token_id
         stop_ids = {stop} if isinstance(stop, int) else set(stop or ())
@@ -96,7 +96,8 @@ class GumbelLogitsProcessor(LogitsProcessor):
         return scores.float() - noise.log()
 
 
-def _make_logits_processors(sampling: SamplingParams, device: torch.device) -> LogitsProcessorList:
+def make_logits_processors(sampling: SamplingParams, device: torch.device) -> LogitsProcessorList:
+    """Make the processors that turn logits into scores whose argmax is a sample."""
     chain: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_p < 1.0:
         chain.append(TopPLogitsWarper(float(sampling.top_p)))
@@ -105,7 +106,7 @@ def _make_logits_processors(sampling: SamplingParams, device: torch.device) -> L
     )
 
 
-def _find_prompt_positions(batch: Batch) -> list[list[int]]:
+def find_prompt_positions(batch: Batch) -> list[list[int]]:
     """Find the row positions of each prompt: its prefix, then the segment up to its last run of supervised tokens.
 
     A segment that others continue is a part of their prompts, and no prompt itself.

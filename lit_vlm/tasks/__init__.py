@@ -30,4 +30,5 @@ TASKS: dict[Task, Callable[[Run], None]] = {
     Task.export: _import_lazily("lit_vlm.tasks.export:export"),
     Task.sync: _import_lazily("lit_vlm.tasks.sync:sync"),
     Task.chat: _import_lazily("lit_vlm.tasks.chat:run_chat"),
+    Task.serve: _import_lazily("lit_vlm.tasks.serve:serve"),
 }

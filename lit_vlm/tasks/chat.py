@@ -16,19 +16,16 @@ from lit_vlm.data.lazy_images import FORMATS, FileImage
 from lit_vlm.data.markup import parse_markup
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.box_drawing import PREDICTED, draw_boxes, parse_box_marks
-from lit_vlm.evaluation.generation import generate_answers
+from lit_vlm.evaluation.generation import generate_answers, make_prompt_sample
 from lit_vlm.fault_tolerance.signals import EXIT_STATUS, StopRequest, use_listener
 from lit_vlm.tasks.pretrained import open_pretrained
 from lit_vlm.types import (
     ContentPart,
     ControlToken,
     ImagePlaceholder,
-    Language,
     Message,
     RecordError,
     Role,
-    Sample,
-    SampleKind,
     UserError,
 )
 
@@ -101,10 +98,7 @@ class Conversation:
         images = self.images + self.pending_images
         slots = tuple(ImagePlaceholder(number) for number in range(len(self.images), len(images)))
         messages = (*self.messages, Message(Role.user, (*slots, *self._parse_text(TASK_TOKEN.sub(r"\1\n", text)))))
-        # The sample needs an answer at the place where the model generates; its text is not read.
-        sample = Sample(
-            "", "chat", "chat", SampleKind.other, Language.auto, (*messages, self._make_assistant_message("")), images
-        )
+        sample = make_prompt_sample(messages, images)
         answer = generate_answers(self.model, self.processor, [sample], self.max_new_tokens)[0]
         self.messages, self.images, self.pending_images = (*messages, self._make_assistant_message(answer)), images, ()
         return answer

@@ -46,9 +46,9 @@ def test_near_zero_temperature_and_a_small_top_p_are_greedy(model, processor):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_temperature_scales_the_scores(temperature):
-    from lit_vlm.model.generate import _make_logits_processors
+    from lit_vlm.model.generate import make_logits_processors
 
     scores = torch.tensor([[1.0, 0.0, -1.0]])
-    chain = _make_logits_processors(SamplingParams([[s] for s in range(3000)], temperature), torch.device("cpu"))
+    chain = make_logits_processors(SamplingParams([[s] for s in range(3000)], temperature), torch.device("cpu"))
     frequencies = chain(None, scores.expand(3000, -1)).argmax(1).bincount(minlength=3) / 3000
     assert torch.allclose(frequencies, (scores[0] / temperature).softmax(0), atol=0.03)

@@ -1,0 +1,1 @@
+"""OpenAI-compatible server of a model: chat completions with images, streaming, and continuous batching."""

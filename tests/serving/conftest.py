@@ -1,0 +1,65 @@
+"""A server of the tiny model in this process, and OpenAI's own client for it."""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import openai
+import pytest
+import uvicorn
+from waiting import PATIENCE, until
+
+from lit_vlm.evaluation.generation import get_end_of_answer_id
+from lit_vlm.model.continuous_batching import ContinuousBatcher
+from lit_vlm.serving.app import ChatService, ServerLimits, create_app
+from lit_vlm.serving.chat_request import RequestReader
+from lit_vlm.serving.worker import GenerationWorker
+
+
+@dataclass
+class Server:
+    url: str
+    batcher: ContinuousBatcher
+    worker: GenerationWorker
+    name: str = "tiny"
+
+    def make_client(self, key="none", **settings):
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE, **settings)
+
+
+@pytest.fixture
+def start_server(model, processor, tmp_path):
+    """Return a function that starts a server of the tiny model."""
+    with contextmanager(_start_servers)(model, processor) as start:
+        yield start
+
+
+def _start_servers(model, processor):
+    running = []
+
+    def start(batcher_class=ContinuousBatcher, token=None, image_root=None, max_sequences=8, **limits):
+        batcher = batcher_class(model, {get_end_of_answer_id(processor)}, max_sequences=max_sequences)
+        worker = GenerationWorker(batcher)
+        worker.start()
+        reader = RequestReader("tiny", image_root, 10**8, has_markup=True)
+        settings = {
+            "max_context_tokens": 2048,
+            "max_new_tokens": 16,
+            "max_waiting": 64,
+            "max_request_bytes": 64 * 10**6,
+        }
+        service = ChatService(reader, processor, worker, ServerLimits(**(settings | limits)), token)
+        server = uvicorn.Server(uvicorn.Config(create_app(service, ["127.0.0.1"]), port=0, log_level="error"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        until(lambda: server.started)
+        running.append((server, thread, worker))
+        port = server.servers[0].sockets[0].getsockname()[1]
+        return Server(f"http://127.0.0.1:{port}", batcher, worker)
+
+    yield start
+    for server, thread, worker in running:
+        server.should_exit = True
+        thread.join()
+        worker.stop()
+        worker.join()
