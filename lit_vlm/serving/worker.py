@@ -105,7 +105,7 @@ class GenerationWorker(threading.Thread):
 
     def __init__(self, batcher: ContinuousBatcher) -> None:
         super().__init__(name="generation", daemon=True)
-        self._batcher = batcher
+        self.batcher = batcher
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: dict[int, tuple[Job, GeneratedSequence]] = {}
 
@@ -127,7 +127,7 @@ class GenerationWorker(threading.Thread):
         while self._take_jobs():
             self._cancel_jobs()
             try:
-                for sequence in self._batcher.step():
+                for sequence in self.batcher.step():
                     self._send(sequence)
             except Exception as error:
                 traceback.print_exc()
@@ -135,7 +135,7 @@ class GenerationWorker(threading.Thread):
 
     def _take_jobs(self) -> bool:
         """Take the jobs that have arrived; without work wait for one. False: the thread must end."""
-        should_wait = not self._batcher.has_work
+        should_wait = not self.batcher.has_work
         while True:
             try:
                 job = self._inbox.get(block=should_wait)
@@ -145,7 +145,7 @@ class GenerationWorker(threading.Thread):
                 self._fail_all("the server is shutting down")
                 return False
             should_wait = False
-            (sequence,) = self._batcher.add(job.batch, [job.params])
+            (sequence,) = self.batcher.add(job.batch, [job.params])
             self._jobs[id(sequence)] = job, sequence
 
     def _cancel_jobs(self) -> None:
@@ -171,7 +171,7 @@ class GenerationWorker(threading.Thread):
             del self._jobs[id(sequence)]
 
     def _fail_all(self, error: str) -> None:
-        self._batcher.clear()
+        self.batcher.clear()
         for job, sequence in self._jobs.values():
             job.send(AnswerEnd("error", sequence.num_prompt_tokens, len(sequence.ids), error))
         self._jobs.clear()

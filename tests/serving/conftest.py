@@ -9,22 +9,33 @@ import pytest
 import uvicorn
 from waiting import PATIENCE, until
 
+from lit_vlm.config.parse import parse
 from lit_vlm.evaluation.generation import get_end_of_answer_id
 from lit_vlm.model.continuous_batching import ContinuousBatcher
 from lit_vlm.serving.app import ChatService, ServerLimits, create_app
 from lit_vlm.serving.chat_request import RequestReader
 from lit_vlm.serving.worker import GenerationWorker
+from lit_vlm.tasks.serve import make_service
 
 
 @dataclass
 class Server:
     url: str
-    batcher: ContinuousBatcher
     worker: GenerationWorker
-    name: str = "tiny"
+
+    @property
+    def batcher(self):
+        return self.worker.batcher
 
     def make_client(self, key="none", **settings):
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE, **settings)
+
+
+@pytest.fixture
+def start_folder_server():
+    """Return a function that serves an exported folder as task=serve does, and returns a client."""
+    with contextmanager(_start_folder_servers)() as start:
+        yield start
 
 
 @pytest.fixture
@@ -34,13 +45,43 @@ def start_server(model, processor, tmp_path):
         yield start
 
 
+def _start_folder_servers():
+    running = []
+
+    def start(folder):
+        run = parse(["task=serve", f"init_from={folder}", "serve.model_name=tiny", "trainer.accelerator=cpu"])
+        service = make_service(run, token=None)
+        return run_server(service, running).make_client()
+
+    yield start
+    stop_servers(running)
+
+
+def run_server(service, running):
+    """Run a service in a thread, on a free port."""
+    service.worker.start()
+    server = uvicorn.Server(uvicorn.Config(create_app(service, ["127.0.0.1"]), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    running.append((server, thread, service.worker))
+    port = server.servers[0].sockets[0].getsockname()[1]
+    return Server(f"http://127.0.0.1:{port}", service.worker)
+
+
+def stop_servers(running):
+    for server, thread, worker in running:
+        server.should_exit = True
+        thread.join()
+        worker.stop()
+        worker.join()
+
+
 def _start_servers(model, processor):
     running = []
 
     def start(batcher_class=ContinuousBatcher, token=None, image_root=None, max_sequences=8, **limits):
         batcher = batcher_class(model, {get_end_of_answer_id(processor)}, max_sequences=max_sequences)
-        worker = GenerationWorker(batcher)
-        worker.start()
         reader = RequestReader("tiny", image_root, 10**8, has_markup=True)
         settings = {
             "max_context_tokens": 2048,
@@ -48,18 +89,8 @@ def _start_servers(model, processor):
             "max_waiting": 64,
             "max_request_bytes": 64 * 10**6,
         }
-        service = ChatService(reader, processor, worker, ServerLimits(**(settings | limits)), token)
-        server = uvicorn.Server(uvicorn.Config(create_app(service, ["127.0.0.1"]), port=0, log_level="error"))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        until(lambda: server.started)
-        running.append((server, thread, worker))
-        port = server.servers[0].sockets[0].getsockname()[1]
-        return Server(f"http://127.0.0.1:{port}", batcher, worker)
+        limits = ServerLimits(**(settings | limits))
+        return run_server(ChatService(reader, processor, GenerationWorker(batcher), limits, token), running)
 
     yield start
-    for server, thread, worker in running:
-        server.should_exit = True
-        thread.join()
-        worker.stop()
-        worker.join()
+    stop_servers(running)
