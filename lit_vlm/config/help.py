@@ -59,6 +59,7 @@ EXAMPLES = (
     ("python run.py task=export init_from=runs/mine", "the model's folder from a run's checkpoint"),
     ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
+    ("python run.py task=serve init_from=runs/tiny/4_dpo/hf", "serve it to OpenAI's clients (docs/serving.md)"),
 )
 MORE_COMMANDS = (
     ("python run.py --help settings", "every setting, its type, default and meaning"),
