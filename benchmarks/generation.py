@@ -32,13 +32,14 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from benchmarks.served import measure_servers
+from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.synthetic import BuiltinSource
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.evaluation.generation import get_end_of_answer_id
-from lit_vlm.model.build import build_model, load_model_spec, read_tiling
+from lit_vlm.model.build import build_model, load_model_spec
 from lit_vlm.model.continuous_batching import ContinuousBatcher, DecodingParams
 from lit_vlm.model.generate import find_prompt_positions
 from lit_vlm.model.hub import PlainProcessor
@@ -83,7 +84,8 @@ def main() -> None:
     disable_library_warnings()
     torch.set_num_threads(1)
     folder = str(arguments.folder)
-    spec = load_model_spec(ModelConfig(special_tokens=[], grid=None, max_tiles=None), folder, read_tiling(folder))
+    settings = ModelConfig(special_tokens=[], grid=None, max_tiles=None)
+    spec = load_model_spec(settings, folder, Tiling.anyres)  # as plain transformers cuts images, whatever the run did
     processor = Processor(spec.tokenizer, spec.images)
     stop_id = get_end_of_answer_id(processor)
     ours = build_model(spec, torch.float32, 0).eval()

@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
     """The export of a short run of the second stage, enough to answer in the format of each kind."""
     runs = tmp_path_factory.mktemp("runs")
     overrides = ["experiment=tiny/2_sft", "init_from=null", "model.grid=2", "model.max_tiles=4", "run_name=short"]
-    overrides += [f"run_dir={runs}", "trainer.max_steps=300", "data.validation.fraction=0.001"]
+    overrides += [f"run_dir={runs}", "trainer.max_steps=300", "data.validation.max_samples=1"]
     done = subprocess.run([sys.executable, str(ROOT / "run.py"), *overrides], capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return runs / "short/hf"
