@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "fault_tolerance": {*BELOW_MODEL, "data", "cluster", "distributed", "checkpoint", "runs"},
     "loggers": {*BELOW_MODEL, "distributed", "runs", "fault_tolerance"},
     "reports": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "runs"},
-    "sweep": {*BELOW_MODEL, "cluster", "runs", "fault_tolerance", "reports"},
+    "sweep": {*BELOW_MODEL, "evaluation", "cluster", "runs", "fault_tolerance", "reports"},
     "callbacks": {*BELOW_MODEL, *RUN_ROOMS, "model", "data", "evaluation", "stages"},
     "tasks": {*BELOW_MODEL, *RUN_ROOMS, "model", "data", "evaluation", "curation", "stages", "sweep", "callbacks"},
     "run": {"config", "fault_tolerance", "redaction", "tasks", "types"},

@@ -78,13 +78,19 @@ def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
 
 
 def build_table(run_dir: Path, rows: list[dict[str, Any]]) -> Any:
-    """Build a `wandb.Table` with one row for each sample."""
+    """Build a `wandb.Table` with one row for each sample and one column for each metric."""
     import wandb
 
     num_images = min(MAX_IMAGES, max((len(row["images"]) for row in rows), default=0))
     names = [f"picture{f'_{number + 1}' if number else ''}" for number in range(num_images)]
-    cells = [[row[name] for name in COLUMNS] + _make_image_cells(run_dir, row, num_images) for row in rows]
-    return wandb.Table(columns=[*COLUMNS, *names], data=cells)
+    metrics = list(dict.fromkeys(name for row in rows for name in row.get("text_scores") or {}))
+    cells = [
+        [row[name] for name in COLUMNS]
+        + [(row.get("text_scores") or {}).get(name) for name in metrics]
+        + _make_image_cells(run_dir, row, num_images)
+        for row in rows
+    ]
+    return wandb.Table(columns=[*COLUMNS, *metrics, *names], data=cells)
 
 
 def encode_table(run: Any, name: str, table: Any, step: int) -> Any:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 from rich.table import Table
 
+from lit_vlm.evaluation.metrics import METRICS
 from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
 from lit_vlm.reports.run_record import RunRecord, format_change, format_duration, format_short, read_run, split_group
 from lit_vlm.reports.templates import PageTemplate, write_page
@@ -139,6 +140,7 @@ def _collect_stage(record: RunRecord, num_samples: int) -> dict[str, Any]:
         "facts": _collect_facts(record),
         "charts": _draw_charts(record),
         "scores": _collect_scores(record),
+        "text_scores": _collect_text_scores(record),
         "mixture": _prepare_mixture(mixture),
         "languages": _format_languages(mixture),
         "groups": _group_samples(record, num_samples),
@@ -221,6 +223,35 @@ def _collect_scores(record: RunRecord) -> list[dict[str, Any]]:
     return [{"kind": kind, "languages": rows} for kind, rows in kinds.items()]
 
 
+def _collect_text_scores(record: RunRecord) -> dict[str, Any]:
+    """Collect chrF, ROUGE-L and ANLS: one row for each kind and language, one column for each metric."""
+    before, after = record.get_text_scores("before"), record.get_text_scores("after")
+    names = list(dict.fromkeys([*after, *before]))
+    groups = dict.fromkeys(group for phase in (after, before) for scores in phase.values() for group in scores)
+    rows = [
+        {
+            "kind": kind,
+            "language": language,
+            "cells": [
+                format_change((before.get(name) or {}).get(group), (after.get(name) or {}).get(group)) for name in names
+            ],
+        }
+        for group in groups
+        for kind, language in [split_group(group)]
+    ]
+    return {"titles": [_get_metric_title(name) for name in names], "rows": rows}
+
+
+def _get_metric_title(name: str) -> str:
+    """Return the title of a metric; the name itself for one that this version does not know."""
+    return METRICS[name].title if name in METRICS else name
+
+
+def _format_text_scores(scores: Any) -> str:
+    """Format the scores of one answer: "chrF 0.81, ROUGE-L 0.70"."""
+    return ", ".join(f"{_get_metric_title(name)} {value:.2f}" for name, value in (scores or {}).items())
+
+
 def _collect_stage_scores(records: list[RunRecord]) -> dict[str, Any]:
     """Collect the scores of each kind after each stage, by language: they show learning and forgetting."""
     groups = dict.fromkeys(split_group(group) for record in records for group in record.get_scores("after"))
@@ -280,7 +311,12 @@ def _make_card(folder: Path, phases: list[dict[str, Any]]) -> SampleCard:
     first = phases[0]
     keys = ("phase", "score")
     answers = [
-        {key: row.get(key) for key in keys} | {"pieces": _split_control_tokens(row.get("prediction"))} for row in phases
+        {key: row.get(key) for key in keys}
+        | {
+            "pieces": _split_control_tokens(row.get("prediction")),
+            "text_scores": _format_text_scores(row.get("text_scores")),
+        }
+        for row in phases
     ]
     pictures: dict[str, str] = {}  # an image without boxes is the same in both phases
     for row in phases:

@@ -43,6 +43,10 @@ class RunRecord:
         """Return the score of each "<kind>_<language>" in a phase, "before" or "after"."""
         return (self.figures.get("scores") or {}).get(phase) or {}
 
+    def get_text_scores(self, phase: str) -> dict[str, dict[str, float]]:
+        """Return the scores of the other metrics in a phase: metric -> "<kind>_<language>" -> score."""
+        return (self.figures.get("text_scores") or {}).get(phase) or {}
+
     def compute_mean_score(self, phase: str) -> float | None:
         """Compute the mean score over kinds and languages, with equal weights; None if there are none."""
         values = list(self.get_scores(phase).values())

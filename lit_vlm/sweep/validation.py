@@ -11,6 +11,7 @@ from lit_vlm.config.overrides import add_implied_overrides, get_override_key, pa
 from lit_vlm.config.parse import collect_override_errors
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.evaluation.metrics import list_score_names
 from lit_vlm.sweep.search_space import SweepParameter
 from lit_vlm.sweep.sweep_file import SweepFile, build_trial_overrides, build_value_overrides
 from lit_vlm.types import Language, SampleKind
@@ -22,7 +23,6 @@ LOSS_GROUPS = (
 )
 LOSS_METRICS = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in LOSS_GROUPS))
 REWARD_METRICS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
-SCORE_METRICS = tuple(f"score/{kind.value}_{language}" for kind in SampleKind for language in ("ko", "en"))
 THROUGHPUT_METRICS = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
 METRIC_PREFIXES = ("train/rewards/", "val/rewards/", "throughput/")  # families with more members than are listed here
 
@@ -143,7 +143,7 @@ def _find_objective_errors(sweep: SweepFile, config: RunConfig | None) -> Iterat
         hint = format_suggestion(find_nearest(name, list_metric_names()))
         yield (
             f"metric.name: no run logs {name}; they log train/loss, val/loss, val/loss_ko, val/loss_en, val/rewards/*,"
-            f" score/<kind>_<language>, throughput/*.{hint}"
+            f" score/<kind>_<language>, score/<metric>/<kind>_<language>, throughput/*.{hint}"
         )
         return
     if config is None:
@@ -180,4 +180,4 @@ def _find_early_stopping_errors(name: str, min_values: int, config: RunConfig) -
 def list_metric_names() -> list[str]:
     """List the metrics that runs log; of rewards and throughput only the most common ones."""
     rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARD_METRICS]
-    return [*LOSS_METRICS, *rewards, *SCORE_METRICS, *THROUGHPUT_METRICS]
+    return [*LOSS_METRICS, *rewards, *list_score_names(), *THROUGHPUT_METRICS]

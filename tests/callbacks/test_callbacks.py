@@ -18,10 +18,11 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index import sample_index
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.generation import get_end_of_answer_id
+from lit_vlm.evaluation.metrics import list_text_metrics
 from lit_vlm.fault_tolerance.watchdog import Activity, Progress
 from lit_vlm.reports.run_record import read_run
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
-from lit_vlm.types import Language, UserError
+from lit_vlm.types import Language, SampleKind, UserError
 
 KINDS = ("caption", "number", "grounding", "text")
 
@@ -215,7 +216,15 @@ def test_scores_before_and_after_are_recorded_with_a_few_samples(blueprint, tmp_
     assert all(("<image>" in row["prompt"]) == bool(row["images"]) for row in rows)
     assert all(row["prediction"] != "" or row["score"] == 0 for row in rows)
     logged = read_run(tmp_path).metrics
-    assert {name for name in logged if name.startswith("score/")} == {f"score/{group}" for group in groups}
+    names = {f"score/{group}" for group in groups}
+    for kind in KINDS:
+        for metric in list_text_metrics(SampleKind(kind)):
+            names |= {f"score/{metric}/{kind}_{language}" for language in ("ko", "en")}
+    assert {name for name in logged if name.startswith("score/")} == names > {"score/chrf/caption_ko"}
+    assert set(figures["text_scores"]["after"]["chrf"]) == {
+        f"{kind}_{language}" for kind in ("caption", "text") for language in ("ko", "en")
+    }
+    assert all(set(row["text_scores"]) == set(list_text_metrics(SampleKind(row["kind"]))) for row in rows)
 
 
 def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypatch):
@@ -227,6 +236,7 @@ def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypa
     samples = Samples(tmp_path)
     fit(blueprint, [samples])
     assert set(samples.figures()["scores"]["after"].values()) == {1.0}
+    assert {v for scores in samples.figures()["text_scores"]["after"].values() for v in scores.values()} == {1.0}
 
 
 def test_a_resumed_fit_keeps_the_scores_before_training(blueprint, tmp_path):

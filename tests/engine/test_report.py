@@ -63,6 +63,10 @@ def folder(tmp_path):
                 "after": {"caption_ko": 0.9, "multi_image_en": 0.4},
             },
             "num_scored": {"caption_ko": 200, "multi_image_en": 10},
+            "text_scores": {
+                "before": {"chrf": {"caption_ko": 0.12}},
+                "after": {"chrf": {"caption_ko": 0.87}, "anls": {"multi_image_en": 0.43}, INJECTION: {"x_ko": 0.5}},
+            },
         },
     }
     (run / "manifest.json").write_text(json.dumps(manifest))
@@ -81,6 +85,7 @@ def folder(tmp_path):
             "phase": "after",
             "prediction": "별\u2028끝",
             "score": 1.0,
+            "text_scores": {"chrf": 0.77},
             "images": ["samples/a_after.png", "../../secret.png"],
         },
     ]
@@ -145,6 +150,8 @@ def test_the_page_and_the_terminal_show_the_same_figures(folder):
             assert figure in text, figure
     assert "0123456789ab, with local changes" in page
     assert "0.00 \u2192 0.90" in page
+    assert "chrF</th>" in page and "0.12 \u2192 0.87" in page and "ANLS</th>" in page and "0.43" in page
+    assert 'title="chrF 0.77"' in page
     assert "held-out at the end 0.8 (ko 0.7)" in page
     assert "Reward accuracy" in page
     assert "26.0 %" in page and "2.00" in page  # share of the mixture and passes over the source
