@@ -57,6 +57,7 @@ EXAMPLES = (
         "preference pairs from a model's own answers, for stage=dpo (docs/preferences.md)",
     ),
     ("python run.py task=export init_from=runs/mine", "the model's folder from a run's checkpoint"),
+    ("python run.py task=runs", "the runs below runs/, their figures and the settings in which they differ"),
     ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
 )

@@ -287,7 +287,9 @@ def _create_run(config: RunConfig, overrides: list[str], given: list[str]) -> Ru
     if config.task is Task.sweep:
         name = config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
         return Run(config, None, name, Path(config.run_dir) / name, given, None)
-    name = config.task.value if config.task in (Task.chat, Task.prefer, Task.sync) else get_run_name(overrides)
+    name = (
+        config.task.value if config.task in (Task.chat, Task.prefer, Task.sync, Task.runs) else get_run_name(overrides)
+    )
     init_from = config.init_from
     if init_from == "previous":
         try:

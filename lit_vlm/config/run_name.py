@@ -48,6 +48,7 @@ NON_IDENTITY_KEYS = (
     "task",
     "recipe",
     "sync",
+    "runs",
     "image",
     "prompt",
     "max_new_tokens",

@@ -51,6 +51,7 @@ class Task(Enum):
     prefer = "prefer"  # make preference pairs from the answers of a finished model
     export = "export"  # export the model folder from a run's checkpoint
     sync = "sync"  # upload offline runs, or the missing part of a run, to Weights & Biases
+    runs = "runs"  # list the runs below run_dir, and the settings in which they differ
     chat = "chat"  # chat with a finished model
 
 
@@ -532,6 +533,13 @@ class TrialsConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RunsConfig:
+    """The list of task=runs."""
+
+    json: bool = False  # print one JSON object for each run instead of tables
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """All settings of a run; the groups of the command line are its fields."""
 
@@ -565,6 +573,7 @@ class RunConfig:
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)
     sync: list[str] = field(default_factory=list)  # task=sync: run folders, which may be copies from other machines
+    runs: RunsConfig = field(default_factory=RunsConfig)
     image: list[str] = field(default_factory=list)  # task=chat: images of the conversation
     prompt: str | None = None  # task=chat: answer this prompt and exit; null: a conversation
     max_new_tokens: int = ranged(256, COUNT)  # task=chat: maximum tokens of an answer

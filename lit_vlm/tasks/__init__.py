@@ -29,5 +29,6 @@ TASKS: dict[Task, Callable[[Run], None]] = {
     Task.prefer: _import_lazily("lit_vlm.tasks.prefer:generate_preferences"),
     Task.export: _import_lazily("lit_vlm.tasks.export:export"),
     Task.sync: _import_lazily("lit_vlm.tasks.sync:sync"),
+    Task.runs: _import_lazily("lit_vlm.tasks.runs:list_runs"),
     Task.chat: _import_lazily("lit_vlm.tasks.chat:run_chat"),
 }
