@@ -11,9 +11,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_vlm.compat.lightning import is_last_micro_step
 from lit_vlm.config.schema import OnNonfinite
 from lit_vlm.distributed.gradients import compute_grad_square_sum, skip_update
-from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
+from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags
 from lit_vlm.fault_tolerance.exit_status import RollbackRequest
 from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE, add_skipped, read_skipped
 from lit_vlm.types import Batch, UserError, escape_control_characters

@@ -1,17 +1,18 @@
-"""Sharded state under FSDP2 and hsdp: a rank holds some rows of each weight and of its moments."""
+"""Sharded state under FSDP2 and hsdp (rows of each weight and of its moments), and under ZeRO (slices of flat tensors)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lit_vlm.compat import deepspeed
+from lit_vlm.compat.deepspeed import ParameterSlice
+from lit_vlm.compat.torch import get_local_rows
 from lit_vlm.distributed.sharded_state import MOMENTS, StateKind, TensorShard, get_adam_state
 
 
@@ -60,34 +61,11 @@ class FSDPShardedState:
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}  # type: ignore[misc]
 
 
-def get_local_rows(tensor: DTensor) -> tuple[Tensor, int]:
-    """Return this rank's rows of a sharded tensor, as a live view, and the offset of their first element.
-
-    The offset counts elements of the flattened full tensor.
-    """
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    width = tensor.shape[1:].numel()
-    return cast(DTensor, tensor.detach()).to_local(), offset[0] * width
-
-
 def reshard(model: nn.Module) -> None:
     """Free gathered weights, so that parameters are local rows again: the root keeps gathered weights until a backward pass."""
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
-
-
-@dataclass(frozen=True, slots=True)
-class ParameterSlice:
-    """Elements [start, start + length) of a flattened parameter, stored at `offset` of the flat master tensor of their group."""
-
-    name: str
-    parameter: nn.Parameter
-    shape: tuple[int, ...]
-    start: int
-    length: int
-    group: int
-    offset: int
 
 
 class ZeroShardedState:
@@ -101,15 +79,12 @@ class ZeroShardedState:
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
         self.optimizer = optimizer
-        self.partitions_weights = hasattr(optimizer, "fp32_partitioned_groups_flat")  # ZeRO-3
-        self.slices = list(self._find_slices(model))
+        self.slices = list(deepspeed.find_slices(optimizer, model))
 
     @property
     def master_weights(self) -> list[Tensor]:
         """Flat float32 master weights that this rank updates, one tensor for each parameter group."""
-        if self.partitions_weights:
-            return self.optimizer.fp32_partitioned_groups_flat
-        return self.optimizer.single_partition_of_fp32_groups
+        return deepspeed.get_master_weights(self.optimizer)
 
     def iter_shards(self) -> Iterator[TensorShard]:
         """Yield this rank's slices of the master weights, then those of the moments."""
@@ -127,7 +102,7 @@ class ZeroShardedState:
             state = self._get_optimizer_state(group)
             if "step" in state:
                 state["step"].fill_(step)
-        self._copy_masters_to_weights()
+        deepspeed.copy_masters_to_weights(self.optimizer)
 
     @torch.no_grad()
     def set_master_weights(self, get_values: Callable[[TensorShard], Tensor]) -> None:
@@ -135,30 +110,12 @@ class ZeroShardedState:
         for shard in self.iter_shards():
             if shard.kind is StateKind.weight:
                 shard.values.copy_(get_values(shard))
-        self._copy_masters_to_weights()
+        deepspeed.copy_masters_to_weights(self.optimizer)
 
     def iter_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and gradient [length] of each slice. Valid between the last backward of a step and its update."""
         for part in self.slices:
-            if self.partitions_weights:  # the public method would copy a host gradient to the GPU
-                gradient, _ = self.optimizer._get_fp32_grad_state_partition(part.parameter, release_swap_buffers=True)
-                yield part.name, gradient[: part.length]
-            else:
-                parameter: Any = part.parameter
-                yield part.name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-
-    @torch.no_grad()
-    def _copy_masters_to_weights(self) -> None:
-        """Copy the master weights to the compute weights. All ranks must call it."""
-        if not self.partitions_weights:
-            self.optimizer.update_lp_params()
-            return
-        for group, _ in enumerate(self.master_weights):
-            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        persistent = self.optimizer.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent)  # `all_gather` skips parameters that are gathered already
-            persistent[0].all_gather(persistent)
+            yield part.name, deepspeed.get_slice_gradient(self.optimizer, part)
 
     def _get_optimizer_state(self, group: int) -> dict[str, Any]:
         """Return the optimizer state of a group's master tensor; empty for an optimizer without moments."""
@@ -172,32 +129,3 @@ class ZeroShardedState:
     def _make_shard(self, part: ParameterSlice, kind: StateKind, flat: Tensor) -> TensorShard:
         values = flat.detach()[part.offset : part.offset + part.length]
         return TensorShard(part.name, kind, part.shape, part.start, values)
-
-    def _find_slices(self, model: nn.Module) -> Iterator[ParameterSlice]:
-        find_slice = self._find_zero3_slice if self.partitions_weights else self._find_zero2_slice
-        for name, parameter in model.named_parameters():
-            part = find_slice(name, parameter) if parameter.requires_grad else None
-            if part is not None and part.length > 0:
-                yield part
-
-    def _find_zero2_slice(self, name: str, parameter: Any) -> ParameterSlice | None:
-        mapping = parameter._hp_mapping  # None: this rank updates nothing of it
-        if mapping is None:
-            return None
-        parameter_address, master_address = mapping.lp_fragment_address, mapping.hp_fragment_address
-        shape = tuple(parameter.shape)
-        return ParameterSlice(
-            name,
-            parameter,
-            shape,
-            parameter_address.start,
-            parameter_address.numel,
-            mapping.param_group_index,
-            master_address.start,
-        )
-
-    def _find_zero3_slice(self, name: str, parameter: Any) -> ParameterSlice:
-        group, offset, padded_length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        start = padded_length * parameter.ds_zero_partition_rank
-        length = min(padded_length, parameter.ds_numel - start)  # the last ranks' slices end in padding
-        return ParameterSlice(name, parameter, tuple(parameter.ds_shape), start, length, group, offset)

@@ -70,8 +70,3 @@ _flags_by_trainer: WeakKeyDictionary[L.Trainer, SharedFlags] = WeakKeyDictionary
 def get_shared_flags(trainer: L.Trainer) -> SharedFlags:
     """Return the flags of this trainer on this rank; created at the first call."""
     return _flags_by_trainer.setdefault(trainer, SharedFlags())
-
-
-def is_last_micro_step(trainer: L.Trainer) -> bool:
-    """Return True if the current micro-batch is the last one before the update (gradient accumulation)."""
-    return (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from lit_vlm.compat.lightning import set_purge_step
 from lit_vlm.types import UserError
 
 FOLDER = "tensorboard"
@@ -34,7 +35,7 @@ def make_tensorboard_logger(run_dir: Path) -> Logger:
                 for file in Path(self.log_dir).glob("events.out.tfevents.*"):  # of an earlier run in this folder
                     file.unlink()
                 return
-            self._kwargs["purge_step"] = max(steps)
+            set_purge_step(self, max(steps))
             for row in rows:
                 if int(row["step"]) == max(steps):  # more values of this step may follow
                     self.log_metrics({key: value for key, value in row.items() if key != "step"}, step=max(steps))

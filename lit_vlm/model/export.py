@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from lit_vlm.anyres import ImageSettings
+from lit_vlm.compat.transformers import set_weight_conversions
 from lit_vlm.files import move_into_place
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
@@ -145,9 +146,8 @@ def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
     LLaVA-OneVision checkpoints have it, and servers (vLLM) support only those names.
     """
     rules = get_model_conversion_mapping(model, add_legacy=False)
-    model._weight_conversions = [
-        rule for rule in rules if not isinstance(rule, PrefixChange) or rule.scope_prefix == "vision_tower"
-    ]
+    own_rules = [rule for rule in rules if not isinstance(rule, PrefixChange) or rule.scope_prefix == "vision_tower"]
+    set_weight_conversions(model, own_rules)
 
 
 def _list_adapters(layer: Any) -> list[str]:

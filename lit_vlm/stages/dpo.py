@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.losses.preference import SORTING_LOSS_TYPES, PreferenceLoss, PreferenceOutput, pad_answer_scores
 from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
@@ -247,11 +248,10 @@ class DPOStage(Stage):
 
         Every rank calls it, with a dummy batch too.
         """
-        trainer = self._trainer
+        trainer = get_trainer(self)
         if trainer is None:
             return
-        is_last = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not is_last:
+        if not is_last_micro_step(trainer):
             return
         step = self.global_step + 1
         if step % trainer.log_every_n_steps and step != self._count_steps():
@@ -261,7 +261,7 @@ class DPOStage(Stage):
         for name, value in means.items():
             self.log(f"train/{name}", value, batch_size=1)
         for name in METRIC_NAMES - means.keys():  # else Lightning would log the value of an earlier step again
-            trainer._results.pop(f"training_step.train/{name}", None)
+            discard_logged_value(trainer, f"train/{name}")
         self._warn_about_collapse(means)
 
     def _sum_over_ranks(self, numbers: Tensor) -> Tensor:
