@@ -14,10 +14,11 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.hooks import RemovableHandle
 
 from lit_vlm.compat.lightning import get_num_steps
+from lit_vlm.formatting import format_count
 from lit_vlm.reports.profile.page import write_profile_page
 from lit_vlm.reports.profile.summary import summarize_trace
 from lit_vlm.reports.profile.trace import DATA, PART_PREFIX, PHASE_PREFIX, VALIDATION, read_trace
-from lit_vlm.types import Batch, format_count
+from lit_vlm.types import Batch
 
 WARMUP_STEPS, PROFILED_STEPS = 3, 3
 TRACE_FILE, PAGE_FILE = "profile_trace.json.gz", "profile.html"

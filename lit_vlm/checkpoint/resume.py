@@ -22,7 +22,8 @@ from lit_vlm.checkpoint.index import (
     find_coverage_errors,
 )
 from lit_vlm.distributed.sharded_state import ShardedState, TensorShard
-from lit_vlm.types import UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import UserError
 
 
 def read_index(folder: Path) -> CheckpointIndex:

@@ -17,8 +17,9 @@ from lit_vlm.checkpoint import compute_plan_digest
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import RunConfig, StrategyName
 from lit_vlm.data.datamodule import DataModule
+from lit_vlm.formatting import format_count
 from lit_vlm.runs.run_folder import get_package_versions, to_plain
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 # Settings that may differ between machines. All others, also those of `config/elsewhere.py`, must be equal on all ranks.
 MACHINE_SETTINGS = (

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_vlm.files import write_text_atomically
+from lit_vlm.files import read_csv_rows, write_text_atomically
 
 
 class MetricsCsv(Logger):
@@ -48,7 +48,7 @@ class MetricsCsv(Logger):
         if self._columns is None:
             self._write_table([], sorted(row))
         if new := row.keys() - set(self._columns or ()):
-            self._write_table(_read_rows(self.path), sorted({*self._columns, *new}))
+            self._write_table(read_csv_rows(self.path), sorted({*self._columns, *new}))
         with self.path.open("a", encoding="utf-8", newline="") as stream:
             stream.write(_format_rows([row], self._columns))
         self.num_rows += 1
@@ -65,7 +65,7 @@ class MetricsCsv(Logger):
         """
         if rank_zero_only.rank:
             return []
-        rows = _read_rows(self.path)[:num_rows] + ([row] if row else [])
+        rows = read_csv_rows(self.path)[:num_rows] + ([row] if row else [])
         columns = sorted({name for one in rows for name in one})
         if rows:
             self._write_table(rows, columns)
@@ -74,28 +74,18 @@ class MetricsCsv(Logger):
 
     def read_rows(self) -> list[dict[str, Any]]:
         """Read all rows of the table, with the values as logged."""
-        rows = _read_rows(self.path)
+        rows = read_csv_rows(self.path)
         return [{name: _parse_number(value) for name, value in one.items() if value != ""} for one in rows]
 
     def read_metric_names(self) -> set[str]:
         """Read the names of all metrics in the table."""
-        return {name for row in _read_rows(self.path) for name in row} - {"step", "epoch"}
+        return {name for row in read_csv_rows(self.path) for name in row} - {"step", "epoch"}
 
     def _write_table(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = _format_rows([dict(zip(columns, columns, strict=True))], columns)
         write_text_atomically(self.path, header + _format_rows(rows, columns), remove_secrets=False)
         self._columns = columns
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the complete rows; an incomplete last row is skipped."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return list(csv.DictReader(lines))
 
 
 def _parse_number(value: Any) -> Any:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shlex
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lit_vlm.compat.wandb import is_run_stopped
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.distributed.ranks import is_in_sweep
+from lit_vlm.files import read_json_lines
 from lit_vlm.redaction import redact, redact_text
 from lit_vlm.types import UserError
 
@@ -70,12 +69,7 @@ MAX_IMAGES = 4  # image columns; further images of a sample are in samples.jsonl
 
 def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
     """Read the rows of one phase from `samples.jsonl`. Incomplete lines are skipped, as in the code that writes them."""
-    file, rows = run_dir / "samples.jsonl", []
-    # not splitlines(): answers may hold U+2028
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.get("phase") == phase]
+    return [row for row in read_json_lines(run_dir / "samples.jsonl") if row.get("phase") == phase]
 
 
 def build_table(run_dir: Path, rows: list[dict[str, Any]]) -> Any:

@@ -23,13 +23,14 @@ from transformers import (
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 
 from lit_vlm.compat.transformers import mark_as_initialized
+from lit_vlm.formatting import format_count
 from lit_vlm.model import families
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import init_adapter
 from lit_vlm.model.packed_forward import LogProbHead
 from lit_vlm.model.vocabulary import extend_embeddings, resolve_weight_tying
 from lit_vlm.model.weights import InitialWeights, find_tensor_locations
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 if TYPE_CHECKING:
     from lit_vlm.model.build import ModelSpec

@@ -20,6 +20,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from lit_vlm.anyres import Tiling
 from lit_vlm.compat.lightning import get_batch_index, get_trainer, set_hparams
 from lit_vlm.config.schema import ActivationCheckpointing as Level
+from lit_vlm.formatting import format_count
 from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing, parse_checkpointing_level
 from lit_vlm.model.build import ModelSpec
 from lit_vlm.model.generate import generate
@@ -43,7 +44,7 @@ from lit_vlm.stages.model_init import (
     resolve_model,
 )
 from lit_vlm.stages.optimizer import make_optimizer, make_optimizer_options, make_scheduler
-from lit_vlm.types import Batch, ModelPart, UserError, format_count
+from lit_vlm.types import Batch, ModelPart, UserError
 
 
 class Stage(L.LightningModule):

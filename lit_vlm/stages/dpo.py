@@ -16,6 +16,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
 from lit_vlm.config.schema import ModelConfig
+from lit_vlm.formatting import format_count
 from lit_vlm.losses.preference import SORTING_LOSS_TYPES, PreferenceLoss, PreferenceOutput, pad_answer_scores
 from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
 from lit_vlm.model.lora import disable_adapters
@@ -23,7 +24,7 @@ from lit_vlm.stages.base import Stage
 from lit_vlm.stages.caches import ReferenceLogProbCache, fill_cache, get_cache_folder
 from lit_vlm.stages.model_init import ModelLike
 from lit_vlm.stages.preference_metrics import METRIC_NAMES, PreferenceMetrics, estimate_kl
-from lit_vlm.types import Batch, ModelPart, UserError, format_count
+from lit_vlm.types import Batch, ModelPart, UserError
 
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference model
 

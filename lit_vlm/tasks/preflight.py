@@ -21,6 +21,7 @@ from lit_vlm.data.packing.mixture_lock import compare_locks, read_lock
 from lit_vlm.data.packing.mixture_shares import resolve_amounts
 from lit_vlm.data.packing.plan import Plan
 from lit_vlm.data.sources import open_source
+from lit_vlm.formatting import format_count
 from lit_vlm.reports.preflight.checks import check_bad_records, collect_findings
 from lit_vlm.reports.preflight.estimates import (
     check_strategy,
@@ -60,7 +61,7 @@ from lit_vlm.tasks.mixture_lock import build_mixture_lock
 from lit_vlm.tasks.prepare_data import StageData, build_stage_data, get_index_dir, require_record_type
 from lit_vlm.tasks.terminal import console, show_progress
 from lit_vlm.tasks.train import make_stage
-from lit_vlm.types import RecordError, Source, UserError, format_count
+from lit_vlm.types import RecordError, Source, UserError
 
 MAX_SAMPLE_STEPS = 300  # steps to plan if only a sample is indexed; its micro-batches are like those of all data
 

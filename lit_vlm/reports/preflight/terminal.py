@@ -8,19 +8,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_vlm.reports.preflight.facts import PreflightFacts, Severity, SourceRow
-from lit_vlm.reports.preflight.page import (
-    describe_strategy,
+from lit_vlm.formatting import (
     format_bytes,
+    format_count,
     format_estimated_time,
     format_number,
     format_percent,
-    format_run_summary,
-    format_verdict,
+    format_short,
 )
-from lit_vlm.reports.run_record import format_short
+from lit_vlm.reports.preflight.facts import PreflightFacts, Severity, SourceRow
+from lit_vlm.reports.preflight.page import describe_strategy, format_run_summary, format_verdict
 from lit_vlm.reports.templates import escape_text
-from lit_vlm.types import format_count
 
 STYLES = {Severity.failure: "bold red", Severity.warning: "yellow", Severity.advice: "cyan"}
 MAX_SOURCES = 16  # of a long list, those with the largest shares; the page has all
