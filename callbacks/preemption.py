@@ -7,12 +7,11 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import lightning as L
-import torch
 
 from lit_vlm.cluster.slurm import get_own_job, is_preempted, requeue
 from lit_vlm.compat.lightning import disable_signal_handlers, is_last_micro_step
+from lit_vlm.distributed.collectives import StepFlag, get_shared_flags, sum_over_ranks
 from lit_vlm.distributed.ranks import is_in_sweep
-from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, CoordinatedExit, EarlyStoppingExit
 from lit_vlm.fault_tolerance.signals import SignalHandler, StopRequest, use_listener
 
@@ -128,12 +127,8 @@ def _make_listener(trainer: L.Trainer, requests: list[StopRequest]) -> Callable[
 def _gather_requests(trainer: L.Trainer, own_requests: list[StopRequest]) -> list[StopRequest]:
     """Gather the requests of all ranks, by priority. All ranks must call it at the same point."""
     snapshot = own_requests[:]
-    flags = torch.tensor(
-        [float(request in snapshot) for request in REQUEST_PRIORITY], device=trainer.strategy.root_device
-    )
-    if trainer.world_size > 1:
-        torch.distributed.all_reduce(flags)
-    return [request for request, flag in zip(REQUEST_PRIORITY, flags.tolist(), strict=True) if flag]
+    counts = sum_over_ranks(trainer, [float(request in snapshot) for request in REQUEST_PRIORITY])
+    return [request for request, count in zip(REQUEST_PRIORITY, counts, strict=True) if count]
 
 
 def _resolve_request(trainer: L.Trainer, request: StopRequest) -> StopRequest:
