@@ -1,10 +1,11 @@
-"""Logger that writes `metrics.csv`: each row at once, and one table also for a run that was interrupted and resumed."""
+"""Loggers that write files of the run folder: `metrics.csv` and `tensorboard/`. A resumed run continues them without duplicate steps."""
 
 from __future__ import annotations
 
 import csv
 import io
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lit_vlm.compat.lightning import set_purge_step
 from lit_vlm.files import read_csv_rows, write_text_atomically
+from lit_vlm.types import UserError
 
 
 class MetricsCsv(Logger):
@@ -99,3 +102,35 @@ def _format_rows(rows: list[dict[str, Any]], columns: list[str]) -> str:
     stream = io.StringIO(newline="")
     csv.DictWriter(stream, columns, lineterminator="\n").writerows(rows)
     return stream.getvalue()
+
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def make_tensorboard_logger(run_dir: Path) -> Logger:
+    """Make Lightning's TensorBoard logger, extended by `replay` for resumed runs.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if find_spec("tensorboard") is None:
+        raise UserError(
+            "logger.tensorboard=true needs the package tensorboard, which is not installed: pip install '.[tensorboard]',"
+            " or leave logger.tensorboard out (metrics.csv has the same numbers)."
+        )
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    class ResumableTensorBoardLogger(TensorBoardLogger):
+        def replay(self, rows: list[dict[str, Any]]) -> None:
+            """Mark all events after the last kept step as purged (`purge_step`), because they are logged again."""
+            steps = [int(row["step"]) for row in rows]
+            if not steps:
+                for file in Path(self.log_dir).glob("events.out.tfevents.*"):  # of an earlier run in this folder
+                    file.unlink()
+                return
+            set_purge_step(self, max(steps))
+            for row in rows:
+                if int(row["step"]) == max(steps):  # more values of this step may follow
+                    self.log_metrics({key: value for key, value in row.items() if key != "step"}, step=max(steps))
+
+    return ResumableTensorBoardLogger(save_dir=run_dir, name="", version=TENSORBOARD_FOLDER)
