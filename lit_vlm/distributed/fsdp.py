@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_vlm.compat.lightning import set_mesh_shape
 from lit_vlm.compat.torch import allocate_on_device, get_local_rows
-from lit_vlm.distributed.engine_state import FSDPShardedState, reshard
+from lit_vlm.distributed.sharded_state import FSDPShardedState, reshard
 from lit_vlm.model.skeleton import defer_weights, read_initial_values
 from lit_vlm.types import UserError
 

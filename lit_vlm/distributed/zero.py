@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lit_vlm.compat.deepspeed import BaseZeroStrategy, ParameterPartitioner
 from lit_vlm.compat.lightning import should_accumulate
-from lit_vlm.distributed.engine_state import ZeroShardedState
 from lit_vlm.distributed.fsdp import get_stage_models
-from lit_vlm.distributed.sharded_state import TensorShard
+from lit_vlm.distributed.sharded_state import TensorShard, ZeroShardedState
 from lit_vlm.model.hub import set_deepspeed_accelerator
 from lit_vlm.model.skeleton import defer_weights, move_buffers, read_initial_values, replace_parameters
 
