@@ -38,7 +38,7 @@ from lit_vlm.reports.preflight.estimates import (
     summarize_strategy,
 )
 from lit_vlm.reports.preflight.facts import Finding, PreflightFacts, Severity, ShareRow, SourceRow
-from lit_vlm.reports.preflight.page import write_preflight_page
+from lit_vlm.reports.preflight.report import print_preflight, write_preflight_page
 from lit_vlm.reports.preflight.samples import collect_bad_examples, prepare_samples
 from lit_vlm.reports.preflight.statistics import (
     build_histograms,
@@ -47,7 +47,6 @@ from lit_vlm.reports.preflight.statistics import (
     subsample_source,
     summarize_plan,
 )
-from lit_vlm.reports.preflight.terminal import print_preflight
 from lit_vlm.runs.run_folder import (
     compute_sources_digest,
     describe_parent,
