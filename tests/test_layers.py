@@ -149,3 +149,19 @@ def test_each_module_of_compat_has_contract_tests():
     for path in COMPAT.glob("*.py"):
         for name in list_private_uses(path).keys() - list_own_names(path):
             assert name in text, f"{path.relative_to(ROOT)}: tests/compat/test_contracts.py does not check {name}"
+
+
+OWN_DURABILITY = {  # the only other files that move or sync files themselves
+    "lit_vlm/checkpoint/folder.py": "hashes and syncs tensors while it writes them, and moves folders of many GB",
+    "lit_vlm/fault_tolerance/watchdog_thread.py": "syncs stacks before the process exits",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_replaced_by_one_implementation(path):
+    name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+    if name != "lit_vlm/files.py" and name not in OWN_DURABILITY:
+        for call in ("os.replace(", "os.rename(", "os.link(", "os.fsync(", "tempfile.mk"):
+            assert call not in text, (
+                f"{name} contains {call}...): use replace_file or atomic_folder of lit_vlm/files.py"
+            )
