@@ -16,7 +16,7 @@ import lightning as L
 import pytest
 import torch
 
-from lit_vlm.compat import hydra, lightning, optuna, transformers
+from lit_vlm.compat import hydra, lightning, transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 # module -> (object in another package, the names that compat reads of it)
@@ -162,15 +162,6 @@ def test_lightning_clips_the_gradients_of_a_fused_optimizer_after_allow_clipping
         plugin.clip_gradients(optimizer, 1.0)
     lightning.allow_clipping(optimizer)
     plugin.clip_gradients(optimizer, 1.0)
-
-
-def test_the_id_of_a_trial_is_the_one_that_its_storage_knows():
-    import optuna as package
-
-    study = package.create_study()
-    study.optimize(lambda trial: 1.0, n_trials=1)
-    trial = study.trials[0]
-    assert study._storage.get_trial(optuna.get_trial_id(trial)).number == 0, "_trial_id has moved"
 
 
 def test_hydra_reads_the_header_of_a_file():
