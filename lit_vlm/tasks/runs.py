@@ -21,10 +21,12 @@ from lit_vlm.config.schema import StageName
 from lit_vlm.config.validation import RUN_SUBFOLDERS
 from lit_vlm.evaluation.metrics import METRICS
 from lit_vlm.fault_tolerance.run_lock import is_holder_alive, read_holder
-from lit_vlm.reports.run_record import RunRecord, format_duration
+from lit_vlm.files import read_csv_rows
+from lit_vlm.formatting import format_bytes, format_count, format_duration
+from lit_vlm.reports.run_record import RunRecord
 from lit_vlm.runs.run_folder import MANIFEST, read_manifest
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError, escape_control_characters, format_count
+from lit_vlm.types import UserError, escape_control_characters
 
 RUN_FILES = (MANIFEST, "metrics.csv", "checkpoints")  # a folder with one of them is a run
 SOURCE_TABLES = ("data.sources", "data.validation.sources")
@@ -150,22 +152,16 @@ def _get_status(status: str, path: Path) -> str:
 def _add_metrics(summary: RunSummary, path: Path) -> None:
     """Add steps and losses of metrics.csv: the last values, and the lowest held-out loss. An incomplete row is skipped."""
     try:
-        with path.open(encoding="utf-8", errors="replace", newline="") as stream:
-            rows = csv.reader(line.replace("\0", "") for line in stream)
-            columns = {name: position for position, name in enumerate(next(rows, []))}
-            for row in rows:
-                if len(row) != len(columns):
-                    continue
-                step, train_loss, val_loss = (
-                    _parse_cell(row, columns.get(name)) for name in ("step", "train/loss", "val/loss")
-                )
-                summary.step = summary.step if step is None else int(step) + 1
-                summary.train_loss = _first_known(train_loss, summary.train_loss)
-                if val_loss is not None:
-                    summary.val_loss = val_loss
-                    summary.best_val_loss = min(val_loss, _first_known(summary.best_val_loss, val_loss))
+        rows = read_csv_rows(path)
     except (OSError, csv.Error):
         return
+    for row in rows:
+        step, train_loss, val_loss = (_parse_cell(row.get(name)) for name in ("step", "train/loss", "val/loss"))
+        summary.step = summary.step if step is None else int(step) + 1
+        summary.train_loss = _first_known(train_loss, summary.train_loss)
+        if val_loss is not None:
+            summary.val_loss = val_loss
+            summary.best_val_loss = min(val_loss, _first_known(summary.best_val_loss, val_loss))
 
 
 def compute_folder_size(path: Path) -> int:
@@ -244,7 +240,7 @@ def make_table(stage: str, summaries: Sequence[RunSummary], keys: Sequence[str])
         **{_get_title(name): [_format_number(one.text_scores.get(name)) for one in summaries] for name in means},
         "started": [summary.started[:16].replace("T", " ") for summary in summaries],
         "time": [format_duration(summary.seconds) for summary in summaries],
-        "size": [_format_bytes(summary.num_bytes) for summary in summaries],
+        "size": [format_bytes(summary.num_bytes) for summary in summaries],
     }
     headings = shorten_keys(keys)
     columns |= {
@@ -290,13 +286,6 @@ def _format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _format_bytes(num_bytes: int) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.{0 if num_bytes >= 100 * size else 1}f} {unit}"
-    return f"{num_bytes} B"
-
-
 def _format_value(value: Any) -> str:
     """Format the value of a setting as it is typed; of a long one, such as a path, the end."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -318,11 +307,9 @@ def _to_int(value: Any) -> int | None:
     return None if number is None else int(number)
 
 
-def _parse_cell(row: Sequence[str], position: int | None) -> float | None:
-    if position is None or not row[position]:
-        return None
+def _parse_cell(cell: str | None) -> float | None:
     with suppress(ValueError):
-        return _to_number(float(row[position]))
+        return _to_number(float(cell)) if cell else None
     return None
 
 

@@ -26,6 +26,7 @@ NEEDS = {
     "data/source/rlaif_v": ["stage=dpo"],
     "stage/dpo": ["data=builtin_preference"],
     "stage/mpo": ["data=builtin_preference"],
+    "experiment/lora/1_sft": ["data.sources.mine.path=x"],
     "experiment/varco_vision_14b/4_dpo": ["data.sources.mine.path=x"],
 }
 

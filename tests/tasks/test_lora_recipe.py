@@ -51,7 +51,9 @@ SHAPES = {  # row of the READMEs -> patch size of the so400m tower, config class
 def write_llava(folder: Path, num: int, size: tuple[int, int]) -> list[str]:
     Image.new("RGB", size, "red").save(folder / "red.jpg")
     rows = [
-        make_llava_record("<image>\n무엇이 보이나요?", f"A caption with number {number}. " * 8, id=str(number), image="red.jpg")
+        make_llava_record(
+            "<image>\n무엇이 보이나요?", f"A caption with number {number}. " * 8, id=str(number), image="red.jpg"
+        )
         for number in range(num)
     ]
     (folder / "llava.json").write_text(json.dumps(rows), encoding="utf-8")

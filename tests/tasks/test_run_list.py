@@ -78,7 +78,7 @@ def test_the_list_shows_figures_and_only_the_settings_that_differ(runs, capsys, 
     assert not any("logger" in word or "adam" in word for word in heading)
     assert {"a/one", "finished", "4", "2.75", "2.88", "0.375", "0.75", "0.0005"} - set(first) == {"0.0005"}
     assert {"a/two", "running", "9", "2.75", "0.0005", "8"} <= set(second) and "0.375" not in second
-    assert "1 h 0 min" in text and "2026-11-28 21:25" in text and "KiB" in text
+    assert "1 h 0 min" in text and "2026-11-28 21:25" in text and "kB" in text
 
 
 def test_json_lines_hold_the_same_figures_with_unrounded_values(runs, capsys, monkeypatch):
