@@ -11,6 +11,26 @@ from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.types import UserError
 
 
+def is_class_path(name: str) -> bool:
+    """Return True for the import path of a class: names with dots between them (my_package.MyClass)."""
+    return "." in name and all(part.isidentifier() for part in name.split("."))
+
+
+def import_path(setting: str, class_path: str) -> Any:
+    """Import what stands at `package.module.Class`.
+
+    Raises:
+        UserError: it does not exist, or its module raises.
+    """
+    module, _, name = class_path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # the module is the user's, and may raise anything
+        known = isinstance(error, ImportError | AttributeError | ValueError)
+        found = f"{class_path} cannot be imported ({'' if known else f'{type(error).__name__}: '}{error})"
+        raise UserError(f"{setting}: {found}. Give the path of a class that Python can import from here.") from error
+
+
 def instantiate(setting: str, class_path: str, is_valid: Callable[[type], bool], expected: str, remedy: str) -> Any:
     """Instantiate the class at `package.module.Class` without arguments.
 
@@ -22,12 +42,7 @@ def instantiate(setting: str, class_path: str, is_valid: Callable[[type], bool],
     Raises:
         UserError: the class does not exist, is of another type, or needs arguments.
     """
-    module, _, name = class_path.rpartition(".")
-    try:
-        target = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        reason = f"{setting}: {class_path} cannot be imported ({error})"
-        raise UserError(f"{reason}. Give the path of a class that Python can import from here.") from error
+    target = import_path(setting, class_path)
     if not (inspect.isclass(target) and is_valid(target)):
         raise UserError(f"{setting}: {class_path} is not {expected}. {remedy}.")
     try:

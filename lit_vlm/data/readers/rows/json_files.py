@@ -164,7 +164,7 @@ class JsonRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, end = self._spans.array[index, :2].tolist()
-        return parse_record(_read_span(self.path, start, end, self.get_origin(index)), self.get_origin(index))
+        return parse_record(read_span(self.path, start, end, self.get_origin(index)), self.get_origin(index))
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the bytes from the first row to the last. Their offset in the file does not count."""
@@ -204,7 +204,8 @@ def parse_record(data: bytes, origin: str) -> dict[str, Any]:
     return row
 
 
-def _read_span(path: Path, start: int, end: int, origin: str) -> bytes:
+def read_span(path: Path, start: int, end: int, origin: str) -> bytes:
+    """Read a range of bytes of a file; raise a RecordError if it cannot be read or the file has become shorter."""
     if end - start > MAX_ROW_BYTES:
         reason = f"has {end - start:,} bytes, at most {MAX_ROW_BYTES:,} are read"
         raise RecordError(origin, reason, REMEDY, Fault.too_large)
