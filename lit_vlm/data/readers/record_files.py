@@ -131,55 +131,65 @@ def _list_record_files(setting: str, folder: Path) -> list[Path]:
     Raises:
         UserError: the folder holds record files and pictures with texts.
     """
-    paths = sorted(path for path in folder.iterdir() if not path.is_dir())
-    found, pictures = _classify_files(setting, paths)
+    found, pictures = _classify_files([entry.name for entry in os.scandir(folder) if not entry.is_dir()], folder)
     if not found:
-        nested = (Path(parent, file) for parent, _, files in os.walk(folder) for file in files)
-        paths = sorted(file for file in nested if not _is_hidden(file.relative_to(folder)))
-        found, pictures = _classify_files(setting, paths)
+        nested = (os.path.relpath(parent, folder) for parent, _, _ in os.walk(folder))
+        places = sorted(place for place in nested if not _is_hidden(PurePosixPath(place)))
+        names = [
+            name if place == "." else f"{place}/{name}"
+            for place in places
+            for name in (entry.name for entry in os.scandir(folder / place) if not entry.is_dir())
+            if not name.startswith(".")
+        ]
+        found, pictures = _classify_files(names, folder)
     if found and pictures:
-        both = f"{found[0].relative_to(folder)} and {pictures[0].relative_to(folder)} with a .txt beside it"
+        both = f"{found[0]} and {pictures[0]} with a .txt beside it"
         raise UserError(
             f"{setting}: the folder holds two forms, {both}. Give the file, or a folder that holds one of them."
         )
-    return found or pictures
-
-
-def _classify_files(setting: str, paths: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the record files among the paths, and the pictures, if one of these has a text of its name beside it."""
-    names = set(paths)
-    pictures = [path for path in paths if is_image_name(path.name)]
-    texts = {path.with_suffix("") for path in paths if path.suffix == ".txt"}
-    with_text = {picture.with_suffix("") for picture in pictures} & texts
-    found = [
-        path
-        for path in paths
-        if path.suffix.lower() in RECORD_SUFFIXES
-        and path.name not in _HUB_METADATA_FILES
-        and not (path.suffix == ".json" and path.with_suffix("") in with_text)
-        and not _is_download_report(path, names)
-    ]
-    for path in found:
+    files = [folder / name for name in found or pictures]
+    for path in files if found else ():
         if not path.is_file():  # reading a pipe would block for ever
             raise UserError(
                 f"{setting}: {path.name} is no regular file. Take it out of the folder, or give the file to read."
             )
+    return sorted(files) if found else files
+
+
+def _classify_files(names: list[str], folder: Path) -> tuple[list[str], list[str]]:
+    """Return the record files among the names, and the pictures, if one of these has a text of its name beside it.
+
+    Names are strings, not paths: a folder may have millions of pictures.
+    """
+    names = sorted(names)
+    pictures = [name for name in names if is_image_name(name)]
+    texts = {name[:-4] for name in names if name.endswith(".txt")}
+    with_text = {os.path.splitext(picture)[0] for picture in pictures} & texts if texts else set()
+    all_names = set(names)
+    found = [
+        name
+        for name in names
+        if name.lower().endswith(RECORD_SUFFIXES)
+        and name.rpartition("/")[2] not in _HUB_METADATA_FILES
+        and not (name.endswith(".json") and name[:-5] in with_text)
+        and not _is_download_report(name, all_names, folder)
+    ]
     return found, pictures if with_text else []
 
 
-def _is_download_report(path: Path, names: Collection[Path]) -> bool:
+def _is_download_report(name: str, names: Collection[str], folder: Path) -> bool:
     """Return True for img2dataset's 00000_stats.json, and for 00000.parquet, whose pictures are in 00000.tar or 00000/."""
-    if path.name.endswith("_stats.json"):
-        shard = path.with_name(path.name.removesuffix("_stats.json"))
-    elif path.suffix == ".parquet" and path.with_name(f"{path.stem}_stats.json") in names:
-        shard = path.with_suffix("")
+    if name.endswith("_stats.json"):
+        shard = name.removesuffix("_stats.json")
+    elif name.endswith(".parquet") and f"{name[:-8]}_stats.json" in names:
+        shard = name.removesuffix(".parquet")
     else:
         return False
-    has_pictures = shard.with_suffix(".tar") in names or shard.is_dir()
-    return has_pictures or (path.suffix == ".json" and shard.with_suffix(".parquet") in names)
+    has_pictures = f"{shard}.tar" in names or (folder / shard).is_dir()
+    return has_pictures or (name.endswith(".json") and f"{shard}.parquet" in names)
 
 
-def _is_hidden(path: Path) -> bool:
+def _is_hidden(path: PurePosixPath) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,7 +40,7 @@ class ImageTextRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self._get_name(index)
-        text = (self._folder / name).with_suffix(".txt")
+        text = Path(f"{self._folder}/{os.path.splitext(name)[0]}.txt")
         try:
             with open(text, "rb") as stream:
                 data = stream.read(MAX_TEXT_BYTES)
@@ -54,7 +55,7 @@ class ImageTextRows:
             raise RecordError(
                 name, f"{text.name} cannot be read: {error.strerror}", REMEDY, Fault.unreadable
             ) from error
-        return {"id": PurePosixPath(name).with_suffix("").as_posix(), "image": name, "caption": caption}
+        return {"id": os.path.splitext(name)[0], "image": name, "caption": caption}
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the name, size and time of each text."""
