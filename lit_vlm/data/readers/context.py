@@ -35,8 +35,10 @@ _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean"
 
 # Keys that hold the image in rows of tables and image folders, if there is no `image` and no `images`: those of Hugging
 # Face's imagefolder, of usual CSV files, and of img2dataset's parquet (the bytes, named by the image format).
-IMAGE_KEYS = ("file_name", "file_names", "image_path", "image_file", "img_path", "img", "filepath", "file_path")
-IMAGE_KEYS += ("filename", "path", "jpg", "png", "webp")
+IMAGE_KEYS = (
+    *("file_name", "file_names", "image_path", "image_file", "img_path", "img", "filepath", "file_path", "filename"),
+    *("path", "jpg", "png", "webp"),
+)
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff")
 _ADDED_SETTINGS = ("more_image_roots", "columns")  # at their defaults they are no part of a digest
 

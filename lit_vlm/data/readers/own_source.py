@@ -107,8 +107,9 @@ def open_own_source(name: str, config: SourceConfig, settings: ReaderSettings) -
     setting = f"data.sources.{name}.format"
     own_class = import_path(setting, config.format)
     missing = [method for method in ("__len__", "__getitem__") if not hasattr(own_class, method)]
-    if not inspect.isclass(own_class) or missing:
-        found = f"has no {' and no '.join(missing)}" if inspect.isclass(own_class) else "is no class"
+    is_class = inspect.isclass(own_class)
+    if not is_class or missing:
+        found = f"has no {' and no '.join(missing)}" if is_class else "is no class"
         raise UserError(f"{setting}: {config.format} {found}; {_NEEDED}. Give the path of such a class.")
     try:
         source = own_class(name, config)
