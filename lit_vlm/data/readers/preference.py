@@ -30,7 +30,8 @@ from lit_vlm.data.readers.conversation import (
 from lit_vlm.data.readers.messages import convert_turns, read_turns
 from lit_vlm.data.readers.single_turn import make_turn, read_alpaca_prompt, read_history
 from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record
-from lit_vlm.types import Fault, ImagePlaceholder, LazyImage, Message, PreferencePair, Role, SampleKind, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import Fault, ImagePlaceholder, LazyImage, Message, PreferencePair, Role, SampleKind
 
 _SWIFT_KEYS = ("rejected_messages", "rejected_response")
 _PROMPT_KEYS = ("conversations", "messages", "instruction", "question", "query")  # one of them, if there is no `prompt`

@@ -20,7 +20,8 @@ from lit_vlm.data.lazy_images import REMEDY, format_untrusted
 from lit_vlm.data.readers.rows.base import Hasher, get_file_identity
 from lit_vlm.data.readers.rows.json_files import BOM, MAX_ROW_BYTES, read_span
 from lit_vlm.data.readers.rows.offset_cache import StoredArray, load_or_scan
-from lit_vlm.types import RecordError, UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import RecordError, UserError
 
 DELIMITERS = ",;\t|"
 _ENCODINGS = ("utf-8", "cp949")
