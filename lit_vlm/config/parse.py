@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lit_vlm.config.compose import compose_config, compute_defaults_list, list_groups
+from lit_vlm.config.compose import compose_config, compute_defaults_list, is_group_choice, list_groups
 from lit_vlm.config.key_validation import find_choice_errors, find_file_errors, find_override_errors
 from lit_vlm.config.overrides import (
     ConfigError,
@@ -106,7 +106,11 @@ def collect_override_errors(overrides: list[str], *, is_multirun: bool = False) 
         values = [value for text in overrides for value in split_sweep_values(text)]
         overrides = [text for text in values if not parse_override(text).is_sweep_override()]  # Hydra expands ranges
     own_groups = list_groups(overrides)
-    choices = [text for text in overrides if _is_group_choice(text, own_groups)]
+    choices = [
+        text
+        for text in overrides
+        if is_group_choice(text, own_groups) and not get_override_key(text).startswith(("hydra.", "hydra/"))
+    ]
     found = {text: list(find_choice_errors(parse_override(text), overrides)) for text in choices}
     folders = [text for text in overrides if get_override_key(text) == "hydra.searchpath"]
     # After an invalid choice the selected files are unknown; the other overrides are checked without them.
@@ -131,13 +135,6 @@ def _find_remaining_errors(overrides: list[str], override_errors: dict[str, list
     except ConfigError:
         return []
     return [error for error in find_config_errors(config) if "is not set" not in error]
-
-
-def _is_group_choice(override: str, own_groups: list[str]) -> bool:
-    key = get_override_key(override)
-    return not key.startswith(("hydra.", "hydra/")) and (
-        key.partition("@")[0] in own_groups or "/" in key or "@" in key
-    )
 
 
 def _keep_last_choices(choosing: list[str]) -> list[str]:

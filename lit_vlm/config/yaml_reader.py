@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import lru_cache
 from inspect import isclass
 from pathlib import Path
 from types import UnionType
@@ -20,7 +21,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
 from hydra.plugins.config_source import ConfigResult, ConfigSource
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from lit_vlm.config.schema import DPOStageConfig
@@ -92,8 +93,13 @@ def is_text_setting(key: str, raw_value: str) -> bool:
 
 
 def read_settings(path: Path, package: str) -> Any:
-    """Read a file of settings that belong to `package`; None for an empty file."""
+    """Read a file of settings that belong to `package`; None for an empty file. The result is shared: do not change it."""
+    stat = path.stat()
+    return _read_settings_cached(path, package, (stat.st_mtime_ns, stat.st_size))
 
+
+@lru_cache(maxsize=256)
+def _read_settings_cached(path: Path, package: str, _stamp: tuple[int, int]) -> Any:
     def keep_text(keys: KeyPath, written: str) -> bool:
         return keys[:1] not in (("defaults",), ("hydra",)) and is_text_setting(
             ".".join(filter(None, (package, *keys))), written
@@ -107,15 +113,17 @@ class TextKeepingConfigSource(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
+        if not path.is_file():
+            return super().load_config(config_path)
+        header = ConfigSource._get_header_dict(path.read_text(encoding="utf-8")[:512])
         try:
-            result = super().load_config(config_path)
-        except yaml.constructor.ConstructorError:  # also raised by a plain = or <<, which is text here
-            header = ConfigSource._get_header_dict(path.read_text(encoding="utf-8")[:512])
-            config = OmegaConf.create(read_settings(path, _find_package(config_path, header)))
-            return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, header)
-        if isinstance(result.config, DictConfig) and result.config:
-            result.config = OmegaConf.create(read_settings(path, _find_package(config_path, result.header)))
-        return result
+            settings = read_settings(path, _find_package(config_path, header))
+        except yaml.YAMLError:
+            super().load_config(config_path)  # raises an error that names the file
+            raise
+        if not (isinstance(settings, dict) and settings):
+            return super().load_config(config_path)
+        return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", OmegaConf.create(settings), header)
 
 
 def _find_package(config_path: str, header: dict[str, str | None]) -> str:
