@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 
 from lit_vlm.config import schema
+from lit_vlm.config.callbacks import CALLBACKS, Use
 from lit_vlm.config.compose import CONF_DIR, list_choices
 from lit_vlm.config.recipe import list_recipes
 from lit_vlm.config.settings import Setting, describe_type, list_settings, read_field_comments
@@ -86,6 +87,8 @@ def _format_overview() -> str:
         + "\n".join(
             _format_setting(setting) for key in COMMON_SETTINGS for setting in list_settings() if setting.key == key
         ),
+        "CALLBACKS   callbacks=[<name>,<import path of your own class>], or {<name>: {<argument>: <value>}}\n"
+        + _format_callbacks(),
         "EXAMPLES\n" + _format_commands(EXAMPLES),
         "MORE\n" + _format_commands(MORE_COMMANDS),
     ]
@@ -94,6 +97,14 @@ def _format_overview() -> str:
 
 def _format_tasks() -> str:
     return "\n".join(f"  {name:<12}{meaning}" for name, meaning in _get_member_meanings(schema.Task).items())
+
+
+def _format_callbacks() -> str:
+    chosen = {name: entry for name, entry in CALLBACKS.items() if entry.use in (Use.default, Use.named)}
+    return "\n".join(
+        f"  {name:<15}{entry.meaning}{'' if entry.use is Use.default else '; not by default'}"
+        for name, entry in chosen.items()
+    )
 
 
 def _format_recipes() -> str:

@@ -21,13 +21,14 @@ from lit_vlm.config.overrides import (
     get_override_key,
     parse_arguments,
     parse_override,
+    split_sweep_values,
 )
 from lit_vlm.config.pipeline import build_stage_overrides, find_pipeline_errors
 from lit_vlm.config.recipe import SOURCE_TABLE_PREFIXES, get_experiment, is_pipeline, list_stages
 from lit_vlm.config.run_name import get_previous_stage_folder, get_run_name
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
 from lit_vlm.config.settings import list_settings
-from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep, split_sweep_values
+from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep
 from lit_vlm.config.validation import find_config_errors
 from lit_vlm.redaction import find_secret_errors, find_typed_secret_errors
 from lit_vlm.types import UserError

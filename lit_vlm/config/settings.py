@@ -18,6 +18,7 @@ from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 from lit_vlm.config import mapping, schema
 from lit_vlm.config.ranges import NumberRange
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.types import find_nearest
 
 # Names from other programs -> key of this schema.
 KEY_ALIASES = {
@@ -142,6 +143,8 @@ def describe_type(hint: Any) -> str:
     """Describe a type for users: "a number", "one of align, sft, highres, dpo", ..."""
     if get_origin(hint) in (UnionType, Union):
         return " or ".join(describe_type(option) for option in get_args(hint))
+    if hint == list[Any]:
+        return "a list"
     if get_origin(hint) is list:
         return f"a list, each {describe_type(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
@@ -159,12 +162,6 @@ def describe_type(hint: Any) -> str:
     return names.get(hint, "keys and values")
 
 
-def find_nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
-    """Find the choice that is most similar to a word; None if none is similar."""
-    matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
-    return matches[0] if matches else None
-
-
 def find_nearest_key(key: str, keys: list[str]) -> str | None:
     """Find the setting that was probably meant: by a known alias, by the last part of the key, or by similarity."""
     last = key.rpartition(".")[2]
@@ -180,8 +177,3 @@ def find_nearest_key(key: str, keys: list[str]) -> str | None:
     return (
         find_nearest_key(f"{key.rpartition('.')[0]}.{nearest_name}", keys) if nearest_name else find_nearest(key, keys)
     )
-
-
-def format_suggestion(suggestion: str | None) -> str:
-    """Format a suggestion for the end of a message; empty without one."""
-    return f" Did you mean {suggestion}?" if suggestion else ""

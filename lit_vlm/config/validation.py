@@ -30,7 +30,7 @@ from lit_vlm.config.schema import (
     TrainerConfig,
     WeightUnit,
 )
-from lit_vlm.config.settings import find_nearest, format_suggestion, get_field_types
+from lit_vlm.config.settings import get_field_types
 from lit_vlm.config.slurm_options import find_submit_errors
 from lit_vlm.config.stage_validation import (
     find_preference_loss_errors,
@@ -38,7 +38,7 @@ from lit_vlm.config.stage_validation import (
     find_unused_stage_settings,
 )
 from lit_vlm.config.sweep_overrides import find_trial_errors
-from lit_vlm.types import ModelPart, SampleKind
+from lit_vlm.types import ModelPart, SampleKind, find_nearest, format_suggestion
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
 SHARDED_PRECISIONS = (

@@ -24,6 +24,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import OmegaConf
 from omegaconf._utils import get_yaml_loader
 
+from lit_vlm.config.callbacks import convert_to_list
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import get_setting_type
 
@@ -105,7 +106,10 @@ def _read_settings_cached(path: Path, package: str, _stamp: tuple[int, int]) -> 
             ".".join(filter(None, (package, *keys))), written
         )
 
-    return read_yaml(path.read_text(encoding="utf-8"), keep_text, get_yaml_loader())
+    settings = read_yaml(path.read_text(encoding="utf-8"), keep_text, get_yaml_loader())
+    if not package and isinstance(settings, dict) and "callbacks" in settings:
+        settings["callbacks"] = convert_to_list(settings["callbacks"])
+    return settings
 
 
 class TextKeepingConfigSource(FileConfigSource):
