@@ -24,13 +24,7 @@ from lit_vlm.config import callbacks as registry
 from lit_vlm.config.user_classes import find_argument_errors, import_class, inspect_class, instantiate
 from lit_vlm.types import UserError
 
-CALLBACKS: dict[str, type[L.Callback]] = {
-    name: getattr(import_module(entry.class_path.rpartition(".")[0]), entry.class_path.rpartition(".")[2])
-    for name, entry in sorted(registry.CALLBACKS.items(), key=lambda pair: pair[1].order)
-}
-
 __all__ = [
-    "CALLBACKS",
     "Checkpoint",
     "Exchange",
     "Export",
@@ -44,8 +38,15 @@ __all__ = [
     "Report",
     "Samples",
     "Throughput",
+    "get_callback_class",
     "make_callbacks",
 ]
+
+
+def get_callback_class(name: str) -> type[L.Callback]:
+    """Import the class of a callback in the registry."""
+    module, _, class_name = registry.CALLBACKS[name].class_path.rpartition(".")
+    return getattr(import_module(module), class_name)
 
 
 def make_callbacks(
@@ -83,7 +84,7 @@ def check_user_callbacks(chosen: Mapping[str, Mapping[str, Any]]) -> None:
         UserError: a class does not exist, is no callback, or does not have an argument.
     """
     for name, arguments in chosen.items():
-        if name not in CALLBACKS:
+        if name not in registry.CALLBACKS:
             target = import_class("callbacks", name, _is_callback, *EXPECTED_CLASS)
             if errors := list(find_argument_errors(name, arguments, inspect_class(target))):
                 raise UserError(f"callbacks: {errors[0]}")
@@ -99,10 +100,11 @@ def _is_callback(found: type) -> bool:
 def _make_callback(name: str, arguments: Mapping[str, Any], options: dict[str, Any]) -> L.Callback:
     if "." in name:
         return instantiate("callbacks", name, _is_callback, *EXPECTED_CLASS, arguments)
-    if name not in CALLBACKS:
+    if name not in registry.CALLBACKS:
         raise UserError(
-            f"callbacks: there is no callback {name}; there are {', '.join(CALLBACKS)}, "
+            f"callbacks: there is no callback {name}; there are {', '.join(registry.CALLBACKS)}, "
             "or the import path of your own class (my_package.MyCallback)."
         )
-    parameters = inspect.signature(CALLBACKS[name]).parameters
-    return CALLBACKS[name](**{key: value for key, value in options.items() if key in parameters}, **arguments)
+    callback_class = get_callback_class(name)
+    parameters = inspect.signature(callback_class).parameters
+    return callback_class(**{key: value for key, value in options.items() if key in parameters}, **arguments)

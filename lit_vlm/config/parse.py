@@ -29,7 +29,7 @@ from lit_vlm.config.run_name import get_previous_stage_folder, get_run_name
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
 from lit_vlm.config.settings import list_settings
 from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep
-from lit_vlm.config.validation import find_config_errors
+from lit_vlm.config.tasks import TASKS, find_config_errors
 from lit_vlm.redaction import find_secret_errors, find_typed_secret_errors
 from lit_vlm.types import UserError
 
@@ -282,10 +282,8 @@ def _validate_stages(stages: list[str], given: list[str], task: Task) -> None:
 def _create_run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
     if is_pipeline(overrides):
         return Run(config, None, config.recipe, Path(config.run_dir) / config.recipe, given, config.init_from)
-    if config.task is Task.sweep:
-        name = config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
-        return Run(config, None, name, Path(config.run_dir) / name, given, None)
-    name = config.task.value if config.task in (Task.chat, Task.prefer, Task.sync) else get_run_name(overrides)
+    get_task_run_name = TASKS[config.task].get_run_name
+    name = get_run_name(overrides) if get_task_run_name is None else get_task_run_name(config)
     init_from = config.init_from
     if init_from == "previous":
         try:
