@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Any, get_args
@@ -261,7 +262,7 @@ def _escape(text: str) -> str:
     return text.replace("<", "&lt;").replace("|", "\\|")
 
 
-def _format_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _format_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 
