@@ -51,15 +51,6 @@ class UserError(ValueError):
         super().__init__(escape_control_characters(message))
 
 
-def format_count(count: int, noun: str, plural: str | None = None) -> str:
-    """Format a count with its noun: "1 record", "2,000 records".
-
-    Args:
-        plural: the plural of `noun`, where it is not `noun` + "s".
-    """
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
-
-
 def find_nearest(word: str, choices: Iterable[str]) -> str | None:
     """Find the choice that is most similar to a word; None if none is similar."""
     matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)

@@ -11,14 +11,13 @@ from typing import Any
 from urllib.parse import urlparse
 
 from hydra import initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.defaults_list import create_defaults_list
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
+from lit_vlm.compat.hydra import FileComposition, apply_settings
 from lit_vlm.config.overrides import get_override_key, parse_override
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.config.yaml_reader import register_yaml_source
@@ -42,69 +41,29 @@ def register_schema() -> None:
 
 
 @contextmanager
-def _initialize_hydra() -> Iterator[ConfigLoaderImpl]:
+def _initialize_hydra() -> Iterator[ConfigLoader]:
     """Initialise Hydra with conf/ and yield its config loader. This also works inside a job that Hydra runs."""
     register_schema()
     outer, state = GlobalHydra.instance().hydra, GlobalHydra.instance()
     state.clear()
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base=VERSION_BASE, job_name="run"):
-            loader = GlobalHydra.instance().config_loader()
-            assert isinstance(loader, ConfigLoaderImpl)
-            yield loader
+            yield GlobalHydra.instance().config_loader()
     finally:
         GlobalHydra.instance().hydra = outer
-
-
-class FileComposition:
-    """The files of conf/ that a set of choices selects, and the config that Hydra composes of them.
-
-    Attributes:
-        files: the files in merge order.
-    """
-
-    def __init__(self, choices: tuple[str, ...]) -> None:
-        with _initialize_hydra() as self._loader:
-            parsed, self._repository = self._loader._parse_overrides_and_create_caching_repo("config", list(choices))
-            selected = create_defaults_list(self._repository, "config", parsed, prepend_hydra=True, skip_missing=False)
-        self.files, self._parsed, self._settings = tuple(selected.defaults), parsed, selected.config_overrides
-        self._outcome: DictConfig | Exception | None = None
-
-    @property
-    def config(self) -> DictConfig:
-        """The composed config. An error is kept as well: Hydra's repository serves for one composition."""
-        if self._outcome is None:
-            try:
-                self._outcome = self._compose()
-            except Exception as error:
-                self._outcome = error
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
-
-    def _compose(self) -> DictConfig:
-        self._loader.validate_sweep_overrides_legal(self._parsed, RunMode.RUN, from_shell=False)
-        config = self._loader._compose_config_from_defaults_list(list(self.files), self._repository)
-        OmegaConf.set_struct(config, True)
-        OmegaConf.set_readonly(config.hydra, False)
-        ConfigLoaderImpl._apply_overrides_to_config(self._settings, config)
-        with open_dict(config):
-            del config["hydra"]
-        return config
 
 
 @lru_cache(maxsize=64)
 def _select_files(choices: tuple[str, ...], _stamp: FileStamp) -> FileComposition:
     """Select the files of these choices, anew after a file of the user's folders changed."""
-    return FileComposition(choices)
+    with _initialize_hydra() as loader:
+        return FileComposition(loader, "config", list(choices))
 
 
 @lru_cache(maxsize=256)
 def _compose_cached(choices: tuple[str, ...], settings: tuple[str, ...], stamp: FileStamp) -> DictConfig:
     config = copy.deepcopy(_select_files(choices, stamp).config)
-    parsed = [parse_override(text) for text in settings]
-    ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, RunMode.RUN, from_shell=False)
-    ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
+    apply_settings([parse_override(text) for text in settings], config)
     OmegaConf.set_readonly(config, True)
     return config
 

@@ -16,14 +16,11 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 from antlr4 import InputStream, Token
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.plugins import Plugins
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
-from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
 
+from lit_vlm.compat.hydra import BaseFileSource, get_yaml_loader, read_header, register_file_source
 from lit_vlm.config.callbacks import convert_to_list
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import get_setting_type
@@ -112,14 +109,14 @@ def _read_settings_cached(path: Path, package: str, _stamp: tuple[int, int]) -> 
     return settings
 
 
-class TextKeepingConfigSource(FileConfigSource):
+class TextKeepingConfigSource(BaseFileSource):
     """Config source for Hydra that reads YAML files by the types of the schema."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        path = Path(self.path) / self._normalize_file_name(config_path)
+        path = self.get_path(config_path)
         if not path.is_file():
             return super().load_config(config_path)
-        header = ConfigSource._get_header_dict(path.read_text(encoding="utf-8")[:512])
+        header = read_header(path.read_text(encoding="utf-8")[:512])
         try:
             settings = read_settings(path, _find_package(config_path, header))
         except yaml.YAMLError:
@@ -143,8 +140,7 @@ def _find_package(config_path: str, header: dict[str, str | None]) -> str:
 
 def register_yaml_source() -> None:
     """Make Hydra read its files through `TextKeepingConfigSource`."""
-    Plugins.instance()  # registers Hydra's own sources first
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = TextKeepingConfigSource
+    register_file_source(TextKeepingConfigSource)
 
 
 def quote_text(override: str) -> str:
