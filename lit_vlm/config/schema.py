@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.callbacks import list_default_callbacks
 from lit_vlm.config.mapping import MappingConfig
 from lit_vlm.config.ranges import (
     ABOVE_0,
@@ -256,7 +257,7 @@ class SourceConfig:
     hub_config: str | None = None  # configuration of a hub dataset that has several
     split: str | None = None  # train, validation or test, from file names in a folder; null: train for a hub dataset
     revision: str | None = None  # commit, tag or branch of a hub dataset
-    format: str = "auto"  # name of `Format`, or the import path of your own class of sources: my_package.MySource
+    format: str = "auto"  # a format of docs/formats.md, or the import path of your own class: my_package.MySource
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     mapping: MappingConfig | None = None  # format=mapped: location of image, question and answer in a record
     prompts: list[str] = field(default_factory=list)  # questions for records without one; one is chosen by digest
@@ -567,9 +568,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
-    callbacks: list[str] = field(
-        default_factory=lambda: ["throughput", "language_loss", "guard", "samples", "report"]
-    )  # import paths of your own classes, added to the default; or default names, which exclude the others
+    callbacks: list[Any] = field(
+        default_factory=list_default_callbacks
+    )  # names or {name: {argument: value}}: your own classes by import path, added to the default; or some of the default
     export: bool = (
         True  # export the model to hf/; false: keep only the last checkpoint, from which task=export makes hf/
     )

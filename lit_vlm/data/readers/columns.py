@@ -7,10 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from lit_vlm.config.schema import ColumnsConfig
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.data.lazy_images import format_untrusted
 from lit_vlm.data.readers.rows import Rows
-from lit_vlm.types import RecordError, UserError
+from lit_vlm.types import RecordError, UserError, find_nearest, format_suggestion
 
 _NUM_CHECKED_ROWS = 100  # rows in which a column must be found at least once
 

@@ -8,19 +8,18 @@ or a `PreferencePair`, or a row (a dict) of any format that `format=auto` knows.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from lit_vlm.config.callbacks import import_path
 from lit_vlm.config.schema import SourceConfig
+from lit_vlm.config.user_classes import import_class
 from lit_vlm.data.readers.columns import rename_columns
 from lit_vlm.data.readers.context import ReaderSettings, RecordContext, describe_type
 from lit_vlm.data.readers.formats import read_any_format
 from lit_vlm.types import PreferencePair, Record, RecordError, Sample, Source, UserError
 
-_NEEDED = "a class of sources has __len__, __getitem__ and digest (Source in lit_vlm/types.py)"
+_NEEDED = "a class of sources, which has __len__, __getitem__ and digest (Source in lit_vlm/types.py)"
 
 
 class OwnSource:
@@ -105,12 +104,7 @@ def open_own_source(name: str, config: SourceConfig, settings: ReaderSettings) -
         UserError: the class cannot be imported, is no class of sources, or raises.
     """
     setting = f"data.sources.{name}.format"
-    own_class = import_path(setting, config.format)
-    missing = [method for method in ("__len__", "__getitem__") if not hasattr(own_class, method)]
-    is_class = inspect.isclass(own_class)
-    if not is_class or missing:
-        found = f"has no {' and no '.join(missing)}" if is_class else "is no class"
-        raise UserError(f"{setting}: {config.format} {found}; {_NEEDED}. Give the path of such a class.")
+    own_class = import_class(setting, config.format, _has_records, _NEEDED, "Give the path of such a class")
     try:
         source = own_class(name, config)
     except (UserError, MemoryError):
@@ -128,6 +122,10 @@ def open_own_source(name: str, config: SourceConfig, settings: ReaderSettings) -
     return wrapper(source, settings, config.num_samples if config.fraction is None else None)
 
 
+def _has_records(own_class: type) -> bool:
+    return hasattr(own_class, "__len__") and hasattr(own_class, "__getitem__")
+
+
 def _get_digest(source: Any, setting: str) -> str:
     try:
         digest = source.digest
@@ -139,7 +137,7 @@ def _get_digest(source: Any, setting: str) -> str:
         digest = repr(digest)
     raise UserError(
         f"{setting}: its digest is {digest}; a text is needed that changes when the records change, "
-        f"e.g. of the file's size and time. {_NEEDED[0].upper()}{_NEEDED[1:]}."
+        f"e.g. of the file's size and time."
     )
 
 
