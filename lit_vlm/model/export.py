@@ -25,8 +25,10 @@ from lit_vlm.anyres import ImageSettings
 from lit_vlm.files import move_into_place
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
-from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, read_initial_values
+from lit_vlm.model.skeleton import EMBEDDINGS, build_on_meta, read_initial_values
+from lit_vlm.model.spec import OWN_SETTINGS_FILE
 from lit_vlm.model.tensor_files import MAX_SHARD_SIZE, split_into_files, write_index
+from lit_vlm.model.vocabulary import HEAD
 
 
 class MergedStateDict:
@@ -157,7 +159,6 @@ def _list_adapters(layer: Any) -> list[str]:
 
 _PATH_KEY = re.compile(r"(^|_)(name_or_path|file|path|dir|folder)$")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-OWN_SETTINGS_FILE = "lit_vlm.json"  # settings that transformers has no field for; only `tiling` is read back
 
 
 def export_model(

@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,12 @@ from lit_vlm.model import families
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import init_adapter
 from lit_vlm.model.packed_forward import LogProbHead
-from lit_vlm.model.vocabulary import extend_embeddings, resolve_weight_tying
-from lit_vlm.model.weights import InitialWeights, find_tensor_locations
+from lit_vlm.model.spec import ModelSpec
+from lit_vlm.model.vocabulary import HEAD, extend_embeddings
+from lit_vlm.model.weights import InitialWeights, find_tensor_locations, resolve_weight_tying
 from lit_vlm.types import UserError, format_count
 
-if TYPE_CHECKING:
-    from lit_vlm.model.build import ModelSpec
-
-
-EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 _is_deferring: ContextVar[bool] = ContextVar("defer_weights", default=False)
 

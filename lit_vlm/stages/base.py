@@ -20,12 +20,12 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing, parse_checkpointing_level
-from lit_vlm.model.build import ModelSpec
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import add_lora
 from lit_vlm.model.matmul_dtypes import MatmulDtypeCounter, warn_about_float32_matmuls
 from lit_vlm.model.parts import PartSummary, freeze_except, set_train_modes, summarize_parts
 from lit_vlm.model.skeleton import defer_weights, fill_skeleton, is_deferring_weights, read_exact_values
+from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import TrainableTokens
 from lit_vlm.model.weights import NotShardLoadableError
 from lit_vlm.stages.caches import FeatureCache, build_feature_cache

@@ -16,8 +16,9 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.losses.preference import SORTING_LOSS_TYPES, PreferenceLoss, PreferenceOutput, pad_answer_scores
-from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.lora import disable_adapters
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.stages.base import Stage
 from lit_vlm.stages.caches import ReferenceLogProbCache, fill_cache, get_cache_folder
 from lit_vlm.stages.model_init import ModelLike

@@ -15,9 +15,10 @@ from lit_vlm.anyres import ImageSettings, Tiling
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.activation_checkpointing import has_checkpointed_layers
-from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.model.parts import get_part
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.types import ModelPart, UserError
 
 ResolvedModel: TypeAlias = ModelSpec | LlavaOnevisionForConditionalGeneration | dict[str, Any]

@@ -17,8 +17,8 @@ from lit_vlm.distributed.sharded_state import StateKind, TensorShard
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.files import CorruptFileError
-from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.export import export_model
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
 from lit_vlm.runs.rebuild import read_config_file
 from lit_vlm.runs.run_folder import (

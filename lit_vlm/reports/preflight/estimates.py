@@ -32,9 +32,9 @@ from lit_vlm.cost import (
 )
 from lit_vlm.cost.memory import NUM_ADAM_MOMENTS, Precision, compute_host_bytes
 from lit_vlm.cost.strategy import CPU_REASON, MOSTLY_FROZEN_SHARE, SHARDINGS
-from lit_vlm.model.build import ModelSpec, build_on_meta
 from lit_vlm.model.parts import get_part
-from lit_vlm.model.skeleton import list_frozen_matrices, list_matrices
+from lit_vlm.model.skeleton import build_on_meta, list_frozen_matrices, list_matrices
+from lit_vlm.model.spec import ModelSpec
 from lit_vlm.reports.preflight.facts import (
     DiskRow,
     Finding,
