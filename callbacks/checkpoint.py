@@ -25,7 +25,8 @@ from lit_vlm.checkpoint import (
 )
 from lit_vlm.checkpoint.loop import get_pending_metrics, move_validation_to_previous_step, set_loop_position
 from lit_vlm.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, gather_objects
-from lit_vlm.distributed.sharded_state import ShardedState, get_sharded_state
+from lit_vlm.distributed.engine_state import get_sharded_state
+from lit_vlm.distributed.sharded_state import ShardedState
 from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
 from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
 from lit_vlm.runs.run_folder import get_package_versions

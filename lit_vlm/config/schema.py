@@ -8,7 +8,7 @@ beside it (`lit_vlm/config/ranges.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
 from omegaconf import MISSING
@@ -36,6 +36,7 @@ from lit_vlm.config.ranges import (
     SIGNAL_SECONDS,
     ranged,
 )
+from lit_vlm.model.projectors import PROJECTORS
 from lit_vlm.types import Language, ModelPart
 
 # OmegaConf writes an enum by the name of its member, so every name equals its value.
@@ -54,11 +55,8 @@ class Task(Enum):
     chat = "chat"  # chat with a finished model
 
 
-class ProjectorName(Enum):
-    """Architecture of the projector between the vision tower and the language model."""
-
-    mlp2x_gelu = "mlp2x_gelu"  # LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear
-    linear = "linear"  # LLaVA
+# Projector between the vision tower and the language model, from the registry.
+ProjectorName = StrEnum("ProjectorName", {name: name for name in PROJECTORS})  # type: ignore[misc]
 
 
 class StageName(Enum):
@@ -204,7 +202,7 @@ class ModelConfig:
 
     vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
-    projector: ProjectorName = ProjectorName.mlp2x_gelu
+    projector: ProjectorName = ProjectorName["mlp2x_gelu"]
     vision_feature_layer: int | None = ranged(
         None, LAYER
     )  # layer whose output goes to the projector; null: second to last; later layers are removed

@@ -38,6 +38,7 @@ from lit_vlm.config.stage_validation import (
     find_unused_stage_settings,
 )
 from lit_vlm.config.sweep_overrides import find_trial_errors
+from lit_vlm.model.projectors import PROJECTORS, list_exportable_projectors
 from lit_vlm.types import ModelPart, SampleKind
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
@@ -89,6 +90,7 @@ def find_config_errors(config: RunConfig) -> list[str]:
         return errors
     return [
         *errors,
+        *_find_projector_errors(config),
         *_find_stage_errors(config),
         *_find_data_errors(config.data),
         *_find_pair_errors(config),
@@ -114,6 +116,15 @@ def _find_stage_errors(config: RunConfig) -> Iterator[str]:
         yield from _find_part_errors(field.name, getattr(stage.parts, field.name), field.name in trainable)
     if isinstance(stage, DPOStageConfig):
         yield from find_preference_loss_errors(stage)
+
+
+def _find_projector_errors(config: RunConfig) -> Iterator[str]:
+    name = str(config.model.projector)
+    if config.export and config.init_from is None and not PROJECTORS[name].is_exportable:
+        yield (
+            f"export: a model with model.projector={name} cannot be exported, plain transformers has no such projector. Set"
+            f" export=false, or choose {list_exportable_projectors()}."
+        )
 
 
 def _find_part_errors(name: str, part: PartConfig, is_trainable: bool) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Sharded state under FSDP2 and hsdp: a rank holds some rows of each weight and of its moments."""
+"""Sharded state of each strategy: under FSDP2 and hsdp rows of each weight and of its moments, under ZeRO slices."""
 
 from __future__ import annotations
 
@@ -6,13 +6,33 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lit_vlm.distributed.sharded_state import MOMENTS, StateKind, TensorShard, get_adam_state
+from lit_vlm.distributed.sharded_state import (
+    MOMENTS,
+    ReplicatedState,
+    ShardedState,
+    StateKind,
+    TensorShard,
+    get_adam_state,
+)
+
+
+def get_sharded_state(trainer: L.Trainer) -> ShardedState:
+    """Return this rank's part of the trainable state. Call it once the strategy has set up model and optimizer."""
+    module: Any = trainer.lightning_module
+    model, optimizer = getattr(module, "model", module), trainer.optimizers[0]
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        return ZeroShardedState(model, optimizer)
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return FSDPShardedState(model, optimizer)
+    return ReplicatedState(model, optimizer, trainer.global_rank)
 
 
 class FSDPShardedState:

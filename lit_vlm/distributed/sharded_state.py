@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from lit_vlm.types import UserError
@@ -126,21 +124,3 @@ class ReplicatedState:
 def _flatten(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor as a flat view [n]."""
     return tensor.detach().view(-1)
-
-
-__all__ = ["ReplicatedState", "ShardedState", "StateKind", "TensorShard", "get_sharded_state"]
-
-
-def get_sharded_state(trainer: L.Trainer) -> ShardedState:
-    """Return this rank's part of the trainable state. Call it once the strategy has set up model and optimizer."""
-    module: Any = trainer.lightning_module
-    model, optimizer = getattr(module, "model", module), trainer.optimizers[0]
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
-        from lit_vlm.distributed.engine_state import ZeroShardedState
-
-        return ZeroShardedState(model, optimizer)
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        from lit_vlm.distributed.engine_state import FSDPShardedState
-
-        return FSDPShardedState(model, optimizer)
-    return ReplicatedState(model, optimizer, trainer.global_rank)

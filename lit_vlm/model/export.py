@@ -25,10 +25,12 @@ from lit_vlm.anyres import ImageSettings
 from lit_vlm.files import move_into_place
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
+from lit_vlm.model.projectors import get_projector, list_exportable_projectors
 from lit_vlm.model.skeleton import EMBEDDINGS, build_on_meta, read_initial_values
 from lit_vlm.model.spec import OWN_SETTINGS_FILE
 from lit_vlm.model.tensor_files import MAX_SHARD_SIZE, split_into_files, write_index
 from lit_vlm.model.vocabulary import HEAD
+from lit_vlm.types import UserError
 
 
 class MergedStateDict:
@@ -189,7 +191,11 @@ def export_model(
         before_each_weight: called before each weight, on every rank that calls this function, to report progress. It
             may also be used to synchronise the other ranks with the writer.
         max_shard_size: weights are split into files of at most this size.
+
+    Raises:
+        UserError: transformers' classes cannot hold the model's projector.
     """
+    require_exportable_projector(model)
     state_dict = MergedStateDict(model, gather_weight)
     files = split_into_files(state_dict.tensors, max_shard_size)
     if not is_writer:
@@ -212,6 +218,16 @@ def export_model(
     if folder.exists():
         shutil.rmtree(folder)
     move_into_place(temporary, folder)
+
+
+def require_exportable_projector(model: LlavaOnevisionForConditionalGeneration) -> None:
+    """Raise UserError for a projector that transformers' classes do not have: they would initialise it at random."""
+    projector = get_projector(model.config)
+    if not projector.is_exportable:
+        raise UserError(
+            f"The projector {projector.name} is none of transformers, whose LLaVA-OneVision class would load the model with a random "
+            f"projector, so it is not exported. Set export=false, or choose another model.projector: {list_exportable_projectors()}."
+        )
 
 
 def _iterate_with_hook(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:

@@ -22,9 +22,10 @@ from transformers import (
 from transformers.utils import cached_file
 
 from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
-from lit_vlm.config.schema import ModelConfig, ProjectorName
+from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model import families
 from lit_vlm.model.hub import get_first_line, raise_folder_errors
+from lit_vlm.model.projectors import PROJECTORS, Projector
 from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, add_special_tokens, wrap_chat_template
 from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
 
@@ -170,17 +171,23 @@ def _make_parts_spec(model: ModelConfig, hub_options: dict[str, Any]) -> ModelSp
         text_config=text,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
-        projector_hidden_act="gelu" if model.projector is ProjectorName.mlp2x_gelu else "linear",
         image_grid_pinpoints=[
             list(pair) for pair in make_grid_pinpoints(vision.image_size, model.grid or DEFAULT_GRID)
         ],
         vision_aspect_ratio=f"anyres_max_{model.max_tiles or DEFAULT_MAX_TILES}",
         tie_word_embeddings=bool(text.tie_word_embeddings),
+        **_select_projector(str(model.projector)).config_values,
     )
     images = _load_image_settings(model.vision_tower, config, hub_options)
     tokenizer = _load_tokenizer(model.language_model, hub_options)
     parts: dict[str, Any] = {"vision_tower": model.vision_tower, "language_model": model.language_model}
     return ModelSpec(config, tokenizer, images, [], **parts, **hub_options)
+
+
+def _select_projector(name: str) -> Projector:
+    if name not in PROJECTORS:
+        raise UserError(f"model.projector={name}: there is no such projector; there are {', '.join(PROJECTORS)}.")
+    return PROJECTORS[name]
 
 
 def _drop_unused_layers(vision: Any, layer: int | list[int]) -> None:
