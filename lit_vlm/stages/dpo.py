@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.losses.preference import SORTING_LOSS_TYPES, PreferenceLoss, PreferenceOutput, pad_answer_scores
+from lit_vlm.losses.loss_types import find_sorting_losses
+from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, pad_answer_scores
 from lit_vlm.model.build import build_model
 from lit_vlm.model.lora import disable_adapters
 from lit_vlm.model.spec import ModelSpec, load_model_spec
@@ -149,7 +150,7 @@ class DPOStage(Stage):
         """Refuse losses that sort the whole batch when it is split into micro-batches."""
         super().on_fit_start()
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        sorting_losses = [name for name in self.hparams["loss_type"] if name in SORTING_LOSS_TYPES]
+        sorting_losses = find_sorting_losses(self.hparams["loss_type"])
         if sorting_losses and micro_batches > 1:
             raise UserError(
                 f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and this one is dealt into {micro_batches} micro-batches. "

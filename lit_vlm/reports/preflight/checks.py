@@ -13,7 +13,7 @@ from lit_vlm.config.schema import (
     RunConfig,
 )
 from lit_vlm.data.quarantine import format_unused_keys
-from lit_vlm.losses.preference import SORTING_LOSS_TYPES
+from lit_vlm.losses.loss_types import find_sorting_losses
 from lit_vlm.reports.preflight.facts import Finding, MemoryFacts, PreflightFacts, Severity, SourceRow
 from lit_vlm.reports.preflight.page import format_bytes, format_percent
 from lit_vlm.types import Fault, ModelPart, format_count
@@ -142,7 +142,7 @@ def _check_plan(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
         )
         yield Finding(Severity.warning, what, "Raise data.global_batch_size, or use fewer devices.")
     if isinstance(config.stage, DPOStageConfig):
-        sorting_losses = [name for name in config.stage.loss_type if name in SORTING_LOSS_TYPES]
+        sorting_losses = find_sorting_losses(config.stage.loss_type)
         if sorting_losses and plan.k * plan.world_size > 1:
             yield Finding(
                 Severity.failure,
