@@ -182,7 +182,7 @@ class BareLoopStrategy(ZeroStrategy):
         stage = make_stage(self.blueprint)
         stage.configure_model()
         stage.set_train_modes()
-        optimizer = make_optimizer(stage.model, stage.optimizer_options)
+        optimizer = make_optimizer(stage.model, stage.config)
         engine, *_ = deepspeed.initialize(model=stage.model, optimizer=optimizer, config=self.config)
         world = self.world_size
 

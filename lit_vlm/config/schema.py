@@ -7,7 +7,7 @@ beside it (`lit_vlm/config/ranges.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
 from typing import Any
 
@@ -364,6 +364,25 @@ class StageConfig:
     cache_features: bool = False  # compute a frozen tower's features once before training, in data.index_dir; large
     parts: PartsConfig = field(default_factory=PartsConfig)
 
+    @property
+    def preference_losses(self) -> list[str]:
+        """Names of the preference losses; empty for a stage with next-token loss."""
+        return []
+
+    @property
+    def model_folders(self) -> list[str]:
+        """Folders or hub ids of models that the stage reads besides the one that it trains."""
+        return []
+
+    @property
+    def has_reference_model(self) -> bool:
+        """True if a reference model runs in each step."""
+        return False
+
+    def make_export_config(self) -> StageConfig:
+        """Make the settings of a stage that only builds the trained model: without caches and other models."""
+        return replace(self, cache_features=False)
+
 
 @dataclass(kw_only=True, slots=True)
 class DPOStageConfig(StageConfig):
@@ -384,6 +403,30 @@ class DPOStageConfig(StageConfig):
     cache_reference: bool = (
         False  # compute the reference log-probabilities once before training, in data.index_dir for other runs
     )
+
+    @property
+    def preference_losses(self) -> list[str]:
+        return self.loss_type
+
+    @property
+    def model_folders(self) -> list[str]:
+        return [self.reference] if self.reference else []
+
+    @property
+    def has_reference_model(self) -> bool:
+        return not self.cache_reference
+
+    def make_export_config(self) -> StageConfig:
+        return replace(self, cache_features=False, reference=None, cache_reference=True)
+
+
+# Config class of each stage; `config_class` of its class in `STAGES` is the same.
+STAGE_CONFIGS: dict[StageName, type[StageConfig]] = {
+    StageName.align: StageConfig,
+    StageName.sft: StageConfig,
+    StageName.highres: StageConfig,
+    StageName.dpo: DPOStageConfig,
+}
 
 
 @dataclass(kw_only=True, slots=True)

@@ -49,8 +49,8 @@ class Setting:
 
 
 def get_stage_config_class(name: str | None) -> type[StageConfig]:
-    """Return the config dataclass of a stage; every stage except dpo has the plain one."""
-    return DPOStageConfig if name == schema.StageName.dpo.value else StageConfig
+    """Return the config dataclass of a stage; the plain one for an unknown name."""
+    return {stage.value: config_class for stage, config_class in schema.STAGE_CONFIGS.items()}.get(name, StageConfig)
 
 
 @cache

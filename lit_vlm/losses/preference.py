@@ -84,15 +84,15 @@ class PreferenceLoss:
     """Preference loss as a function of scores: TRL's losses by TRL's code, others by their entry in `PREFERENCE_LOSSES`.
 
     Args:
-        settings: keyword arguments of `DPOStageConfig`: loss_type, loss_weights, beta, label_smoothing, ... Names and
-            meanings are those of `trl.DPOConfig`.
+        config: settings of the stage. Names and meanings are those of `trl.DPOConfig`.
+        settings: or fields of `DPOStageConfig` as keyword arguments: loss_type, loss_weights, beta, label_smoothing, ...
 
     Raises:
         UserError: settings that TRL's own trainer refuses, an unknown loss, numbers that the formulas cannot use.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self.settings = stage = DPOStageConfig(**settings)
+    def __init__(self, config: DPOStageConfig | None = None, **settings: Any) -> None:
+        self.settings = stage = config or DPOStageConfig(**settings)
         for error in (*find_range_errors(stage, "stage."), *find_preference_loss_errors(stage)):
             raise UserError(error)
         self.loss_weights = dict(zip(stage.loss_type, stage.loss_weights or [1.0] * len(stage.loss_type), strict=True))

@@ -16,7 +16,7 @@ from callbacks import make_callbacks
 from lit_vlm.checkpoint import CheckpointFolder, RunFingerprint
 from lit_vlm.config import Run
 from lit_vlm.config.callbacks import choose_callbacks
-from lit_vlm.config.schema import ActivationCheckpointing, DebugMode, RunConfig
+from lit_vlm.config.schema import DebugMode, RunConfig
 from lit_vlm.distributed.ranks import is_restarted
 from lit_vlm.distributed.trainer import DEBUG_FAST_STEPS, close_process_group, make_trainer
 from lit_vlm.fault_tolerance.exit_status import CoordinatedExit
@@ -252,15 +252,11 @@ def make_run_fingerprint(folder: RunFolder, data: StageData) -> RunFingerprint:
 
 def make_stage(spec: ModelSpec, config: RunConfig) -> Stage:
     """Make the stage of these settings: its class, options, precision of trainable and frozen weights. Reads no weights."""
-    options = to_plain(asdict(config.stage))
-    # `auto` is not resolved yet: such a stage is used for its sizes only
-    if options["activation_checkpointing"] == ActivationCheckpointing.auto.value:
-        options["activation_checkpointing"] = ActivationCheckpointing.none.value
     precision = config.trainer.precision
     dtype = "bfloat16" if precision == "bf16-true" else "float32"
     frozen_dtype = "bfloat16" if precision == "bf16-mixed" else None
-    return STAGES[options.pop("name")](
-        spec, **options, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen_dtype, seed=config.seed
+    return STAGES[config.stage.name.value](
+        spec, config.stage, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen_dtype, seed=config.seed
     )
 
 
