@@ -52,11 +52,19 @@ class PreferenceLossType:
 
 
 def _make_trl_loss(
-    compute_zero_margin: Callable[[PreferenceSettings], float] | float | None, *options: str, **more: bool
+    compute_zero_margin: Callable[[PreferenceSettings], float] | float | None,
+    *options: str,
+    sorts_batch: bool = False,
+    is_token_mean: bool = False,
 ) -> PreferenceLossType:
     """Make the entry of a loss of TRL, from the function of its value at zero margin or the value itself."""
     compute = (lambda _: compute_zero_margin) if isinstance(compute_zero_margin, float) else compute_zero_margin
-    return PreferenceLossType(compute_zero_margin=compute, options=frozenset(options), **more)
+    return PreferenceLossType(
+        compute_zero_margin=compute,
+        options=frozenset(options),
+        sorts_batch=sorts_batch,
+        is_token_mean=is_token_mean,
+    )
 
 
 def _compute_exo_zero_margin(settings: PreferenceSettings) -> float:

@@ -22,6 +22,7 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.config.model_settings import build_stage_config, convert_to_plain
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import StageConfig, StageName
+from lit_vlm.losses.next_token import compute_next_token_loss
 from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import add_lora
@@ -275,7 +276,7 @@ class Stage(L.LightningModule):
 
         The parts of all micro-batches and ranks add up to the loss of the step.
         """
-        return self.compute_token_losses(batch).sum() / max(1, batch.step_supervised_tokens)
+        return compute_next_token_loss(self.compute_token_losses(batch), batch.step_supervised_tokens)
 
     def compute_token_losses(self, batch: Batch) -> Tensor:
         """Compute the cross-entropy loss of each supervised token, [R] nats."""

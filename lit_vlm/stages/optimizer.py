@@ -60,13 +60,13 @@ def count_dimensions(parameter: nn.Parameter) -> int:
 def make_scheduler(
     optimizer: torch.optim.Optimizer, config: StageConfig, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Make the learning-rate schedule (scheduler), with one curve for each parameter group."""
+    """Make the learning rate schedule (scheduler), with one curve for each parameter group."""
     lr_lambdas = [make_lr_lambda(config, ModelPart(group["part"]), num_steps) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambdas)
 
 
 def make_lr_lambda(config: StageConfig, part: ModelPart, num_steps: int) -> Callable[[int], float]:
-    """Make the learning-rate schedule of a part: a linear warm-up, then the decay to its minimum.
+    """Make the learning rate schedule of a part: a linear warm-up, then the decay to its minimum.
 
     Returns:
         a function of the step that returns the fraction of the peak learning rate, as torch's LambdaLR needs it.
