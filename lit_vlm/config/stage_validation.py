@@ -9,6 +9,7 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.config.mapping import MappingConfig, RegionTask
 from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, StrategyName
 from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import (
     F_DIVERGENCE,
     LABEL_SMOOTHING,
@@ -16,7 +17,6 @@ from lit_vlm.losses.loss_types import (
     find_sorting_losses,
     list_losses_with,
 )
-from lit_vlm.types import format_count
 
 F_DIVERGENCE_TYPES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 

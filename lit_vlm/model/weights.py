@@ -22,10 +22,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
+from lit_vlm.compat.transformers import can_tie
+from lit_vlm.formatting import format_count
 from lit_vlm.model.parts import UNUSED_PARAMETERS
 from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import HEAD, untie_embeddings
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 TABLES = (HEAD, "embed_tokens.weight")
@@ -249,7 +251,7 @@ def resolve_weight_tying(
             Loading removes a pair of different tables from its `all_tied_weights_keys`.
     """
     tied_by_config = getattr(loaded.config, "tie_word_embeddings", False)
-    if not tied_by_config or HEAD not in (loaded._tied_weights_keys or {}) or HEAD in loaded.all_tied_weights_keys:
+    if not tied_by_config or not can_tie(loaded, HEAD) or HEAD in loaded.all_tied_weights_keys:
         return
     untie_embeddings(model)
     spec.config.tie_word_embeddings = spec.config.text_config.tie_word_embeddings = False

@@ -19,9 +19,11 @@ from torchmetrics import MeanMetric
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.compat.lightning import get_batch_index, get_trainer, set_hparams
 from lit_vlm.config.model_settings import build_stage_config, convert_to_plain
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import StageConfig, StageName
+from lit_vlm.formatting import format_count
 from lit_vlm.losses.next_token import compute_next_token_loss
 from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing
 from lit_vlm.model.generate import generate
@@ -46,7 +48,7 @@ from lit_vlm.stages.model_init import (
     resolve_model,
 )
 from lit_vlm.stages.optimizer import get_lora, make_optimizer, make_scheduler
-from lit_vlm.types import Batch, ModelPart, UserError, format_count
+from lit_vlm.types import Batch, ModelPart, UserError
 
 
 class Stage(L.LightningModule):
@@ -91,8 +93,7 @@ class Stage(L.LightningModule):
         build = {"tiling": tiling, "dtype": dtype, "frozen_dtype": frozen_dtype, "seed": seed}
         # plain containers only, so that load_from_checkpoint needs no trust
         self.hparams.update(convert_to_plain(self.config) | build)
-        self._set_hparams(dict(self.hparams))
-        self._log_hyperparams = False  # the run folder's config.yaml has them, and more
+        set_hparams(self, dict(self.hparams))  # not to the logger: the run folder's config.yaml has them, and more
         self.trainable = [ModelPart(name) for name in self.config.trainable]
         self.tiling = Tiling(tiling)
         self.model: LlavaOnevisionForConditionalGeneration | None = None
@@ -297,11 +298,11 @@ class Stage(L.LightningModule):
 
     def _compute_gradient_sums(self) -> dict[str, float]:
         assert self.model is not None
-        return compute_gradient_sums(self.model, getattr(self._trainer, "strategy", None))
+        return compute_gradient_sums(self.model, getattr(get_trainer(self), "strategy", None))
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
         """Sum the loss over micro-batches and log it at the last one as `train/loss`."""
-        micro_batch = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
+        micro_batch = get_batch_index(self.trainer) % self.trainer.accumulate_grad_batches
         self._accumulated_loss = loss if micro_batch == 0 else self._accumulated_loss + loss
         self._step_tiles = batch.step_tiles
         if micro_batch == self.trainer.accumulate_grad_batches - 1:

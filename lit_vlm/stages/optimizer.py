@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_vlm.compat.lightning import allow_clipping
 from lit_vlm.config.schema import LearningRateSchedule, LoraConfig, StageConfig
 from lit_vlm.model.parts import iter_parameters
 from lit_vlm.types import ModelPart
@@ -43,9 +44,7 @@ def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
     optimizer = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_eps, fused=True
     )
-    # Lightning refuses to clip the gradients of an optimizer that can unscale them itself, as the fused one can. Under
-    # bf16-mixed there is no scale, and under 16-mixed the scaler then unscales before clipping.
-    optimizer._step_supports_amp_scaling = False
+    allow_clipping(optimizer)
     return optimizer
 
 

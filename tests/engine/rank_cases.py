@@ -12,7 +12,7 @@ from support import blueprint_of, builtin
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.distributed.engine_state import get_sharded_state
+from lit_vlm.distributed.sharded_state import get_sharded_state
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.model.generate import generate
 from lit_vlm.stages import STAGES, Stage

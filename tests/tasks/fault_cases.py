@@ -11,7 +11,7 @@ import lightning as L
 import torch
 
 from callbacks.checkpoint import _count_updates
-from lit_vlm.distributed.engine_state import get_sharded_state
+from lit_vlm.distributed.sharded_state import get_sharded_state
 from lit_vlm.stages.base import Stage
 
 SMALL = ["data.global_batch_size=12", "data.tokens_per_micro_batch=120"]  # three micro-batches on two ranks

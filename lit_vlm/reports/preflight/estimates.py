@@ -32,6 +32,7 @@ from lit_vlm.cost import (
 )
 from lit_vlm.cost.memory import NUM_ADAM_MOMENTS, Precision, compute_host_bytes
 from lit_vlm.cost.strategy import CPU_REASON, MOSTLY_FROZEN_SHARE, SHARDINGS
+from lit_vlm.formatting import format_bytes, format_count
 from lit_vlm.model.parts import get_part
 from lit_vlm.model.skeleton import build_on_meta, list_frozen_matrices, list_matrices
 from lit_vlm.model.spec import ModelSpec
@@ -46,10 +47,9 @@ from lit_vlm.reports.preflight.facts import (
     StrategyFacts,
     TimeFacts,
 )
-from lit_vlm.reports.preflight.page import format_bytes
 from lit_vlm.stages import DPOStage, Stage
 from lit_vlm.stages.optimizer import get_part_setting
-from lit_vlm.types import ModelPart, format_count
+from lit_vlm.types import ModelPart
 
 DEVICES_PER_NODE = 8  # devices of a node, if the run has one device and preflight.world_size is larger
 MIN_COMPUTE_SHARE = 0.9  # below this share of the devices' speed, report the network
