@@ -8,7 +8,6 @@ from dataclasses import fields
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.mapping import MappingConfig, RegionTask
 from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, StrategyName
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import (
     F_DIVERGENCE,
@@ -17,6 +16,7 @@ from lit_vlm.losses.loss_types import (
     find_sorting_losses,
     list_losses_with,
 )
+from lit_vlm.types import find_nearest, format_suggestion
 
 F_DIVERGENCE_TYPES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 

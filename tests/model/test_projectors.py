@@ -12,7 +12,7 @@ from torch import nn
 
 from lit_vlm.config import parse
 from lit_vlm.config.schema import ProjectorName
-from lit_vlm.config.validation import find_config_errors
+from lit_vlm.config.tasks import find_config_errors
 from lit_vlm.cost import Flops, ModelShape, TrainingOptions
 from lit_vlm.cost.memory import Precision, compute_tile_activation_bytes
 from lit_vlm.data.processor import Processor
