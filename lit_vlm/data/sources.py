@@ -15,7 +15,7 @@ from pathlib import Path
 from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
 from lit_vlm.config.user_classes import is_class_path
 from lit_vlm.data.readers.columns import check_columns, get_columns, rename_columns
-from lit_vlm.data.readers.context import ReaderSettings, RecordContext
+from lit_vlm.data.readers.context import ReaderSettings, RecordContext, find_mark
 from lit_vlm.data.readers.formats import FORMATS, RecordReader, read_any_format
 from lit_vlm.data.readers.own_source import open_own_source
 from lit_vlm.data.readers.record_files import (
@@ -33,7 +33,6 @@ from lit_vlm.data.readers.record_files import (
 )
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import get_file_identity
-from lit_vlm.data.readers.unsupported_keys import find_mark
 from lit_vlm.data.subsets import SourceSubset, TileLimitedSource
 from lit_vlm.formatting import format_count
 from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError
