@@ -14,17 +14,11 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lit_vlm.checkpoint import (
-    CheckpointFolder,
-    CheckpointIndex,
-    CheckpointWriter,
-    RunFingerprint,
-    SampleHash,
-    compute_plan_digest,
-    load_tensors,
-)
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex, RunFingerprint, SampleHash, compute_plan_digest
 from lit_vlm.checkpoint.loop import get_pending_metrics, move_validation_to_previous_step, set_loop_position
-from lit_vlm.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, gather_objects
+from lit_vlm.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, gather_objects, load_tensors
+from lit_vlm.checkpoint.write import CheckpointWriter
 from lit_vlm.distributed.sharded_state import ShardedState, get_sharded_state
 from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
 from lit_vlm.fault_tolerance.watchdog import Activity, get_progress

@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 
-from lit_vlm.checkpoint import compute_plan_digest
+from lit_vlm.checkpoint.index import compute_plan_digest
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import RunConfig, StrategyName
 from lit_vlm.data.datamodule import DataModule

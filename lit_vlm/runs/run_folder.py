@@ -17,7 +17,7 @@ from typing import Any
 from lit_vlm.config.run_name import is_non_identity_key
 from lit_vlm.distributed.ranks import get_global_rank
 from lit_vlm.files import CorruptFileError, handle_write_errors, read_json, write_json
-from lit_vlm.model.tensor_files import compute_weights_digest
+from lit_vlm.files import compute_weights_digest
 from lit_vlm.redaction import is_same_when_redacted, redact, redact_arguments
 from lit_vlm.types import Source, UserError
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, CorruptCheckpointError, load_tensors, read_index
-from lit_vlm.checkpoint.resume import check_files, find_state_mismatches
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex, CorruptCheckpointError
+from lit_vlm.checkpoint.resume import check_files, find_state_mismatches, load_tensors, read_index
 from lit_vlm.config import Run
 from lit_vlm.config.model_settings import read_model_config
 from lit_vlm.config.schema import DPOStageConfig, RunConfig
@@ -16,10 +17,10 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.sharded_state import StateKind, TensorShard
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.fault_tolerance.run_lock import RunLock
-from lit_vlm.files import CorruptFileError
+from lit_vlm.files import CorruptFileError, compute_weights_digest
 from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.export import export_model
-from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
+from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.runs.rebuild import read_config_file
 from lit_vlm.runs.run_folder import (
     RunFolder,

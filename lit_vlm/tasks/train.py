@@ -13,7 +13,8 @@ import yaml
 from rich.table import Table
 
 from callbacks import make_callbacks
-from lit_vlm.checkpoint import CheckpointFolder, RunFingerprint
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import RunFingerprint
 from lit_vlm.config import Run
 from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.schema import ActivationCheckpointing, DebugMode, RunConfig
@@ -24,11 +25,10 @@ from lit_vlm.fault_tolerance.oom import BUDGET_FILE as BUDGET
 from lit_vlm.fault_tolerance.oom import MicroBatchBudget
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE as SKIPPED
-from lit_vlm.files import handle_write_errors, write_text_atomically
+from lit_vlm.files import compute_weights_digest, handle_write_errors, write_text_atomically
 from lit_vlm.loggers import RunTracker
 from lit_vlm.model.build import ModelSpec
 from lit_vlm.model.skeleton import defer_weights
-from lit_vlm.model.tensor_files import compute_weights_digest
 from lit_vlm.redaction import redact
 from lit_vlm.reports.report import write_report
 from lit_vlm.runs.run_folder import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lit_vlm.checkpoint import CheckpointFolder
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.config import parse
 from lit_vlm.data.quarantine import Ledger
 from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE, add_skipped, read_skipped

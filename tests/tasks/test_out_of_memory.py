@@ -16,7 +16,7 @@ from resume_cases import build_overrides, open_run, read_last_state, read_metric
 from run_helpers import TWO
 from safetensors.torch import load_file
 
-from lit_vlm.checkpoint import CheckpointFolder
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.fault_tolerance.exit_status import RESTART
 from lit_vlm.tasks import pipeline
 from lit_vlm.types import Fault, RecordError
