@@ -26,7 +26,7 @@ from lit_vlm.fault_tolerance.oom import MicroBatchBudget
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE as SKIPPED
 from lit_vlm.files import compute_weights_digest, handle_write_errors, write_text_atomically
-from lit_vlm.loggers import RunTracker
+from lit_vlm.loggers.tracker import RunTracker
 from lit_vlm.model.build import ModelSpec
 from lit_vlm.model.skeleton import defer_weights
 from lit_vlm.redaction import redact
