@@ -13,6 +13,7 @@ from run_helpers import (
     TINY,
     TWO,
     RunOutput,
+    build_data,
     make_conversations,
     make_llava_record,
     run,
@@ -256,10 +257,8 @@ def check_same_weights(one, two, atol=1e-5):
 
 def count_text_only_packs(overrides):
     """Return the numbers of packs without an image, of empty packs, and of micro-batches in a step, for two ranks."""
-    from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
-
     job = parse([*TINY, *overrides])
-    plan = build_stage_data(job, *open_sources(job), None).datamodule.make_plan(2)
+    plan = build_data(job).datamodule.make_plan(2)
     packs = [pack for number in range(plan.num_steps) for pack in plan.get_step(number).packs]
     return (
         sum(not any(plan.index.tiles[i] for i in pack) for pack in packs if pack),

@@ -10,7 +10,7 @@ from lit_vlm.config.schema import (
     DPOStageConfig,
     OnBadRecord,
     OnOverlong,
-    RunConfig,
+    StageConfig,
 )
 from lit_vlm.data.quarantine import format_unused_keys
 from lit_vlm.losses.preference import SORTING_LOSS_TYPES
@@ -26,14 +26,18 @@ ACTIVATION_PARTS = ("activations of text", "activations of images", "logits")  #
 QUARANTINE_REMEDY = "Fix them, or set such records aside with data.on_bad_record=quarantine."
 
 
-def collect_findings(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
-    """Collect all findings in reading order: data, mixture, plan, machine."""
+def collect_findings(facts: PreflightFacts, data: DataConfig, stage: StageConfig, precision: str) -> Iterator[Finding]:
+    """Collect all findings in reading order: data, mixture, plan, machine.
+
+    Args:
+        precision: trainer.precision.
+    """
     for row in facts.sources:
-        yield from _check_source(row, config)
+        yield from _check_source(row, data)
     yield from _check_all_sources(facts.sources)
-    yield from _check_data(facts, config)
-    yield from _check_plan(facts, config)
-    yield from _check_machine(facts, config)
+    yield from _check_data(facts, stage)
+    yield from _check_plan(facts, stage)
+    yield from _check_machine(facts, precision)
 
 
 def check_bad_records(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
@@ -55,9 +59,9 @@ def _format_population(row: SourceRow) -> str:
     return f" of {row.looked_at:,} looked at" if row.estimated else f" of {row.records:,}"
 
 
-def _check_source(row: SourceRow, config: RunConfig) -> Iterator[Finding]:
-    yield from check_bad_records(row, config.data)
-    yield from _check_length(row, _format_population(row), config.data.on_overlong)
+def _check_source(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
+    yield from check_bad_records(row, data)
+    yield from _check_length(row, _format_population(row), data.on_overlong)
     if row.unread:
         yield Finding(
             Severity.advice,
@@ -104,7 +108,7 @@ def _check_length(row: SourceRow, population: str, policy: OnOverlong) -> Iterat
         yield Finding(Severity.advice, what, "data.on_overlong=fewer_tiles or cut_turn would keep most of them.")
 
 
-def _check_data(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
+def _check_data(facts: PreflightFacts, stage: StageConfig) -> Iterator[Finding]:
     usable = sum(row.usable for row in facts.sources)
     if usable and not facts.held_out:
         yield Finding(
@@ -112,7 +116,7 @@ def _check_data(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
             "No sample is held out, so nothing will say whether the model learns more than its training data.",
             "Raise data.validation.fraction, or name data.validation.sources.",
         )
-    vision_parts = [part.value for part in config.stage.trainable if part is not ModelPart.language_model]
+    vision_parts = [part.value for part in stage.trainable if part is not ModelPart.language_model]
     if usable and vision_parts and not any(row.images for row in facts.sources):
         yield Finding(
             Severity.failure,
@@ -121,7 +125,7 @@ def _check_data(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _check_plan(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
+def _check_plan(facts: PreflightFacts, stage: StageConfig) -> Iterator[Finding]:
     plan = facts.plan
     if plan is None:
         return
@@ -141,8 +145,8 @@ def _check_plan(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
             f"{format_percent(plan.blank)} of the micro-batches are blank: some ranks have nothing to do in some steps."
         )
         yield Finding(Severity.warning, what, "Raise data.global_batch_size, or use fewer devices.")
-    if isinstance(config.stage, DPOStageConfig):
-        sorting_losses = [name for name in config.stage.loss_type if name in SORTING_LOSS_TYPES]
+    if isinstance(stage, DPOStageConfig):
+        sorting_losses = [name for name in stage.loss_type if name in SORTING_LOSS_TYPES]
         if sorting_losses and plan.k * plan.world_size > 1:
             yield Finding(
                 Severity.failure,
@@ -151,8 +155,8 @@ def _check_plan(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
             )
 
 
-def _check_machine(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
-    yield from _check_memory(facts, config)
+def _check_machine(facts: PreflightFacts, precision: str) -> Iterator[Finding]:
+    yield from _check_memory(facts, precision)
     needed_by_free_space: dict[float, float] = {}  # folders with equal free space count as one disk
     for disk in facts.disk:
         needed_by_free_space[disk.free] = needed_by_free_space.get(disk.free, 0.0) + disk.bytes
@@ -163,7 +167,7 @@ def _check_machine(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding
             yield Finding(Severity.failure, what, "Make room, or set run_dir=... and data.index_dir=... elsewhere.")
 
 
-def _check_memory(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
+def _check_memory(facts: PreflightFacts, precision: str) -> Iterator[Finding]:
     memory = facts.memory
     chosen = next((row for row in memory.rows if row.chosen), None) if memory else None
     if memory is None or chosen is None or not memory.compared:
@@ -173,14 +177,14 @@ def _check_memory(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]
         fixed_bytes = sum(size for name, size in chosen.parts.items() if name not in ACTIVATION_PARTS)
         if fixed_bytes > memory.capacity:
             what += f"; weights, gradients and optimizer alone need {format_bytes(fixed_bytes)}"
-        yield Finding(Severity.failure, f"{what}.", _format_memory_remedies(facts, memory, config, fixed_bytes))
+        yield Finding(Severity.failure, f"{what}.", _format_memory_remedies(facts, memory, precision, fixed_bytes))
     elif chosen.total > MAX_MEMORY_SHARE * memory.capacity:
         what = f"About {format_bytes(chosen.total)} of the {format_bytes(memory.capacity)} of {memory.device} are needed; that is tight."
         remedy = "" if _is_fully_checkpointed(facts) else ", or set stage.activation_checkpointing to the next level"
         yield Finding(Severity.warning, what, f"Lower data.tokens_per_micro_batch a little{remedy}.")
 
 
-def _format_memory_remedies(facts: PreflightFacts, memory: MemoryFacts, config: RunConfig, fixed_bytes: float) -> str:
+def _format_memory_remedies(facts: PreflightFacts, memory: MemoryFacts, precision: str, fixed_bytes: float) -> str:
     """Format the remedies for too little memory: another strategy, smaller micro-batches if that is enough, or a smaller
     fixed part (weights, gradients, optimizer states).
     """
@@ -191,7 +195,7 @@ def _format_memory_remedies(facts: PreflightFacts, memory: MemoryFacts, config: 
         remedies.append("lower data.tokens_per_micro_batch and data.tiles_per_micro_batch")
         if not _is_fully_checkpointed(facts):
             remedies.append("set stage.activation_checkpointing=full")
-    if config.trainer.precision != "bf16-true":
+    if precision != "bf16-true":
         remedies.append("set trainer.precision=bf16-true (moments in bfloat16 too)")
     remedies.append("train fewer parts (stage.trainable), or with LoRA (stage.parts.<part>.lora.rank)")
     text = ", or ".join(remedies)
