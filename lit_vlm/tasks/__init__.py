@@ -10,13 +10,9 @@ from lit_vlm.config.schema import Task
 
 
 def _import_lazily(target: str) -> Callable[[Run], None]:
-    """Return a function that imports "module:name" at its first call, then calls it."""
-
-    def run_task(run: Run) -> None:
-        module, name = target.split(":")
-        getattr(import_module(module), name)(run)
-
-    return run_task
+    """Return a function that imports "module:name" when it is called, then calls it."""
+    module, name = target.split(":")
+    return lambda run: getattr(import_module(module), name)(run)
 
 
 TASKS: dict[Task, Callable[[Run], None]] = {

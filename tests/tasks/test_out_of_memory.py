@@ -7,7 +7,6 @@ import json
 import os
 import random
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,8 +202,7 @@ sys.exit(int(sys.argv[3]))
 def test_a_pipeline_restarts_a_stage_each_time_its_ranks_halve_the_budget(
     tmp_path, monkeypatch, devices, halved, status, starts
 ):
-    config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
     overrides = [sys.executable, "-c", STARTS, str(tmp_path), str(halved), str(status)]
-    monkeypatch.setattr(pipeline, "build_command", lambda stage, overrides: overrides)
-    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), overrides) == status
+    monkeypatch.setattr(pipeline, "build_command", lambda devices, overrides: overrides)
+    assert pipeline.run_stage(tmp_path, overrides, devices, 3) == status
     assert len(list(tmp_path.glob("start-*"))) == starts
