@@ -60,7 +60,7 @@ class RunTracker:
         if not is_rank_zero():
             return
         if self.logger.tensorboard:
-            from lit_vlm.loggers.tensorboard import make_tensorboard_logger
+            from lit_vlm.loggers.file_loggers import make_tensorboard_logger
 
             make_tensorboard_logger(self.run_dir)
         if self.wandb is not None:
@@ -69,8 +69,7 @@ class RunTracker:
 
     def make_loggers(self) -> list[Logger]:
         """Make the loggers of one start. The CSV logger comes first: the others replay the rows that it keeps."""
-        from lit_vlm.loggers.metrics_csv import MetricsCsv
-        from lit_vlm.loggers.tensorboard import make_tensorboard_logger
+        from lit_vlm.loggers.file_loggers import MetricsCsv, make_tensorboard_logger
 
         table: list[Logger] = [MetricsCsv(self.run_dir)]
         table += [make_tensorboard_logger(self.run_dir)] if self.logger.tensorboard else []
@@ -96,7 +95,7 @@ class RunTracker:
             UserError: names the nearest metric that was logged.
         """
         if self.logger.metric and is_rank_zero():
-            from lit_vlm.loggers.metrics_csv import MetricsCsv
+            from lit_vlm.loggers.file_loggers import MetricsCsv
 
             require_logged_metric(
                 self.logger.metric,

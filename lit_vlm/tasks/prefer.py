@@ -19,13 +19,14 @@ from lit_vlm.curation.scorers import ExactScorer, ModelJudge, Scorer, load_custo
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
+from lit_vlm.formatting import format_count
 from lit_vlm.runs.run_folder import compute_sources_digest, describe_parent, require_finished_parent, to_plain
 from lit_vlm.tasks.mixture_lock import get_template_date
 from lit_vlm.tasks.open_run import RunPlace, open_sources
 from lit_vlm.tasks.prepare_data import apply_quarantine, build_indexes, make_datamodule
 from lit_vlm.tasks.pretrained import PretrainedModel, open_pretrained
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 PROGRESS_SECONDS = 30.0
 

@@ -35,6 +35,7 @@ from lit_vlm.data.packing.mixture_lock import compare_locks, read_lock
 from lit_vlm.data.packing.mixture_shares import resolve_amounts
 from lit_vlm.data.packing.plan import Plan
 from lit_vlm.data.sources import open_source
+from lit_vlm.formatting import format_count
 from lit_vlm.model.build import load_model_spec
 from lit_vlm.reports.preflight.checks import check_bad_records, collect_findings
 from lit_vlm.reports.preflight.estimates import (
@@ -48,7 +49,7 @@ from lit_vlm.reports.preflight.estimates import (
     summarize_strategy,
 )
 from lit_vlm.reports.preflight.facts import Finding, PreflightFacts, Severity, ShareRow, SourceRow
-from lit_vlm.reports.preflight.page import write_preflight_page
+from lit_vlm.reports.preflight.report import print_preflight, write_preflight_page
 from lit_vlm.reports.preflight.samples import collect_bad_examples, prepare_samples
 from lit_vlm.reports.preflight.statistics import (
     build_histograms,
@@ -57,7 +58,6 @@ from lit_vlm.reports.preflight.statistics import (
     subsample_source,
     summarize_plan,
 )
-from lit_vlm.reports.preflight.terminal import print_preflight
 from lit_vlm.runs.run_folder import (
     describe_parent,
     get_command_line,
@@ -79,7 +79,7 @@ from lit_vlm.tasks.prepare_data import (
     resolve_tiny_parts,
 )
 from lit_vlm.tasks.terminal import console, show_progress
-from lit_vlm.types import RecordError, Source, UserError, format_count
+from lit_vlm.types import RecordError, Source, UserError
 
 MAX_SAMPLE_STEPS = 300  # steps to plan if only a sample is indexed; its micro-batches are like those of all data
 

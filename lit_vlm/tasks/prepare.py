@@ -10,6 +10,7 @@ from rich.table import Table
 from lit_vlm.config import Run
 from lit_vlm.config.schema import DataConfig, OnBadRecord
 from lit_vlm.data.index.verify import verify_images
+from lit_vlm.formatting import format_count
 from lit_vlm.model.build import load_model_spec
 from lit_vlm.tasks.mixture_lock import build_mixture_lock, check_mixture_lock
 from lit_vlm.tasks.open_run import RunPlace, Sources, open_sources
@@ -23,7 +24,6 @@ from lit_vlm.tasks.prepare_data import (
     resolve_tiny_parts,
 )
 from lit_vlm.tasks.terminal import console, say, show_progress
-from lit_vlm.types import format_count
 
 
 def prepare(run: Run) -> None:

@@ -33,6 +33,7 @@ from lit_vlm.fault_tolerance.oom import BUDGET_FILE, MicroBatchBudget
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE
 from lit_vlm.files import compute_weights_digest, handle_write_errors, write_text_atomically
+from lit_vlm.formatting import format_count
 from lit_vlm.loggers.tracker import RunTracker
 from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.skeleton import defer_weights
@@ -55,7 +56,7 @@ from lit_vlm.tasks.prepare_data import (
     resolve_tiny_parts,
 )
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from lit_vlm.cost import (
 )
 from lit_vlm.cost.memory import NUM_ADAM_MOMENTS, Precision, compute_host_bytes
 from lit_vlm.cost.strategy import CHECKPOINTING_LEVELS, MOSTLY_FROZEN_SHARE, SHARDINGS, select_strategy
+from lit_vlm.formatting import format_bytes, format_count
 from lit_vlm.reports.preflight.facts import (
     DiskRow,
     Finding,
@@ -39,9 +40,8 @@ from lit_vlm.reports.preflight.facts import (
     StrategyFacts,
     TimeFacts,
 )
-from lit_vlm.reports.preflight.page import format_bytes
 from lit_vlm.stages import Stage
-from lit_vlm.types import ModelPart, format_count
+from lit_vlm.types import ModelPart
 
 MIN_COMPUTE_SHARE = 0.9  # below this share of the devices' speed, report the network
 
