@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def generate_preferences(run: Run) -> None:
     config, output = run.config, Path(run.config.prefer.output)
     require_single_process()
     require_finished_parent(run.init_from)
-    device = {"accelerator": config.trainer.accelerator, "seed": config.seed}
-    model = open_pretrained(run.init_from, config.model, **device, template_date=find_template_day(output))
+    open_model = partial(open_pretrained, model=config.model, accelerator=config.trainer.accelerator, seed=config.seed)
+    model = open_model(run.init_from, template_date=find_template_day(output))
     limits = (config.data.tokens_per_micro_batch, config.data.tiles_per_micro_batch)
-    scorer = LazyScorer(config.prefer, lambda judge: open_pretrained(judge, config.model, **device), limits)
+    scorer = LazyScorer(config.prefer, open_model, limits)
     data = replace(config.data, validation=choose_held_out(config.data.validation))
     place = RunPlace.from_settings(run.name, get_log_folder(output), config.run_dir, data.index_dir)
     datamodule = make_datamodule(

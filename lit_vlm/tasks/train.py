@@ -46,11 +46,11 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
 
     model = steps.resolve_model(place, config.model, config.data.tiling, run.init_from, seed)
     settings = to_plain(asdict(replace(config, model=model.settings)))
-    parts = {"stage": config.stage, "trainer": config.trainer}
-    data = steps.prepare_data(place, sources, model, start, data=config.data, **parts, seed=seed, debug=config.debug)
-    stage = steps.build_stage(
-        place, data, **parts, preflight=config.preflight, tiling=config.data.tiling.value, seed=seed
+    data = steps.prepare_data(
+        place, sources, model, start, config.data, config.stage, config.trainer, seed=seed, debug=config.debug
     )
+    tiling = config.data.tiling.value
+    stage = steps.build_stage(place, data, config.stage, config.trainer, config.preflight, tiling=tiling, seed=seed)
     callbacks = steps.build_callbacks(
         place,
         steps.make_fingerprint(folder, data),

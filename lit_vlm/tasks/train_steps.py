@@ -116,10 +116,10 @@ def prepare_data(
     sources: Sources,
     model: ResolvedModel,
     start: StartPoint,
-    *,
     data: DataConfig,
     stage: StageConfig,
     trainer: TrainerConfig,
+    *,
     seed: int,
     debug: DebugMode | None,
 ) -> PreparedData:
@@ -143,10 +143,10 @@ def prepare_data(
 def build_stage(
     place: RunPlace,
     prepared: PreparedData,
-    *,
     stage: StageConfig,
     trainer: TrainerConfig,
     preflight: PreflightConfig,
+    *,
     tiling: str,
     seed: int,
 ) -> BuiltStage:
