@@ -19,6 +19,7 @@ from lit_vlm.tasks.build_stage import make_stage
 from lit_vlm.tasks.open_run import RunPlace, open_sources
 from lit_vlm.tasks.prepare_data import StageData, build_stage_data
 from lit_vlm.tasks.train import train
+from lit_vlm.tasks.train_steps import resolve_model
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 TINY = [
@@ -148,8 +149,6 @@ def open_place(job: Run) -> RunPlace:
 
 def build_data(job: Run, init_from: str | None = None) -> StageData:
     """Build the data of a stage as task=train does: processor and data module, nothing read yet."""
-    from lit_vlm.tasks.train_steps import resolve_model
-
     config, place = job.config, open_place(job)
     model = resolve_model(place, config.model, config.data.tiling, init_from, config.seed)
     return build_stage_data(
