@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.distributed.ranks import is_in_sweep
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED, CoordinatedExit, EarlyStoppingExit
 from lit_vlm.fault_tolerance.signals import get_signal_handler
@@ -16,7 +15,7 @@ from lit_vlm.loggers import run_metadata, wandb_client
 from lit_vlm.loggers.run_metadata import EXIT_CODES
 from lit_vlm.redaction import redact_text
 from lit_vlm.runs.run_folder import RunFolder, is_rank_zero
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, find_nearest, format_suggestion
 
 if TYPE_CHECKING:  # the loggers import Lightning, which a finished run does not need
     from lightning.pytorch.loggers import Logger

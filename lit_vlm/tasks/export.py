@@ -11,8 +11,8 @@ from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.checkpoint.index import CheckpointIndex, CorruptCheckpointError
 from lit_vlm.checkpoint.resume import check_files, find_state_mismatches, load_tensors, read_index
 from lit_vlm.config import Run
-from lit_vlm.config.model_settings import read_model_config
 from lit_vlm.config.schema import DataConfig, DPOStageConfig, ModelConfig, StageConfig
+from lit_vlm.config.settings import read_model_config
 from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.sharded_state import StateKind, TensorShard
 from lit_vlm.distributed.trainer import disable_library_warnings

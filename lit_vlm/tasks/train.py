@@ -44,6 +44,7 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
 
     from lit_vlm.tasks import train_steps as steps  # late: torch and Lightning, which a finished run does not need
 
+    chosen = steps.select_callbacks(config.callbacks, config.trainer, config.debug, export=config.export)
     model = steps.resolve_model(place, config.model, config.data.tiling, run.init_from, seed)
     settings = to_plain(asdict(replace(config, model=model.settings)))
     data = steps.prepare_data(
@@ -55,13 +56,12 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
         place,
         steps.make_fingerprint(folder, data),
         start,
-        config.callbacks,
+        chosen,
         checkpoint=config.checkpoint,
         guard=config.guard,
         trainer=config.trainer,
         validation=config.data.validation,
         debug=config.debug,
-        export=config.export,
         metric=config.logger.metric,
     )
     trainer = steps.build_trainer(stage, data, tracker, callbacks, config.data.validation.every_steps)

@@ -12,7 +12,7 @@ import lightning as L
 import yaml
 from rich.table import Table
 
-from callbacks import make_callbacks
+from callbacks import check_user_callbacks, make_callbacks
 from lit_vlm.checkpoint.index import RunFingerprint
 from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.schema import (
@@ -165,29 +165,43 @@ def build_stage(
     return BuiltStage(built, resolved_trainer)
 
 
+def select_callbacks(
+    items: list[Any], trainer: TrainerConfig, debug: DebugMode | None, *, export: bool
+) -> dict[str, dict[str, Any]]:
+    """Select the callbacks of the run, with their arguments, and check those of the user's own classes.
+
+    Args:
+        items: the setting `callbacks`.
+
+    Raises:
+        UserError: a class does not exist, is no callback, or does not have an argument.
+    """
+    chosen = choose_callbacks(items, export=export, profile=trainer.profile or debug is DebugMode.profile)
+    check_user_callbacks(chosen)
+    return chosen
+
+
 def build_callbacks(
     place: RunPlace,
     fingerprint: RunFingerprint,
     start: StartPoint,
-    names: list[str],
+    chosen: dict[str, dict[str, Any]],
     *,
     checkpoint: CheckpointConfig,
     guard: GuardConfig,
     trainer: TrainerConfig,
     validation: ValidationConfig,
     debug: DebugMode | None,
-    export: bool,
     metric: str | None,
 ) -> list[L.Callback]:
     """Build the callbacks of the run, in their calling order.
 
     Args:
-        names: as in the setting `callbacks`.
+        chosen: name or import path -> arguments.
         metric: logger.metric.
     """
-    profile = trainer.profile or debug is DebugMode.profile
     return make_callbacks(
-        choose_callbacks(names, export=export, profile=profile),
+        chosen,
         place.dir,
         max_samples=DEBUG_FAST_STEPS if debug is DebugMode.fast else validation.max_samples,
         **asdict(checkpoint),
@@ -393,5 +407,6 @@ __all__ = [
     "prepare_data",
     "record_start",
     "resolve_model",
+    "select_callbacks",
     "show_training_summary",
 ]

@@ -483,7 +483,7 @@ def test_training_uses_the_strategy_that_preflight_chooses(work_folder, monkeypa
     printed = " ".join(capsys.readouterr().out.split())
     assert "strategy: fsdp2: a whole copy needs" in printed
     assert stage.activation_checkpointing.value == "none"
-    assert "activation checkpointing: none: a device needs about" in printed and "of the 80 GB of a card" in printed
+    assert "activation checkpointing: none: a device needs about" in printed and "of the 80.0 GB of a card" in printed
     make_job_stage(replace(job, config=replace(job.config, stage=stage)), data.spec)
 
 
