@@ -8,24 +8,23 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import DeviceName, DPOStageConfig, PreflightConfig, StageConfig, StrategyName, TrainerConfig
+from lit_vlm.config.schema import DeviceName, PreflightConfig, StageConfig, StrategyName, TrainerConfig
 from lit_vlm.cost import DEVICES, Device, MicroBatchSize, ModelShape, ParameterCounts
 from lit_vlm.cost.strategy import StrategyDecision, make_training_setup, select_cpu_strategy, select_strategy
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.model.build import ModelSpec, build_on_meta
 from lit_vlm.model.parts import get_part
-from lit_vlm.model.skeleton import list_frozen_matrices, list_matrices
+from lit_vlm.model.skeleton import build_on_meta, list_frozen_matrices, list_matrices
+from lit_vlm.model.spec import ModelSpec
 from lit_vlm.reports.preflight.facts import PlanFacts
 from lit_vlm.reports.preflight.statistics import summarize_plan
-from lit_vlm.runs.run_folder import to_plain
-from lit_vlm.stages import STAGES, Stage
+from lit_vlm.stages import STAGES, DPOStage, Stage
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import ModelPart
 
@@ -39,15 +38,9 @@ def make_stage(spec: ModelSpec, config: StageConfig, *, precision: str, tiling: 
         precision: trainer.precision.
         tiling: data.tiling.
     """
-    options = to_plain(asdict(config))
-    # `auto` is not resolved yet: such a stage is used for its sizes only
-    if options["activation_checkpointing"] == Level.auto.value:
-        options["activation_checkpointing"] = Level.none.value
     dtype = "bfloat16" if precision == "bf16-true" else "float32"
     frozen_dtype = "bfloat16" if precision == "bf16-mixed" else None
-    return STAGES[options.pop("name")](
-        spec, **options, tiling=tiling, dtype=dtype, frozen_dtype=frozen_dtype, seed=seed
-    )
+    return STAGES[config.name.value](spec, config, tiling=tiling, dtype=dtype, frozen_dtype=frozen_dtype, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +133,8 @@ def measure_stage(stage: Stage, spec: ModelSpec, config: StageConfig) -> Measure
 
     A reference model from another folder is not loaded: it is as large as the model itself, and only its size matters.
     """
-    if stage.hparams.get("reference"):
-        stage.hparams["reference"] = None
+    if isinstance(stage, DPOStage):
+        stage.config.reference = None
     model_config = copy.deepcopy(spec.config)
     model_config.text_config.vocab_size = max(model_config.text_config.vocab_size, len(spec.tokenizer))
     model = stage.model = build_on_meta(model_config)
@@ -185,6 +178,6 @@ def _find_reference_model(stage: Stage, config: StageConfig) -> nn.Module | None
     It is a copy without the vision tower, if both models share that; or the model of another folder, which is as large as
     this one. It is None under LoRA, or if the reference log-probabilities are cached.
     """
-    if not isinstance(config, DPOStageConfig) or config.cache_reference:
+    if not config.has_reference_model:
         return None
-    return stage.model if config.reference else getattr(stage, "reference", None)
+    return stage.model if config.model_folders else getattr(stage, "reference", None)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.checkpoint.index import CheckpointIndex, CorruptCheckpointError
 from lit_vlm.checkpoint.resume import check_files, find_state_mismatches, load_tensors, read_index
 from lit_vlm.config import Run
-from lit_vlm.config.schema import DataConfig, DPOStageConfig, ModelConfig, StageConfig
+from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig
 from lit_vlm.config.settings import read_model_config
 from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.sharded_state import StateKind, TensorShard
@@ -19,8 +18,8 @@ from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.files import CorruptFileError, compute_weights_digest
 from lit_vlm.formatting import format_count
-from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.export import export_model
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.runs.rebuild import read_config_file
 from lit_vlm.runs.run_folder import (
@@ -189,11 +188,8 @@ def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path) -> None:
 
 def build_export_stage(spec: ModelSpec, checkpoint: RunCheckpoint) -> Stage:
     """Build the stage without what only training needs: no feature cache, and no reference model."""
-    stage_config: Any = replace(checkpoint.stage, cache_features=False)
-    if isinstance(stage_config, DPOStageConfig):
-        stage_config = replace(stage_config, reference=None, cache_reference=True)
-    tiling = checkpoint.data.tiling.value
-    stage = make_stage(spec, stage_config, precision=checkpoint.precision, tiling=tiling, seed=checkpoint.seed)
+    tiling, config = checkpoint.data.tiling.value, checkpoint.stage.make_export_config()
+    stage = make_stage(spec, config, precision=checkpoint.precision, tiling=tiling, seed=checkpoint.seed)
     stage.configure_model()
     return stage
 

@@ -33,7 +33,7 @@ def build_mixture_lock(stage_data: StageData, index: SampleIndex, data: DataConf
         settings = data.sources[name]
         given = {key: getattr(settings, key) for key in LOCKED_SOURCE_KEYS}
         facts = {"records": len(source), **describe_source(index, number)}
-        sources[name] = {"format": settings.format.value, **given, **facts}
+        sources[name] = {"format": str(settings.format), **given, **facts}
     return {
         "sources": sources,
         "processor": processor.digest,

@@ -36,7 +36,7 @@ from lit_vlm.data.packing.mixture_shares import resolve_amounts
 from lit_vlm.data.packing.plan import Plan
 from lit_vlm.data.sources import open_source
 from lit_vlm.formatting import format_count
-from lit_vlm.model.build import load_model_spec
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.reports.preflight.checks import check_bad_records, collect_findings
 from lit_vlm.reports.preflight.estimates import (
     check_strategy,

@@ -11,7 +11,7 @@ from lit_vlm.config import Run
 from lit_vlm.config.schema import DataConfig, OnBadRecord
 from lit_vlm.data.index.verify import verify_images
 from lit_vlm.formatting import format_count
-from lit_vlm.model.build import load_model_spec
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.tasks.mixture_lock import build_mixture_lock, check_mixture_lock
 from lit_vlm.tasks.open_run import RunPlace, Sources, open_sources
 from lit_vlm.tasks.prepare_data import (

@@ -35,8 +35,8 @@ from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE
 from lit_vlm.files import compute_weights_digest, handle_write_errors, write_text_atomically
 from lit_vlm.formatting import format_count
 from lit_vlm.loggers.tracker import RunTracker
-from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.skeleton import defer_weights
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.redaction import redact
 from lit_vlm.reports.report import write_report
 from lit_vlm.runs.run_folder import RunFolder, compute_parts_digest, extract_identity, is_rank_zero, read_manifest

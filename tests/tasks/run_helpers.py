@@ -13,7 +13,7 @@ from PIL import Image
 from waiting import PATIENCE
 
 from lit_vlm.config import Run, parse
-from lit_vlm.model.build import ModelSpec
+from lit_vlm.model.spec import ModelSpec
 from lit_vlm.stages import Stage
 from lit_vlm.tasks.build_stage import make_stage
 from lit_vlm.tasks.open_run import RunPlace, open_sources

@@ -12,7 +12,6 @@ from typing import Any
 from lit_vlm.config.schema import (
     ActivationCheckpointing,
     CheckpointConfig,
-    DPOStageConfig,
     PreflightConfig,
     StageConfig,
     StrategyName,
@@ -41,6 +40,7 @@ from lit_vlm.reports.preflight.facts import (
     TimeFacts,
 )
 from lit_vlm.stages import Stage
+from lit_vlm.stages.optimizer import get_part_setting
 from lit_vlm.types import ModelPart
 
 MIN_COMPUTE_SHARE = 0.9  # below this share of the devices' speed, report the network
@@ -132,7 +132,7 @@ def list_parts(stage: Stage) -> list[PartRow]:
     """List the parts of the model with parameters, trainable parameters and learning rate."""
     rows = []
     for row in stage.part_summary:
-        rate = stage.optimizer_options.get(ModelPart(row.part), "learning_rate") if row.trainable else None
+        rate = get_part_setting(stage.config, ModelPart(row.part), "learning_rate") if row.trainable else None
         rows.append(PartRow(row.part, row.parameters, row.trainable, rate, row.how))
     return rows
 
@@ -207,7 +207,7 @@ def compute_flops(model_config: dict[str, Any], stage: StageConfig, training: Tr
         trains_tower=training.trains_tower,
         trains_language_model=training.trains_language_model,
         recomputed_share=training.recomputed_share,
-        has_reference=isinstance(stage, DPOStageConfig) and not stage.cache_reference,
+        has_reference=stage.has_reference_model,
     )
 
 
