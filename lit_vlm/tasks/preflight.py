@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import numpy as np
 
 from lit_vlm.config import Run
+from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.schema import ActivationCheckpointing, RunConfig, SourceConfig, StrategyName
 from lit_vlm.cost import ModelShape
 from lit_vlm.data.datamodule import DataModule
@@ -57,7 +58,13 @@ from lit_vlm.runs.run_folder import (
     require_writable,
 )
 from lit_vlm.tasks.mixture_lock import build_mixture_lock
-from lit_vlm.tasks.prepare_data import StageData, build_stage_data, get_index_dir, require_record_type
+from lit_vlm.tasks.prepare_data import (
+    StageData,
+    build_stage_data,
+    find_image_root_errors,
+    get_index_dir,
+    require_record_type,
+)
 from lit_vlm.tasks.terminal import console, show_progress
 from lit_vlm.tasks.train import make_stage
 from lit_vlm.types import RecordError, Source, UserError, format_count
@@ -110,7 +117,11 @@ def index_sources(run: Run, data: StageData, sources: dict[str, Source], facts: 
     ]
     facts.held_out = len(held_out)
     fill_source_rows(facts.sources, index, held_out, index.errors)
-    facts.bad = collect_bad_examples([*index.errors, *_collect_held_out_errors(config, index, held_out, facts)])
+    image_root_errors = find_image_root_errors(datamodule, config.data)
+    for row in facts.sources:
+        row.image_root_error = image_root_errors.get(row.name, "")
+    held_out_errors = _collect_held_out_errors(config, index, held_out, image_root_errors, facts)
+    facts.bad = collect_bad_examples([*index.errors, *held_out_errors])
     scales = np.array([row.scale for row in facts.sources])
     if len(index):
         caps = {"tokens": config.data.tokens_per_micro_batch, "tiles": config.data.tiles_per_micro_batch}
@@ -136,7 +147,11 @@ def _make_source_row(config: SourceConfig, source: Source, indexed: Source) -> S
 
 
 def _collect_held_out_errors(
-    config: RunConfig, index: SampleIndex, held_out: SampleIndex, facts: PreflightFacts
+    config: RunConfig,
+    index: SampleIndex,
+    held_out: SampleIndex,
+    image_root_errors: Mapping[str, str],
+    facts: PreflightFacts,
 ) -> list[tuple[str, RecordError]]:
     """Collect the unusable records of separate validation sources. They have no row in the mixture, so findings name them."""
     if held_out.sources is index.sources:
@@ -144,6 +159,8 @@ def _collect_held_out_errors(
     rows = [SourceRow(f"{source.name} (validation)", len(source), len(source)) for source in held_out.sources]
     errors = [(f"{name} (validation)", error) for name, error in held_out.errors]
     fill_source_rows(rows, held_out, index.select(np.arange(0)), errors)
+    for row in rows:
+        row.image_root_error = image_root_errors.get(row.name, "")
     facts.findings += [finding for row in rows for finding in check_bad_records(row, config.data)]
     return errors
 
@@ -153,9 +170,10 @@ def make_plan(run: Run, data: StageData, facts: PreflightFacts) -> Plan | None:
     config, datamodule = run.config, data.datamodule
     world_size = config.preflight.world_size or config.trainer.devices * config.trainer.num_nodes
     if datamodule.index is None or not len(datamodule.index):
-        facts.findings.append(
-            Finding(Severity.failure, "No record of the sources can be used.", "See what is wrong with each.")
-        )
+        if not any(row.image_root_error for row in facts.sources):
+            facts.findings.append(
+                Finding(Severity.failure, "No record of the sources can be used.", "See what is wrong with each.")
+            )
         return None
     with collect_errors(facts):
         datamodule.mixture_settings, passes = _resolve_mixture(datamodule, facts)
@@ -298,6 +316,7 @@ def collect_facts(run: Run, facts: PreflightFacts) -> None:
 
 def _resolve_init_from(run: Run, facts: PreflightFacts) -> str | None:
     """Return the model that the stage starts from. None, with a finding, if the previous stage has not written it yet."""
+    require_model_folders(run)
     try:
         require_finished_parent(run.init_from)
     except UserError as error:

@@ -27,7 +27,7 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.packing.mixture import MixtureSettings, SourceAmount
 from lit_vlm.data.packing.mixture_lock import LOCK_FILE, TEMPLATE_DATE_KEY, read_lock_or_empty
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.data.quarantine import Quarantine, format_unused_keys
+from lit_vlm.data.quarantine import Quarantine, find_missing_image_errors, format_unused_keys
 from lit_vlm.data.sources import open_source
 from lit_vlm.data.template_date import parse_day
 from lit_vlm.distributed.trainer import DEBUG_FAST_STEPS, DEBUG_PROFILE_STEPS
@@ -204,6 +204,8 @@ def apply_quarantine(data: StageData) -> dict[str, int]:
         The number of unusable records of each source.
     """
     config, run = data.run.config.data, data.run
+    if errors := find_image_root_errors(data.datamodule, config):
+        raise UserError("\n".join(errors.values()))
     quarantine, totals = collect_quarantine(data.datamodule)
     if is_rank_zero():
         quarantine.apply_policy(config.on_bad_record, config.max_quarantined, totals, run.dir / "quarantine.jsonl")
@@ -215,6 +217,18 @@ def apply_quarantine(data: StageData) -> dict[str, int]:
     if ledger:
         say(f"{len(ledger):,} that turned bad while training left out, see {ledger.path}")
     return quarantine.count_by_source()
+
+
+def find_image_root_errors(datamodule: DataModule, data: DataConfig) -> dict[str, str]:
+    """Find the sources of which nearly all images are missing: error message by the label of the source."""
+    index, held_out = datamodule.index, datamodule.held_out
+    assert index is not None and held_out is not None
+    if not datamodule.has_own_validation:
+        return find_missing_image_errors([index, held_out], data.sources)
+    errors = find_missing_image_errors([index], data.sources)
+    validation = data.validation.sources
+    found = find_missing_image_errors([held_out], validation, "data.validation.sources")
+    return errors | {f"{name} (validation)": error for name, error in found.items()}
 
 
 def list_overlong_actions(datamodule: DataModule) -> list[str]:

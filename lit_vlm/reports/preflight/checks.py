@@ -40,6 +40,9 @@ def check_bad_records(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
     """Check the share of bad records of a source: they stop the run or go into quarantine."""
     if not row.set_aside:
         return
+    if row.image_root_error:
+        yield Finding(Severity.failure, row.image_root_error)
+        return
     what = f"{row.name}: {row.set_aside:,}{_format_population(row)} cannot be used ({_format_faults(row.quarantined)})"
     if data.on_bad_record is OnBadRecord.stop:
         yield Finding(Severity.failure, f"{what}, and data.on_bad_record=stop.", QUARANTINE_REMEDY)
