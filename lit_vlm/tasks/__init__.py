@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
+from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.parse import Run
 from lit_vlm.config.schema import Task
 
@@ -13,6 +14,8 @@ def _import_lazily(target: str) -> Callable[[Run], None]:
     """Return a function that imports "module:name" at its first call, then calls it."""
 
     def run_task(run: Run) -> None:
+        if run.config.task is not Task.preflight:  # there it is a finding
+            require_model_folders(run)
         module, name = target.split(":")
         getattr(import_module(module), name)(run)
 
