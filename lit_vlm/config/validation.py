@@ -72,7 +72,7 @@ STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # tasks t
 
 def find_config_errors(config: RunConfig) -> list[str]:
     """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
-    errors = [*find_range_errors(config), *find_name_errors(config)]
+    errors = [*find_range_errors(config), *find_name_errors(config), *_find_other_task_errors(config)]
     if config.task is Task.prefer:
         return [
             *errors,
@@ -99,6 +99,20 @@ def find_config_errors(config: RunConfig) -> list[str]:
         *_find_checkpoint_errors(config),
         *(find_submit_errors(config) if config.task is Task.submit else []),
     ]
+
+
+def _find_other_task_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each setting that only another task reads: the run would do something else."""
+    for key, value, task in (
+        ("sweep", config.sweep, Task.sweep),
+        ("sync", config.sync, Task.sync),
+        ("image", config.image, Task.chat),
+        ("prompt", config.prompt, Task.chat),
+        ("trials.dry_run", config.trials.dry_run, Task.sweep),
+        ("submit.dry_run", config.submit.dry_run, Task.submit),
+    ):
+        if value and config.task is not task:
+            yield f"{key}: is read with task={task.value} only, and task is {config.task.value}. Write task={task.value}, or leave {key} out."
 
 
 def _find_stage_errors(config: RunConfig) -> Iterator[str]:
