@@ -10,6 +10,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lit_vlm.cluster.batch_script import SlurmJob, render_batch_script, to_one_line
 from lit_vlm.cluster.slurm import build_sbatch_command, get_job_state, require_slurm, submit_job
@@ -18,7 +19,7 @@ from lit_vlm.config.overrides import get_override_key
 from lit_vlm.config.schema import DataConfig, Format
 from lit_vlm.fault_tolerance.signals import postpone_signals
 from lit_vlm.files import handle_write_errors, write_json, write_text_atomically
-from lit_vlm.runs.run_folder import read_manifest_or_empty, require_writable
+from lit_vlm.runs.run_folder import read_manifest_or_empty, require_finished_parent, require_writable
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
@@ -35,7 +36,8 @@ def submit(run: Run) -> None:
     Finished stages are skipped. Jobs that are in the queue already stay there.
 
     Raises:
-        UserError: there is no Slurm here, a folder cannot be written, or sbatch refused (with its message).
+        UserError: there is no Slurm here, a job would end at its start, a folder cannot be written, or sbatch refused
+            (with its message). A dry run shows the scripts first.
     """
     if not run.config.submit.dry_run:
         require_slurm("task=submit", "write and print the script alone with submit.dry_run=true", "sbatch")
@@ -44,6 +46,9 @@ def submit(run: Run) -> None:
     if not waiting:
         say(f"{run.name}: finished already, in {stages[-1].dir}. Nothing is submitted; overwrite=true starts it anew.")
         return
+    errors = find_job_errors(run, waiting)
+    if errors and not run.config.submit.dry_run:
+        raise ConfigError(errors)
     for stage in waiting:
         require_writable(stage.dir)
         # a container can mount only a folder that exists
@@ -54,8 +59,38 @@ def submit(run: Run) -> None:
     jobs: list[str] = []
     for stage in waiting:
         jobs.append(_submit_stage(stage, jobs[-1] if jobs else None))
+    if errors:
+        raise ConfigError([f"{error} So it would not be submitted." for error in errors])
     if not run.config.submit.dry_run:
         _print_follow_commands(waiting, jobs)
+
+
+def find_job_errors(run: Run, stages: list[Run]) -> list[str]:
+    """Find errors that a job would end with at its start: data that cannot be opened, and a model that is not there.
+
+    The sources are opened as the job opens them: files, format, first record. Datasets of the hub are not looked up. A
+    model that an earlier stage leaves is not expected yet.
+    """
+    from lit_vlm.data.sources import open_source
+
+    errors = list[str]()
+    if run.config.init_from not in (None, "previous"):  # named by the user, and so by no earlier stage
+        try:
+            require_finished_parent(run.config.init_from)
+        except UserError as error:
+            errors.append(str(error))
+    for stage in stages:
+        data = stage.config.data
+        cache = Path(data.index_dir) if data.index_dir else Path(stage.config.run_dir) / "index"
+        options: dict[str, Any] = {"max_image_pixels": data.max_image_pixels, "seed": stage.config.seed, "cache": cache}
+        tables = ((data.sources, False), (data.validation.sources, True))
+        for name, source, held_out in ((name, table[name], held_out) for table, held_out in tables for name in table):
+            if source.hub is None:
+                try:
+                    open_source(name, source, held_out=held_out, **options)
+                except UserError as error:
+                    errors.append(str(error))
+    return list(dict.fromkeys(errors))
 
 
 def _list_stages(run: Run) -> list[Run]:
