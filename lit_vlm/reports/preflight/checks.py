@@ -109,11 +109,12 @@ def _check_length(row: SourceRow, population: str, policy: OnOverlong) -> Iterat
 
 def _check_data(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
     usable = sum(row.usable for row in facts.sources)
+    yield from _check_batch_size(facts, config)
     if usable and not facts.held_out:
         yield Finding(
             Severity.warning,
             "No sample is held out, so nothing will say whether the model learns more than its training data.",
-            "Raise data.validation.fraction, or name data.validation.sources.",
+            "Write data.validation.fraction=0.1, or name data.validation.sources.",
         )
     vision_parts = [part.value for part in config.stage.trainable if part is not ModelPart.language_model]
     if usable and vision_parts and not any(row.images for row in facts.sources):
@@ -122,6 +123,22 @@ def _check_data(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
             f"No sample has an image, and the stage trains {', '.join(vision_parts)}, which would learn nothing.",
             "Add a source with images, or set stage.trainable=[language_model].",
         )
+
+
+def _check_batch_size(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
+    """Check that an optimizer step does not read the same samples several times."""
+    training = sum((row.usable - row.held_out) * row.scale for row in facts.sources)
+    if facts.plan is None or training < 1 or facts.plan.samples_per_step <= training:
+        return
+    passes = facts.plan.samples_per_step / training
+    size = f"data.global_batch_size={config.data.global_batch_size}"
+    if config.data.global_batch_tokens:
+        size = f"data.global_batch_tokens={config.data.global_batch_tokens}"
+    what = (
+        f"{size}: one optimizer step reads {facts.plan.samples_per_step:,.0f} samples, and there are"
+        f" {format_count(round(training), 'sample')} to train on: each is read {passes:.1f} times before the weights change."
+    )
+    yield Finding(Severity.warning, what, "Lower it to at most the number of samples.")
 
 
 def _check_plan(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:

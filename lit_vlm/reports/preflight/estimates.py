@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lit_vlm.config.schema import ActivationCheckpointing, DPOStageConfig, RunConfig, StageConfig, StrategyName
@@ -50,6 +54,7 @@ from lit_vlm.reports.preflight.page import format_bytes
 from lit_vlm.stages import Stage
 from lit_vlm.types import ModelPart, format_count
 
+CPU_MATRIX_SIZE, CPU_REPETITIONS = 512, 8  # of the matrix products that measure a CPU: some hundredths of a second
 DEVICES_PER_NODE = 8  # devices of a node, if the run has one device and preflight.world_size is larger
 MIN_COMPUTE_SHARE = 0.9  # below this share of the devices' speed, report the network
 
@@ -305,7 +310,7 @@ def compare_memory(config: RunConfig, setup: TrainingSetup, used: StrategyName, 
         round(plan.most_tokens * setup.micro_batch.supervised / max(setup.micro_batch.tokens, 1)),
     )
     at_caps = replace(setup, micro_batch=full_micro_batch).estimate_memory(used).total
-    device = setup.device or DEVICES[config.preflight.device]
+    device = setup.device or get_planned_device(config)
     load, compared = setup.micro_batch, setup.device is not None
     return MemoryFacts(
         device.name, device.memory_bytes, compared, load.tokens, load.tiles, load.supervised, at_caps, rows
@@ -326,6 +331,37 @@ def _make_row(setup: TrainingSetup, strategy: StrategyName, *, chosen: bool = Fa
     )
 
 
+def trains_on_cpu(config: RunConfig) -> bool:
+    """Return True if the trainer would train on the CPU of this machine."""
+    accelerator = config.trainer.accelerator
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+
+
+def get_planned_device(config: RunConfig) -> Device:
+    """Return the device that the run is planned for: this machine for a run on its CPU, else that of `preflight.device`."""
+    return measure_cpu(config.trainer.num_threads) if trains_on_cpu(config) else DEVICES[config.preflight.device]
+
+
+@cache
+def measure_cpu(num_threads: int | None) -> Device:
+    """Measure the CPU of this machine: its memory, and the FLOP/s of the best of some float32 matrix products.
+
+    Args:
+        num_threads: threads of a process; None: torch's choice.
+    """
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    threads, matrix, seconds = torch.get_num_threads(), torch.ones(CPU_MATRIX_SIZE, CPU_MATRIX_SIZE), math.inf
+    torch.set_num_threads(num_threads or threads)
+    try:
+        for _ in range(CPU_REPETITIONS):
+            started = time.perf_counter()
+            torch.mm(matrix, matrix)
+            seconds = min(seconds, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return Device("this machine's CPU", memory, 2 * CPU_MATRIX_SIZE**3 / seconds)
+
+
 def estimate_time(config: RunConfig, flops: float, plan: PlanFacts, network: float) -> TimeFacts:
     """Estimate the training time.
 
@@ -333,19 +369,20 @@ def estimate_time(config: RunConfig, flops: float, plan: PlanFacts, network: flo
         flops: of the whole plan.
         network: share of the devices' speed that is left after waiting for the network.
     """
-    device, share = DEVICES[config.preflight.device], config.preflight.utilisation
+    device, share = get_planned_device(config), config.preflight.utilisation
     balance = plan.balance_ranks
-    seconds = device.estimate_seconds(flops, devices=plan.world_size, utilisation=share, balance=balance) / network
+    devices = 1 if trains_on_cpu(config) else plan.world_size  # its processes share the machine
+    seconds = device.estimate_seconds(flops, devices=devices, utilisation=share, balance=balance) / network
     return TimeFacts(
         flops=flops,
-        devices=plan.world_size,
+        devices=devices,
         device=device.name,
         peak=device.peak_flops_per_second,
         utilisation=share,
         balance=balance,
         network=network,
         seconds=seconds,
-        device_hours=seconds * plan.world_size / 3600,
+        device_hours=seconds * devices / 3600,
     )
 
 

@@ -182,6 +182,12 @@ def format_bytes(number: float) -> str:
     return f"{number:.0f} B"
 
 
+def format_speed(flops_per_second: float) -> str:
+    """Format a speed in TFLOP/s, or in GFLOP/s below one TFLOP/s."""
+    teraflops = flops_per_second / 1e12
+    return f"{teraflops:.0f} TFLOP/s" if teraflops >= 1 else f"{1000 * teraflops:.0f} GFLOP/s"
+
+
 def format_estimated_time(seconds: float) -> str:
     """Format an estimated time in one unit: days, hours, minutes or seconds."""
     if seconds >= 48 * 3600:
@@ -252,5 +258,6 @@ _PAGE = PageTemplate(
     percent=format_percent,
     gigabytes=format_bytes,
     hours=format_estimated_time,
+    speed=format_speed,
     count=format_number,
 )
