@@ -231,6 +231,14 @@ def find_image_root_errors(datamodule: DataModule, data: DataConfig) -> dict[str
     return errors | {f"{name} (validation)": error for name, error in found.items()}
 
 
+def format_held_out_hint(num_samples: int) -> str:
+    """Format the hint for a run of which no sample was held out: a fraction with which some would be."""
+    return (
+        f"No sample of {num_samples:,} was held out, so nothing says whether the model learned more than these."
+        " data.validation.fraction=0.1 holds out a tenth."
+    )
+
+
 def list_overlong_actions(datamodule: DataModule) -> list[str]:
     """List what data.on_overlong did to samples above the token limit: one line for each source and action."""
     assert datamodule.index is not None and datamodule.held_out is not None

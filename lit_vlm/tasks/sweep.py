@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from lit_vlm.sweep.validation import find_sweep_errors
 from lit_vlm.tasks.pipeline import build_command
 from lit_vlm.tasks.submit import find_queued_workers, submit_workers
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, format_count
 
 DEFAULT_NUM_TRIALS = 20  # if neither the settings nor the file give a number
 JOURNAL_FILE, SETTINGS_FILE, REPORT_FILE = "journal.log", "sweep.json", "sweep.html"
@@ -357,3 +357,24 @@ def show_plan(sweep: Sweep) -> None:
     for _ in range(3):
         if (trial := search.ask()) is not None:
             say(f"  {format_command(sweep.build_overrides(trial.number, trial.parameters))}")
+    if hint := format_missing_held_out(sweep.metric, parse(get_example_overrides(sweep)).config):
+        say(hint)
+
+
+def format_missing_held_out(metric: str, config: RunConfig) -> str:
+    """Format the hint for trials whose metric needs held-out samples although none would be held out; empty otherwise."""
+    from lit_vlm.data.sources import open_source
+
+    data = config.data
+    if not metric.startswith(("val/", "score/")) or data.validation.sources:
+        return ""
+    sizes = []
+    with suppress(UserError):  # a source that cannot be opened is the error of each trial
+        for name, source in data.sources.items():
+            sizes.append(len(open_source(name, source, max_image_pixels=data.max_image_pixels, seed=config.seed)))
+    if not sizes or any(int(size * data.validation.fraction) for size in sizes):
+        return ""
+    return (
+        f"No trial will log {metric}: data.validation.fraction={data.validation.fraction:g} holds out none of"
+        f" {format_count(sum(sizes), 'record')}. Add data.validation.fraction=0.1 to the command."
+    )

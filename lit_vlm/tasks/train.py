@@ -50,6 +50,7 @@ from lit_vlm.tasks.prepare_data import (
     apply_quarantine,
     build_stage_data,
     count_unread_keys,
+    format_held_out_hint,
     open_sources,
     require_record_type,
 )
@@ -214,6 +215,8 @@ def train_once(run: Run, run_lock: RunLock, tracking: RunTracker, is_restart: bo
         tracking.finish(folder)
         model = f"Model: {folder.hf_path}   " if folder.hf_path.is_dir() else format_export_hint(folder)
         say(f"{run.name}: done. {model}Report: {run.dir / 'report.html'}")
+        if not datamodule.held_out:
+            say(format_held_out_hint(len(datamodule.index)))
 
 
 def format_export_hint(folder: RunFolder) -> str:
