@@ -106,8 +106,6 @@ def _find_other_task_errors(config: RunConfig) -> Iterator[str]:
     for key, value, task in (
         ("sweep", config.sweep, Task.sweep),
         ("sync", config.sync, Task.sync),
-        ("image", config.image, Task.chat),
-        ("prompt", config.prompt, Task.chat),
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
         ("submit.dry_run", config.submit.dry_run, Task.submit),
     ):
