@@ -27,7 +27,7 @@ from lit_vlm.evaluation.box_drawing import (
 from lit_vlm.evaluation.generation import batch_by_length, format_prompt, generate_answers, get_reference_lengths
 from lit_vlm.evaluation.metrics import compute_score
 from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
-from lit_vlm.files import write_text_atomically
+from lit_vlm.files import read_json_lines, write_text_atomically
 from lit_vlm.redaction import redact
 from lit_vlm.types import LazyImage, PreferencePair, Record, Sample
 
@@ -205,22 +205,11 @@ def _make_box_row(mark: BoxMark) -> dict[str, Any]:
     return {"layer": BOX_LAYERS[mark.colour], "label": mark.label, "box": corners}
 
 
-def _read_phase(line: str) -> str | None:
-    """Read the phase of a row; None for a truncated line."""
-    try:
-        return str(json.loads(line)["phase"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def _replace_rows(path: Path, phase: str, rows: list[dict[str, Any]]) -> None:
     """Append the rows of one phase after those of the other phases. A repeated phase replaces its old rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept: list[str] = []
-    if path.is_file() and phase != "before":  # at `before`, existing rows are from an earlier run
-        # not splitlines(): answers may contain U+2028
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line for line in lines if _read_phase(line) not in (None, phase)]
-    lines = [*kept, *(json.dumps(redact(row), ensure_ascii=False) for row in rows)]
+    # at `before`, existing rows are from an earlier run
+    known = [row for row in read_json_lines(path) if row.get("phase") != phase] if phase != "before" else []
+    lines = [json.dumps(redact(row), ensure_ascii=False) for row in [*known, *rows]]
     text = "".join(line + "\n" for line in lines)
     write_text_atomically(path, text.encode("utf-8", "replace").decode("utf-8"), remove_secrets=False)

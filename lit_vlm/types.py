@@ -50,15 +50,6 @@ class UserError(ValueError):
         super().__init__(escape_control_characters(message))
 
 
-def format_count(count: int, noun: str, plural: str | None = None) -> str:
-    """Format a count with its noun: "1 record", "2,000 records".
-
-    Args:
-        plural: the plural of `noun`, where it is not `noun` + "s".
-    """
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
-
-
 class Fault(StrEnum):
     """Reason for which a record is rejected; quarantined records are counted by it."""
 

@@ -1,22 +1,25 @@
 """Imports go one way. The table lists the only packages that each package may import; any other import fails."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BELOW_MODEL = {"types", "anyres", "redaction", "files", "config", "cost", "losses"}
+BELOW_MODEL = {"types", "anyres", "compat", "formatting", "redaction", "files", "config", "cost", "losses"}
 RUN_ROOMS = {"cluster", "distributed", "checkpoint", "runs", "fault_tolerance", "loggers", "reports"}
 MAY_IMPORT = {
     "types": {"anyres"},
     "anyres": set(),
+    "compat": {"types"},
+    "formatting": set(),
     "redaction": {"secret_patterns"},
     "secret_patterns": set(),
     "files": {"types", "redaction"},
-    "config": {"types", "anyres", "redaction"},
-    "cost": {"types", "config"},
-    "losses": {"types", "config"},
+    "config": {"types", "anyres", "compat", "formatting", "redaction"},
+    "cost": {"types", "config", "formatting"},
+    "losses": {"types", "config", "compat"},
     "model": BELOW_MODEL,
     "data": BELOW_MODEL,  # never model: a processor is passed in, so the data side runs without weights
     "evaluation": {*BELOW_MODEL, "model", "data"},
@@ -35,7 +38,7 @@ MAY_IMPORT = {
     "run": {"config", "fault_tolerance", "redaction", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])
-MAY_IMPORT_HYDRA = {"config", "run"}
+MAY_IMPORT_HYDRA = {"compat", "config", "run"}
 
 
 def get_package(module: str) -> str | None:
@@ -89,3 +92,76 @@ def test_no_module_unpickles_or_trusts_remote_code(path):
         "yaml.load(",
     ):
         assert call not in text, f"{path.relative_to(ROOT)} contains {call}"
+
+
+COMPAT = ROOT / "lit_vlm" / "compat"
+OUTSIDE_COMPAT = [path for path in FILES if COMPAT not in path.parents]
+INTERNAL_NAMES = {"fit_loop", "epoch_loop"}  # of Lightning: public names, and no documented interface
+PRIVATE_NAME = re.compile(r"_(?!_)")
+
+
+def list_private_uses(path: Path) -> dict[str, int]:
+    """List name -> line of attributes and imports with a leading underscore. Names of Python's own are left out."""
+    uses = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            uses[node.attr] = node.lineno
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith(("lit_vlm", "callbacks")):
+            uses |= dict.fromkeys([*(node.module or "").split("."), *(alias.name for alias in node.names)], node.lineno)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "getattr",
+            "setattr",
+            "hasattr",
+            "delattr",
+        ):
+            uses |= {arg.value: arg.lineno for arg in node.args if isinstance(arg, ast.Constant) and arg.value != ""}
+    return {name: line for name, line in uses.items() if name in INTERNAL_NAMES or PRIVATE_NAME.match(str(name))}
+
+
+def list_own_names(path: Path) -> set[str]:
+    """List the names that a file defines: functions, classes, fields, variables, attributes of self."""
+    names = {"_exit"}  # os._exit is documented
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if getattr(node.value, "id", "") == "self" else set()
+    return names
+
+
+def test_private_parts_of_other_packages_are_used_in_compat_only():
+    room = {name for path in COMPAT.glob("*.py") for name in list_private_uses(path)}
+    own_names = {path: list_own_names(path) for path in OUTSIDE_COMPAT}
+    all_own_names = set().union(*own_names.values())
+    for path in OUTSIDE_COMPAT:
+        for name, line in list_private_uses(path).items():
+            # a name of the room may also be one of ours (`_metrics`); then only the file that defines it uses it
+            assert name in (own_names[path] if name in room else all_own_names), (
+                f"{path.relative_to(ROOT)}:{line}: {name} is a private part of another package; use it in lit_vlm/compat/,"
+                " and check it in tests/compat/test_contracts.py"
+            )
+
+
+def test_each_module_of_compat_has_contract_tests():
+    text = (ROOT / "tests" / "compat" / "test_contracts.py").read_text(encoding="utf-8")
+    for path in COMPAT.glob("*.py"):
+        for name in list_private_uses(path).keys() - list_own_names(path):
+            assert name in text, f"{path.relative_to(ROOT)}: tests/compat/test_contracts.py does not check {name}"
+
+
+OWN_DURABILITY = {  # the only other files that move or sync files themselves
+    "lit_vlm/checkpoint/folder.py": "hashes and syncs tensors while it writes them, and moves folders of many GB",
+    "lit_vlm/fault_tolerance/watchdog_thread.py": "syncs stacks before the process exits",
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_replaced_by_one_implementation(path):
+    name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+    if name != "lit_vlm/files.py" and name not in OWN_DURABILITY:
+        for call in ("os.replace(", "os.rename(", "os.link(", "os.fsync(", "tempfile.mk"):
+            assert call not in text, (
+                f"{name} contains {call}...): use replace_file or atomic_folder of lit_vlm/files.py"
+            )

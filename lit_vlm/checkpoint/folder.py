@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_vlm.checkpoint.index import StoredFile
-from lit_vlm.files import sync_to_disk, write_json, write_text_atomically
+from lit_vlm.files import read_json_or_none, sync_to_disk, write_json, write_text_atomically
 from lit_vlm.types import UserError
 
 SAFETENSORS_DTYPES = {
@@ -144,10 +144,10 @@ class CheckpointFolder:
     def read_best(self) -> tuple[int, float] | None:
         """Return step and val/loss of the best checkpoint; None if there is none or if its folder is missing."""
         try:
-            pointer = json.loads((self.path / BEST_FILE).read_text(encoding="utf-8"))
+            pointer = read_json_or_none(self.path / BEST_FILE)
             match = STEP_FOLDER_PATTERN.fullmatch(pointer["checkpoint"])
             loss = float(pointer["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
         return (int(match[1]), loss) if match and self.get_step_path(int(match[1])).is_dir() else None
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 
 from lit_vlm.config.schema import ContainerRuntime, RunConfig, SubmitConfig
-from lit_vlm.types import format_count
+from lit_vlm.formatting import format_count
 
 _TIME_LIMIT = re.compile(
     r"(?:(?P<days>\d+)-(?P<dhours>\d+)(?::(?P<dminutes>\d+)(?::(?P<dseconds>\d+))?)?|\d+(?::\d+){0,2})\Z"

@@ -9,7 +9,7 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.config.mapping import MappingConfig, RegionTask
 from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, StrategyName
 from lit_vlm.config.settings import find_nearest, format_suggestion
-from lit_vlm.types import format_count
+from lit_vlm.formatting import format_count
 
 # trl.DPOConfig.loss_type, TRL 1.16
 LOSS_TYPES = tuple(

@@ -15,14 +15,11 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 from antlr4 import InputStream, Token
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.plugins import Plugins
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
-from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import get_yaml_loader
 
+from lit_vlm.compat.hydra import BaseFileSource, get_yaml_loader, read_header, register_file_source
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import get_setting_type
 
@@ -102,15 +99,15 @@ def read_settings(path: Path, package: str) -> Any:
     return read_yaml(path.read_text(encoding="utf-8"), keep_text, get_yaml_loader())
 
 
-class TextKeepingConfigSource(FileConfigSource):
+class TextKeepingConfigSource(BaseFileSource):
     """Config source for Hydra that reads YAML files by the types of the schema."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        path = Path(self.path) / self._normalize_file_name(config_path)
+        path = self.get_path(config_path)
         try:
             result = super().load_config(config_path)
         except yaml.constructor.ConstructorError:  # also raised by a plain = or <<, which is text here
-            header = ConfigSource._get_header_dict(path.read_text(encoding="utf-8")[:512])
+            header = read_header(path.read_text(encoding="utf-8")[:512])
             config = OmegaConf.create(read_settings(path, _find_package(config_path, header)))
             return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, header)
         if isinstance(result.config, DictConfig) and result.config:
@@ -131,8 +128,7 @@ def _find_package(config_path: str, header: dict[str, str | None]) -> str:
 
 def register_yaml_source() -> None:
     """Make Hydra read its files through `TextKeepingConfigSource`."""
-    Plugins.instance()  # registers Hydra's own sources first
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = TextKeepingConfigSource
+    register_file_source(TextKeepingConfigSource)
 
 
 def quote_text(override: str) -> str:

@@ -28,7 +28,7 @@ from lit_vlm.cost.memory import (
     estimate_memory,
 )
 from lit_vlm.cost.model_shape import ModelShape
-from lit_vlm.types import format_count
+from lit_vlm.formatting import format_bytes, format_count
 
 SHARDINGS = {
     StrategyName.single: Sharding.single,
@@ -195,7 +195,7 @@ def choose_strategy(setup: TrainingSetup) -> StrategyChoice:
             sizes = f"micro-batches of {smaller.micro_batch.tokens:,} tokens would fit, those of {setup.micro_batch.tokens:,} do not"
             return replace(choice, reason=f"{choice.reason}; {sizes}", fits=False)
     need = smallest.estimate_memory(StrategyName.deepspeed_zero3_offload).total
-    reason = f"nothing fits: a device needs {_format_bytes(need)} at the least"
+    reason = f"nothing fits: a device needs {format_bytes(need)} at the least"
     return StrategyChoice(StrategyName.deepspeed_zero3_offload, reason, fits=False, level=setup.candidate_levels[-1])
 
 
@@ -229,11 +229,11 @@ def describe_level(setup: TrainingSetup, strategy: StrategyName, level: Level) -
     if setup.device is None:
         return CPU_REASON
     need, name = setup.replace_level(level).estimate_memory(strategy).total, setup.device.name
-    text = f"a device needs about {_format_bytes(need)} of the {_format_bytes(setup.device.memory_bytes)} of {name}"
+    text = f"a device needs about {format_bytes(need)} of the {format_bytes(setup.device.memory_bytes)} of {name}"
     if level is setup.candidate_levels[0]:
         return text
     previous = setup.candidate_levels[setup.candidate_levels.index(level) - 1]
-    return f"{text}; with {previous.value} it would need {_format_bytes(setup.replace_level(previous).estimate_memory(strategy).total)}"
+    return f"{text}; with {previous.value} it would need {format_bytes(setup.replace_level(previous).estimate_memory(strategy).total)}"
 
 
 def _scale_micro_batch(setup: TrainingSetup, share: float) -> TrainingSetup:
@@ -265,7 +265,7 @@ def _choose_if_fits(setup: TrainingSetup, strategy: StrategyName, reason: str) -
 
 
 def _describe_ddp(setup: TrainingSetup) -> str:
-    sent = _format_bytes(setup.bytes_per_value.gradient * setup.parameters.trainable)
+    sent = format_bytes(setup.bytes_per_value.gradient * setup.parameters.trainable)
     if setup.parameters.trainable < MOSTLY_FROZEN_SHARE * setup.parameters.total:
         return f"frozen weights are copied to each device and not sent; a step sums {sent} of gradients"
     return f"the model and its optimizer fit on each device; a step sums {sent} of gradients and sends nothing else"
@@ -289,7 +289,7 @@ def _choose_across_nodes(setup: TrainingSetup) -> StrategyChoice | None:
         _choose_if_fits(setup, StrategyName.deepspeed_zero3, f"{size}, so all {setup.world_size} devices share one"),
     )  # fmt: skip
     if within_node is None and across_nodes is not None:
-        node_needs = _format_bytes(setup.estimate_memory(StrategyName.hsdp).total)
+        node_needs = format_bytes(setup.estimate_memory(StrategyName.hsdp).total)
         return replace(across_nodes, reason=f"{across_nodes.reason}, for within a node each would need {node_needs}")
     if within_node is None or across_nodes is None:
         return within_node
@@ -318,7 +318,7 @@ def estimate_break_even(setup: TrainingSetup) -> float | None:
 
 
 def _describe_copy_size(setup: TrainingSetup) -> str:
-    return f"a whole copy needs {_format_bytes(setup.estimate_memory(StrategyName.ddp).total)} on a device"
+    return f"a whole copy needs {format_bytes(setup.estimate_memory(StrategyName.ddp).total)} on a device"
 
 
 def find_min_devices(setup: TrainingSetup) -> int | None:
@@ -327,10 +327,3 @@ def find_min_devices(setup: TrainingSetup) -> int | None:
         if setup.can_fit(StrategyName.deepspeed_zero3, world_size=num_devices):
             return num_devices
     return None
-
-
-def _format_bytes(number: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if number >= unit:
-            return f"{number / unit:,.0f} {name}" if number >= 10 * unit else f"{number / unit:.1f} {name}"
-    return f"{number / 1e3:.1f} kB"

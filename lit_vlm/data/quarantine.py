@@ -20,7 +20,7 @@ import numpy as np
 
 from lit_vlm.config.schema import OnBadRecord, SourceConfig
 from lit_vlm.data.index.sample_index import SampleIndex
-from lit_vlm.files import append_line, atomic_write
+from lit_vlm.files import append_line, atomic_write, read_json_lines
 from lit_vlm.types import Fault, RecordError, UserError
 
 
@@ -55,17 +55,14 @@ class Ledger:
         """
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8", "replace")
-        except FileNotFoundError:
-            text = ""
+            rows = read_json_lines(path)
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read: {error.strerror or error}. The samples that this run leaves out are listed there: "
                 "mend it, or remove it, and a sample that is still bad is met and entered again."
             ) from error
-        # splitlines() would also split at other Unicode line separators
-        found = (_parse_entry(line) for line in text.split("\n"))
-        return cls(path, [entry for entry in found if entry is not None])
+        names = [item.name for item in fields(LedgerEntry)]
+        return cls(path, [LedgerEntry(**{name: row[name] for name in names}) for row in rows if row.keys() >= {*names}])
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -109,15 +106,6 @@ class Ledger:
                 samples = index.find_source_samples(number)
                 found.append(samples[np.isin(index.position[samples], positions)])
         return np.sort(np.concatenate(found))
-
-
-def _parse_entry(line: str) -> LedgerEntry | None:
-    """Parse a line; return None if it is incomplete or malformed."""
-    try:
-        values = json.loads(line)
-        return LedgerEntry(**{item.name: values[item.name] for item in fields(LedgerEntry)})
-    except (ValueError, TypeError, KeyError):
-        return None
 
 
 NEARLY_ALL = 0.9  # share of a source's images above which their folder is wrong

@@ -30,7 +30,8 @@ from lit_vlm.data.readers.rows.base import get_file_identity
 from lit_vlm.data.readers.unsupported_keys import find_mark
 from lit_vlm.data.staging import resolve_original_path
 from lit_vlm.data.subsets import SourceSubset, TileLimitedSource
-from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError
 
 # By the names of config's Format, and formats that only `auto` finds.
 READERS: dict[str, RecordReader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_any_format}

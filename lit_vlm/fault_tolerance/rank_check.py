@@ -17,8 +17,10 @@ from lit_vlm.checkpoint import compute_plan_digest
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import RunConfig, StrategyName
 from lit_vlm.data.datamodule import DataModule
+from lit_vlm.distributed.collectives import gather_objects
+from lit_vlm.formatting import format_count
 from lit_vlm.runs.run_folder import get_package_versions, to_plain
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 # Settings that may differ between machines. All others, also those of `config/elsewhere.py`, must be equal on all ranks.
 MACHINE_SETTINGS = (
@@ -101,8 +103,7 @@ def require_equal_facts(facts: dict[str, Any], device: torch.device) -> None:
     equal = torch.stack([(other == gathered[0]).all(dim=1) for other in gathered]).tolist()  # [ranks, facts]
     if all(map(all, equal)):
         return
-    rank_settings: list[Any] = [None] * world
-    torch.distributed.all_gather_object(rank_settings, (socket.gethostname(), facts["settings"]))
+    rank_settings = gather_objects((socket.gethostname(), facts["settings"]), world)
     if torch.distributed.get_rank():
         raise UserError("")
     differences = []

@@ -6,7 +6,6 @@ ranks.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_vlm.files import write_json
+from lit_vlm.files import read_json_or_none, write_json
 from lit_vlm.runs.run_folder import is_rank_zero
 from lit_vlm.types import UserError
 
@@ -97,11 +96,9 @@ def _acquire_lock(lock: FileLock, folder: Path) -> None:
 
 def _read_holder(folder: Path) -> dict[str, Any]:
     """Read the holder of the lock; {} if it is unknown, e.g. because the file is damaged."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and type(found.get("process")) is int and isinstance(found.get("host"), str):
-            return found
-    return {}
+    found = read_json_or_none(folder / HOLDER_FILE)
+    is_known = isinstance(found, dict) and type(found.get("process")) is int and isinstance(found.get("host"), str)
+    return found if is_known else {}
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:

@@ -15,8 +15,7 @@ from lit_vlm.distributed.ranks import is_in_sweep
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED, CoordinatedExit, EarlyStoppingExit
 from lit_vlm.fault_tolerance.signals import get_signal_handler
 from lit_vlm.loggers import run_metadata, wandb_client
-from lit_vlm.loggers.metrics_csv import MetricsCsv
-from lit_vlm.loggers.tensorboard import make_tensorboard_logger
+from lit_vlm.loggers.file_loggers import MetricsCsv, make_tensorboard_logger
 from lit_vlm.loggers.wandb_logger import EXIT_CODES, WandbRun
 from lit_vlm.redaction import redact_text
 from lit_vlm.runs.run_folder import RunFolder, is_rank_zero

@@ -1,25 +1,20 @@
 """Preference loss (DPO and relatives): TRL's own code, run on our forward pass.
 
-TRL has no public loss function: all of it is in `DPOTrainer._compute_loss` (trl 1.16). That method reads about twelve
-attributes of its trainer and calls the model once. `PreferenceLoss` supplies those attributes and a "model" that
-returns the scores that we computed, so that an image is encoded once and no Trainer, process group or dataset of TRL's
-is created. trl is pinned, and a contract test compares this adapter with a real DPOTrainer, loss by loss.
+`lit_vlm/compat/trl.py` calls TRL's code with the scores that we computed, so that an image is encoded once. trl is pinned,
+and `test_dpo_loss_gradients_and_metrics_equal_those_of_trl` compares each loss with a real DPOTrainer.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_vlm.compat import trl
 from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.stage_validation import LOSS_TYPES, SORTING_LOSS_TYPES, find_preference_loss_errors
@@ -126,8 +121,8 @@ class PreferenceLoss:
         token_losses = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
         # `sft` is a mean over tokens and the others are means over pairs: TRL computes the two apart, so that
         # several micro-batches add up to the loss of one batch
-        self._pair_trainer = _make_trl_trainer(pair_losses, discopop_tau, options) if pair_losses else None
-        self._token_trainer = _make_trl_trainer(token_losses, discopop_tau, options) if token_losses else None
+        self._pair_trainer = trl.make_trainer(pair_losses, discopop_tau, options) if pair_losses else None
+        self._token_trainer = trl.make_trainer(token_losses, discopop_tau, options) if token_losses else None
         self.loss_weights = dict(zip(loss_type, weights, strict=True))
 
     def __call__(
@@ -150,11 +145,10 @@ class PreferenceLoss:
             token_share: fraction of the optimizer step's tokens of chosen answers that are in this micro-batch.
         """
         mask = make_answer_mask(lengths, policy.log_probs.device)
-        inputs = _make_trl_inputs(mask)
         output = None
         for trainer, share in ((self._token_trainer, token_share), (self._pair_trainer, pair_share)):
             if trainer is not None:
-                part, rewards, metrics = _run_trl_loss(trainer, policy, reference, inputs, training)
+                part, rewards, metrics = trl.run_loss(trainer, policy, reference, mask, training)
                 loss = part * share if output is None else output.loss + part * share
                 output = PreferenceOutput(
                     loss, part.detach() if trainer is self._pair_trainer else None, rewards, metrics
@@ -188,66 +182,3 @@ class PreferenceLoss:
         if self.use_weighting or self._pair_trainer is None:
             return None
         return sum(values[name] * weight for name, weight in self.loss_weights.items() if name != "sft")
-
-
-def _run_trl_loss(
-    trainer: Any, policy: AnswerScores, reference: AnswerScores, inputs: dict, training: bool
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Run TRL's `_compute_loss`; return loss [], rewards [2P] and metrics."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    trainer.model.training = training
-    gathered: list[Tensor] = []
-
-    def gather(values: Tensor) -> Tensor:
-        gathered.append(values)
-        return values
-
-    trainer.accelerator.gather = gather
-    trainer.accelerator.device = policy.log_probs.device
-    trainer.ref_model = lambda **_: reference
-    try:
-        loss = DPOTrainer._compute_loss(trainer, lambda **_: policy, inputs, False)
-    except (AttributeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"trl {version('trl')} computes its preference losses in another way than the release this adapter was written for "
-            f"({error}). Install that one: pip install 'trl==1.16.0'."
-        ) from error
-    recorded = trainer._metrics["train" if training else "eval"]
-    metrics = {name: values[-1] for name, values in recorded.items() if name != "num_tokens"}
-    recorded.clear()
-    return loss, torch.cat(gathered[:2]), metrics  # TRL first gathers the rewards of chosen and rejected
-
-
-def _make_trl_inputs(mask: Tensor) -> dict[str, Tensor]:
-    """Make TRL's batch, reduced to the answers: one position before each, which predicts its first token."""
-    completion = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1).long()
-    return {"input_ids": torch.zeros_like(completion), "attention_mask": completion, "completion_mask": completion}
-
-
-def _make_trl_trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict[str, Any]) -> Any:
-    """Make an object with the attributes that `DPOTrainer._compute_loss` of trl 1.16 reads from its trainer."""
-    model: Any = nn.Module()
-    model.is_gradient_checkpointing = False
-    accelerator = SimpleNamespace(
-        device=None,
-        gather=None,
-        gather_for_metrics=lambda x: x,
-        unwrap_model=lambda m, *_, **__: m,
-        autocast=contextlib.nullcontext,
-    )
-    return SimpleNamespace(
-        **options,
-        model=model,
-        ref_model=None,
-        accelerator=accelerator,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=discopop_tau),
-        aux_loss_enabled=False,
-        router_aux_loss_coef=0.0,
-        precompute_ref_logps=False,
-        loss_types=[name for name, _ in losses],
-        loss_weights=[weight for _, weight in losses],
-        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-    )

@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from lit_vlm.anyres import ImageSettings
-from lit_vlm.files import move_into_place
+from lit_vlm.compat.transformers import set_weight_conversions
+from lit_vlm.files import atomic_folder
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
 from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, read_initial_values
@@ -145,9 +145,8 @@ def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
     LLaVA-OneVision checkpoints have it, and servers (vLLM) support only those names.
     """
     rules = get_model_conversion_mapping(model, add_legacy=False)
-    model._weight_conversions = [
-        rule for rule in rules if not isinstance(rule, PrefixChange) or rule.scope_prefix == "vision_tower"
-    ]
+    own_rules = [rule for rule in rules if not isinstance(rule, PrefixChange) or rule.scope_prefix == "vision_tower"]
+    set_weight_conversions(model, own_rules)
 
 
 def _list_adapters(layer: Any) -> list[str]:
@@ -196,21 +195,11 @@ def export_model(
             for name in _iterate_with_hook(file.tensors, before_each_weight):
                 state_dict.gather(name)
         return
-    temporary = folder.with_name(f".{folder.name}-unfinished")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(folder, replace=True) as temporary:
         for file in files:
             file.write(temporary, map(state_dict.compute_value, _iterate_with_hook(file.tensors, before_each_weight)))
         write_index(temporary, files, state_dict.num_parameters)
         _write_settings(temporary, model, state_dict, tokenizer, images)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    move_into_place(temporary, folder)
 
 
 def _iterate_with_hook(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:

@@ -22,13 +22,15 @@ from transformers import (
 )
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 
+from lit_vlm.compat.transformers import mark_as_initialized
+from lit_vlm.formatting import format_count
 from lit_vlm.model import families
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import init_adapter
 from lit_vlm.model.packed_forward import LogProbHead
 from lit_vlm.model.vocabulary import extend_embeddings, resolve_weight_tying
 from lit_vlm.model.weights import InitialWeights, find_tensor_locations
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 if TYPE_CHECKING:
     from lit_vlm.model.build import ModelSpec
@@ -110,19 +112,17 @@ def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.
     """Replace each parameter; one that stands in several places (tied tables) stays one."""
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        for leaf, old in module._parameters.items():
-            if old is not None:
-                if old not in replaced:
-                    replaced[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
-                module._parameters[leaf] = replaced[old]
+        for leaf, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if old not in replaced:
+                replaced[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
+            setattr(module, leaf, replaced[old])
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Move all buffers to a device."""
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, buffer.to(device))
 
 
 def init_projector(
@@ -215,9 +215,9 @@ def _make_buffers(model: PreTrainedModel) -> None:
     """Make the buffers that no file holds (rotary frequencies, position ids), as `from_pretrained` does."""
     for name, buffer in model.named_non_persistent_buffers():
         parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        setattr(model.get_submodule(parent), leaf, torch.empty_like(buffer, device="cpu"))
     for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_as_initialized(tensor)
     model.initialize_weights()
 
 

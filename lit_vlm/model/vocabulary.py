@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerFast
 
+from lit_vlm.compat.transformers import can_tie
 from lit_vlm.losses.next_token import TokenScores, compute_token_log_probs
 from lit_vlm.types import IMAGE_TOKEN, UserError
 
@@ -33,7 +34,7 @@ def resolve_weight_tying(
             Loading removes a pair of different tables from its `all_tied_weights_keys`.
     """
     tied_by_config = getattr(loaded.config, "tie_word_embeddings", False)
-    if not tied_by_config or HEAD not in (loaded._tied_weights_keys or {}) or HEAD in loaded.all_tied_weights_keys:
+    if not tied_by_config or not can_tie(loaded, HEAD) or HEAD in loaded.all_tied_weights_keys:
         return
     untie_embeddings(model)
     spec.config.tie_word_embeddings = spec.config.text_config.tie_word_embeddings = False

@@ -22,9 +22,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
+from lit_vlm.formatting import format_count
 from lit_vlm.model.parts import UNUSED_PARAMETERS
 from lit_vlm.model.vocabulary import describe_missing_table
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 

@@ -14,10 +14,11 @@ from markupsafe import Markup
 from PIL import Image
 from rich.table import Table
 
+from lit_vlm.formatting import format_change, format_count, format_duration, format_short
 from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
-from lit_vlm.reports.run_record import RunRecord, format_change, format_duration, format_short, read_run, split_group
+from lit_vlm.reports.run_record import RunRecord, read_run, split_group
 from lit_vlm.reports.templates import PageTemplate, write_page
-from lit_vlm.types import SPECIAL_TOKENS, format_count
+from lit_vlm.types import SPECIAL_TOKENS
 
 HEADINGS = ("stage", "trained", "samples", "tokens", "tokens/s", "loss", "held-out score")
 MAX_INLINE_BYTES = 60_000  # of a PNG; a larger one is embedded as JPEG

@@ -18,7 +18,9 @@ from torchmetrics import MeanMetric
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.compat.lightning import get_batch_index, get_trainer, set_hparams
 from lit_vlm.config.schema import ActivationCheckpointing as Level
+from lit_vlm.formatting import format_count
 from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing, parse_checkpointing_level
 from lit_vlm.model.build import ModelSpec
 from lit_vlm.model.generate import generate
@@ -42,7 +44,7 @@ from lit_vlm.stages.model_init import (
     resolve_model,
 )
 from lit_vlm.stages.optimizer import make_optimizer, make_optimizer_options, make_scheduler
-from lit_vlm.types import Batch, ModelPart, UserError, format_count
+from lit_vlm.types import Batch, ModelPart, UserError
 
 
 class Stage(L.LightningModule):
@@ -101,8 +103,7 @@ class Stage(L.LightningModule):
         arguments["learning_rate"] = learning_rate or self.default_learning_rate
         arguments["activation_checkpointing"] = parse_checkpointing_level(activation_checkpointing).value
         self.hparams.update(arguments)  # plain containers only, so that load_from_checkpoint needs no trust
-        self._set_hparams(dict(self.hparams))
-        self._log_hyperparams = False  # the run folder's config.yaml has them, and more
+        set_hparams(self, dict(self.hparams))  # not to the logger: the run folder's config.yaml has them, and more
         self.trainable = [ModelPart(name) for name in arguments["trainable"]]
         self.optimizer_options = make_optimizer_options(arguments)
         self.tiling = Tiling(tiling)
@@ -301,11 +302,11 @@ class Stage(L.LightningModule):
 
     def _compute_gradient_sums(self) -> dict[str, float]:
         assert self.model is not None
-        return compute_gradient_sums(self.model, getattr(self._trainer, "strategy", None))
+        return compute_gradient_sums(self.model, getattr(get_trainer(self), "strategy", None))
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
         """Sum the loss over micro-batches and log it at the last one as `train/loss`."""
-        micro_batch = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
+        micro_batch = get_batch_index(self.trainer) % self.trainer.accumulate_grad_batches
         self._accumulated_loss = loss if micro_batch == 0 else self._accumulated_loss + loss
         self._step_tiles = batch.step_tiles
         if micro_batch == self.trainer.accumulate_grad_batches - 1:

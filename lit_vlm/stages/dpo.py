@@ -14,7 +14,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
 from lit_vlm.config.schema import ModelConfig
+from lit_vlm.formatting import format_count
 from lit_vlm.losses.preference import SORTING_LOSS_TYPES, PreferenceLoss, PreferenceOutput, pad_answer_scores
 from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
 from lit_vlm.model.lora import disable_adapters
@@ -22,7 +24,7 @@ from lit_vlm.stages.base import Stage
 from lit_vlm.stages.caches import ReferenceLogProbCache, fill_cache, get_cache_folder
 from lit_vlm.stages.model_init import ModelLike
 from lit_vlm.stages.preference_metrics import METRIC_NAMES, PreferenceMetrics, estimate_kl
-from lit_vlm.types import Batch, ModelPart, UserError, format_count
+from lit_vlm.types import Batch, ModelPart, UserError
 
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference model
 
@@ -247,11 +249,10 @@ class DPOStage(Stage):
 
         Every rank calls it, with a dummy batch too.
         """
-        trainer = self._trainer
+        trainer = get_trainer(self)
         if trainer is None:
             return
-        is_last = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not is_last:
+        if not is_last_micro_step(trainer):
             return
         step = self.global_step + 1
         if step % trainer.log_every_n_steps and step != self._count_steps():
@@ -261,7 +262,7 @@ class DPOStage(Stage):
         for name, value in means.items():
             self.log(f"train/{name}", value, batch_size=1)
         for name in METRIC_NAMES - means.keys():  # else Lightning would log the value of an earlier step again
-            trainer._results.pop(f"training_step.train/{name}", None)
+            discard_logged_value(trainer, f"train/{name}")
         self._warn_about_collapse(means)
 
     def _sum_over_ranks(self, numbers: Tensor) -> Tensor:

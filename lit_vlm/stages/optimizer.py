@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_vlm.compat.lightning import allow_clipping
 from lit_vlm.model.lora import LoraOptions
 from lit_vlm.model.parts import iter_parameters
 from lit_vlm.types import ModelPart
@@ -82,9 +83,7 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
                 rate = options.get(part, "learning_rate")
                 groups.append({"params": members, "lr": rate, "weight_decay": decay, "part": part.value})
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
-    # Lightning refuses to clip the gradients of an optimizer that can unscale them itself, as the fused one can. Under
-    # bf16-mixed there is no scale, and under 16-mixed the scaler then unscales before clipping.
-    optimizer._step_supports_amp_scaling = False
+    allow_clipping(optimizer)
     return optimizer
 
 

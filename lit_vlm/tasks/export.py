@@ -17,6 +17,7 @@ from lit_vlm.distributed.sharded_state import StateKind, TensorShard
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.files import CorruptFileError
+from lit_vlm.formatting import format_count
 from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.export import export_model
 from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
@@ -32,7 +33,7 @@ from lit_vlm.stages import Stage
 from lit_vlm.tasks.prepare_data import resolve_template_date, resolve_tiny_parts
 from lit_vlm.tasks.terminal import say
 from lit_vlm.tasks.train import make_stage
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 AUTO = "auto"
 

@@ -18,11 +18,12 @@ from lit_vlm.curation.scorers import ExactScorer, ModelJudge, Scorer, load_custo
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.packing.mixture_lock import TEMPLATE_DATE_KEY
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
+from lit_vlm.formatting import format_count
 from lit_vlm.runs.run_folder import compute_sources_digest, describe_parent, require_finished_parent, to_plain
 from lit_vlm.tasks.prepare_data import StageData, apply_quarantine, make_datamodule, open_sources
 from lit_vlm.tasks.pretrained import PretrainedModel, open_pretrained
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 PROGRESS_SECONDS = 30.0
 

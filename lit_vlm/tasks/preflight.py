@@ -22,6 +22,7 @@ from lit_vlm.data.packing.mixture_lock import compare_locks, read_lock
 from lit_vlm.data.packing.mixture_shares import resolve_amounts
 from lit_vlm.data.packing.plan import Plan
 from lit_vlm.data.sources import open_source
+from lit_vlm.formatting import format_count
 from lit_vlm.reports.preflight.checks import check_bad_records, collect_findings
 from lit_vlm.reports.preflight.estimates import (
     check_strategy,
@@ -38,7 +39,7 @@ from lit_vlm.reports.preflight.estimates import (
     summarize_strategy,
 )
 from lit_vlm.reports.preflight.facts import Finding, PreflightFacts, Severity, ShareRow, SourceRow
-from lit_vlm.reports.preflight.page import write_preflight_page
+from lit_vlm.reports.preflight.report import print_preflight, write_preflight_page
 from lit_vlm.reports.preflight.samples import collect_bad_examples, prepare_samples
 from lit_vlm.reports.preflight.statistics import (
     build_histograms,
@@ -47,7 +48,6 @@ from lit_vlm.reports.preflight.statistics import (
     subsample_source,
     summarize_plan,
 )
-from lit_vlm.reports.preflight.terminal import print_preflight
 from lit_vlm.runs.run_folder import (
     compute_sources_digest,
     describe_parent,
@@ -67,7 +67,7 @@ from lit_vlm.tasks.prepare_data import (
 )
 from lit_vlm.tasks.terminal import console, show_progress
 from lit_vlm.tasks.train import make_stage
-from lit_vlm.types import RecordError, Source, UserError, format_count
+from lit_vlm.types import RecordError, Source, UserError
 
 MAX_SAMPLE_STEPS = 300  # steps to plan if only a sample is indexed; its micro-batches are like those of all data
 

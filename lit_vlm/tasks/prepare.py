@@ -9,6 +9,7 @@ from rich.table import Table
 from lit_vlm.config import Run
 from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.index.verify import verify_images
+from lit_vlm.formatting import format_count
 from lit_vlm.tasks.mixture_lock import check_mixture_lock
 from lit_vlm.tasks.prepare_data import (
     StageData,
@@ -21,7 +22,6 @@ from lit_vlm.tasks.prepare_data import (
     resolve_init_from,
 )
 from lit_vlm.tasks.terminal import console, say, show_progress
-from lit_vlm.types import format_count
 
 
 def prepare(run: Run) -> None:

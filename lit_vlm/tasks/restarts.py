@@ -22,9 +22,10 @@ from lit_vlm.fault_tolerance.oom import halve_budget, is_out_of_memory
 from lit_vlm.fault_tolerance.rank_check import RankConsistencyCheck
 from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
 from lit_vlm.fault_tolerance.watchdog_thread import ExitNotice
+from lit_vlm.formatting import format_count
 from lit_vlm.stages import Stage
 from lit_vlm.tasks.terminal import say
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 MAX_CORRUPT_RECORDS = 20  # each corrupt record restarts the job once; more of them means a failing disk
 

@@ -6,7 +6,6 @@ own run.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from lit_vlm.config import ConfigError, Run, build_stage_overrides, is_pipeline,
 from lit_vlm.config.overrides import get_override_key
 from lit_vlm.config.schema import DataConfig, Format
 from lit_vlm.fault_tolerance.signals import postpone_signals
-from lit_vlm.files import handle_write_errors, write_json, write_text_atomically
+from lit_vlm.files import handle_write_errors, read_json_or_none, write_json, write_text_atomically
 from lit_vlm.runs.run_folder import read_manifest_or_empty, require_finished_parent, require_writable
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
@@ -169,8 +168,8 @@ def list_files_to_stage(data: DataConfig) -> list[Path]:
 def _find_queued_job(job: SlurmJob) -> str | None:
     """Find the job that was submitted for this folder and has not ended; None if there is none."""
     try:
-        number = str(json.loads((job.folder / "slurm.json").read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError, TypeError):
+        number = str(read_json_or_none(job.folder / "slurm.json")["job"])
+    except (KeyError, TypeError):
         return None
     return number if get_job_state(number) else None
 
@@ -243,7 +242,7 @@ def make_worker_job(run: Run, trial_overrides: list[str]) -> SlurmJob:
 def find_queued_workers(folder: Path) -> str | None:
     """Find the job array that was submitted for this folder and has not ended; None if there is none."""
     try:
-        number = str(json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError, TypeError):
+        number = str(read_json_or_none(folder / JOB_FILE)["job"])
+    except (KeyError, TypeError):
         return None
     return number if get_job_state(number) else None

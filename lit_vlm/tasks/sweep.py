@@ -23,6 +23,7 @@ from lit_vlm.config.sweep_overrides import get_trial_overrides
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART
 from lit_vlm.fault_tolerance.signals import StopRequest
 from lit_vlm.files import CorruptFileError, read_json, write_json
+from lit_vlm.formatting import format_count
 from lit_vlm.redaction import find_secret_errors
 from lit_vlm.runs.run_folder import require_writable
 from lit_vlm.sweep.report import SweepReport, make_parameter_table, make_trial_table, write_sweep_report
@@ -42,7 +43,7 @@ from lit_vlm.sweep.validation import find_sweep_errors
 from lit_vlm.tasks.pipeline import build_command
 from lit_vlm.tasks.submit import find_queued_workers, submit_workers
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 DEFAULT_NUM_TRIALS = 20  # if neither the settings nor the file give a number
 JOURNAL_FILE, SETTINGS_FILE, REPORT_FILE = "journal.log", "sweep.json", "sweep.html"

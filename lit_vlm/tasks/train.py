@@ -25,6 +25,7 @@ from lit_vlm.fault_tolerance.oom import MicroBatchBudget
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE as SKIPPED
 from lit_vlm.files import handle_write_errors, write_text_atomically
+from lit_vlm.formatting import format_count
 from lit_vlm.loggers import RunTracker
 from lit_vlm.model.build import ModelSpec
 from lit_vlm.model.skeleton import defer_weights
@@ -57,7 +58,7 @@ from lit_vlm.tasks.prepare_data import (
 from lit_vlm.tasks.restarts import run_fit, run_with_restarts
 from lit_vlm.tasks.strategy import resolve_auto_strategy
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 
 def train(run: Run) -> None:

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from lit_vlm.formatting import format_duration, format_short
 from lit_vlm.reports.charts import ChartLine, compute_log_ticks, compute_ticks, draw_line_chart, reduce_points, smooth
 from lit_vlm.reports.report import make_summary_table, write_report
-from lit_vlm.reports.run_record import format_duration, format_short, read_run, split_group
+from lit_vlm.reports.run_record import read_run, split_group
 
 INJECTION = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 

@@ -17,6 +17,7 @@ from lit_vlm.data.lazy_images import format_untrusted
 from lit_vlm.data.readers.context import RecordContext, describe_type
 from lit_vlm.data.readers.conversation import check_num_images, make_sample
 from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_part, check_record, check_turn
+from lit_vlm.formatting import format_count
 from lit_vlm.types import (
     SPECIAL_TOKENS,
     ContentPart,
@@ -28,7 +29,6 @@ from lit_vlm.types import (
     RecordError,
     Role,
     Sample,
-    format_count,
 )
 
 _TEXT_TYPES = ("text", "input_text", "output_text")

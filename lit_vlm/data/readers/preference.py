@@ -26,7 +26,8 @@ from lit_vlm.data.readers.conversation import (
 )
 from lit_vlm.data.readers.messages import read_turns
 from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record
-from lit_vlm.types import Fault, ImagePlaceholder, LazyImage, Message, PreferencePair, Role, SampleKind, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import Fault, ImagePlaceholder, LazyImage, Message, PreferencePair, Role, SampleKind
 
 _READ_KEYS = (
     "id",

@@ -13,10 +13,10 @@ from lit_vlm.config.schema import (
     RunConfig,
 )
 from lit_vlm.data.quarantine import format_unused_keys
+from lit_vlm.formatting import format_bytes, format_count, format_percent
 from lit_vlm.losses.preference import SORTING_LOSS_TYPES
 from lit_vlm.reports.preflight.facts import Finding, MemoryFacts, PreflightFacts, Severity, SourceRow
-from lit_vlm.reports.preflight.page import format_bytes, format_percent
-from lit_vlm.types import Fault, ModelPart, format_count
+from lit_vlm.types import Fault, ModelPart
 
 MIN_SAMPLES_PER_RANK = 8  # samples of a step that a rank needs, so that packing can balance the work
 MIN_BALANCE = 0.97  # below this balance ranks wait noticeably

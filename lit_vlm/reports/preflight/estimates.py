@@ -36,6 +36,7 @@ from lit_vlm.cost import (
 )
 from lit_vlm.cost.memory import NUM_ADAM_MOMENTS, Precision, compute_host_bytes
 from lit_vlm.cost.strategy import CPU_REASON, MOSTLY_FROZEN_SHARE, SHARDINGS
+from lit_vlm.formatting import format_bytes, format_count
 from lit_vlm.model.build import ModelSpec, build_on_meta
 from lit_vlm.model.parts import get_part
 from lit_vlm.model.skeleton import list_frozen_matrices, list_matrices
@@ -50,9 +51,8 @@ from lit_vlm.reports.preflight.facts import (
     StrategyFacts,
     TimeFacts,
 )
-from lit_vlm.reports.preflight.page import format_bytes
 from lit_vlm.stages import Stage
-from lit_vlm.types import ModelPart, format_count
+from lit_vlm.types import ModelPart
 
 CPU_MATRIX_SIZE, CPU_REPETITIONS = 512, 8  # of the matrix products that measure a CPU: some hundredths of a second
 DEVICES_PER_NODE = 8  # devices of a node, if the run has one device and preflight.world_size is larger
