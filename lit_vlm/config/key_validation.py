@@ -28,15 +28,14 @@ from lit_vlm.config.schema import ActivationCheckpointing, DPOStageConfig, RunCo
 from lit_vlm.config.settings import (
     describe_type,
     extract_dataclass,
-    find_nearest,
     find_nearest_key,
-    format_suggestion,
     get_field_types,
     get_setting_type,
     get_value_type,
     list_settings,
 )
 from lit_vlm.config.yaml_reader import read_settings
+from lit_vlm.types import find_nearest, format_suggestion
 
 ADD_SOURCE_HINT = (
     "A source is added by a file (conf/data/<name>.yaml, or your own folder with --config-dir)"

@@ -17,9 +17,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from lit_vlm.config.argument_errors import find_argument_errors
+from lit_vlm.config.callbacks import convert_to_list
 from lit_vlm.config.other_programs import format_key_remedy
 from lit_vlm.config.yaml_reader import quote_text
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, flatten
 
 SOURCES_KEY = "data/source@data.sources"
 CHECKPOINTING_ALIASES = {"true": "full", "false": "none"}  # former values -> levels
@@ -80,13 +81,21 @@ def get_override_key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
+def split_sweep_values(override: str) -> list[str]:
+    """Split an override with a comma list into one override per value; return any other override unchanged."""
+    parsed_sweep = parse_override(override)
+    if not parsed_sweep.is_choice_sweep():
+        return [override]
+    return [f"{override.partition('=')[0]}={value}" for value in parsed_sweep.sweep_string_iterator()]
+
+
 def add_implied_overrides(overrides: list[str]) -> list[str]:
     """Add the overrides that the given ones imply, first, so that an explicit override wins.
 
     - `experiment=` selects one stage, so the task is train.
     - Ready sources are used alone unless `data=` is given. `data=` replaces the ready sources of an experiment.
     - `trainer.extra.*`, `data.share.kinds` and `submit.env` have keys that the schema does not list, so they get `++`.
-    - `image=photo.jpg` and `sync=runs/a` are lists with one item.
+    - `image=photo.jpg` and `sync=runs/a` are lists with one item; `callbacks={name: {argument: value}}` is a list as well.
     - Activation checkpointing may still be true or false instead of a level.
     - A value of a text setting is quoted if Hydra would parse it as a number.
     """
@@ -107,9 +116,22 @@ def _expand_override(override: str) -> str:
     key, _, value = override.partition("=")
     if key == "stage.activation_checkpointing" and value.lower() in CHECKPOINTING_ALIASES:
         return f"{key}={CHECKPOINTING_ALIASES[value.lower()]}"
+    if key == "callbacks" and "{" in value:
+        return _expand_callbacks(override)
     return (
         f"{key}=[{value}]" if key in ("image", "sync") and value and value[0] != "[" else override
     )  # one is a list of one
+
+
+def _expand_callbacks(override: str) -> str:
+    """Write {name: {argument: value}} as a list. A name that cannot stand in a list is left for the checks."""
+    values = [convert_to_list(parse_override(text).value()) for text in split_sweep_values(override)]
+    expanded = f"callbacks={','.join(map(quote_value, values))}"
+    try:
+        parse_override(expanded)
+    except HydraException:
+        return override
+    return expanded
 
 
 def parse_json_overrides(text: str) -> list[str]:
@@ -118,18 +140,9 @@ def parse_json_overrides(text: str) -> list[str]:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{text!r} begins like a JSON object of settings but is none: {error}.") from None
-    return [f"{key}={quote_value(value)}" for key, value in _flatten_settings(settings, "")]
-
-
-def _flatten_settings(settings: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    rows = []
-    for key, value in settings.items():
-        rows += (
-            _flatten_settings(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else [(prefix + key, value)]
-        )
-    return rows
+    if "callbacks" in settings:
+        settings["callbacks"] = convert_to_list(settings["callbacks"])
+    return [f"{key}={quote_value(value)}" for key, value in flatten(settings).items()]
 
 
 def quote_value(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.callbacks import list_default_callbacks
 from lit_vlm.config.mapping import MappingConfig
 from lit_vlm.config.ranges import (
     ABOVE_0,
@@ -554,9 +555,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
-    callbacks: list[str] = field(
-        default_factory=lambda: ["throughput", "language_loss", "guard", "samples", "report"]
-    )  # import paths of your own classes, added to the default; or default names, which exclude the others
+    callbacks: list[Any] = field(
+        default_factory=list_default_callbacks
+    )  # names or {name: {argument: value}}: your own classes by import path, added to the default; or some of the default
     export: bool = (
         True  # export the model to hf/; false: keep only the last checkpoint, from which task=export makes hf/
     )

@@ -1,4 +1,4 @@
-"""Table of all settings: key, type, default and help text of each, and the nearest valid key to an invalid one."""
+"""Table of all settings: key, type, default and help text of each, the nearest valid key, and the settings of a stored run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from lit_vlm.config import mapping, schema
 from lit_vlm.config.other_programs import KEY_ALIASES
 from lit_vlm.config.ranges import NumberRange
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.types import UserError, find_nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,8 @@ def describe_type(hint: Any) -> str:
     """Describe a type for users: "a number", "one of align, sft, highres, dpo", ..."""
     if get_origin(hint) in (UnionType, Union):
         return " or ".join(describe_type(option) for option in get_args(hint))
+    if hint == list[Any]:
+        return "a list"
     if get_origin(hint) is list:
         return f"a list, each {describe_type(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
@@ -142,12 +148,6 @@ def describe_type(hint: Any) -> str:
         Any: "anything",
     }
     return names.get(hint, "keys and values")
-
-
-def find_nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
-    """Find the choice that is most similar to a word; None if none is similar."""
-    matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
-    return matches[0] if matches else None
 
 
 def find_nearest_key(key: str, keys: list[str]) -> str | None:
@@ -169,6 +169,29 @@ def find_nearest_key(key: str, keys: list[str]) -> str | None:
     )
 
 
-def format_suggestion(suggestion: str | None) -> str:
-    """Format a suggestion for the end of a message; empty without one."""
-    return f" Did you mean {suggestion}?" if suggestion else ""
+MODEL_KEYS = ("model", "stage", "seed", "run_dir")  # read as a whole; of `data` and `trainer` only single settings
+
+
+def read_model_config(settings: dict[str, Any], origin: str) -> RunConfig:
+    """Read the settings of a stored run that define its model and its trained parts; all others have their defaults.
+
+    Args:
+        settings: settings from a manifest, config.yaml or checkpoint.
+        origin: where the settings are stored, for the message.
+
+    Raises:
+        UserError: the settings do not match this version.
+    """
+    selected = {key: settings[key] for key in MODEL_KEYS if key in settings}
+    for group, names in {"data": ("tiling", "lock"), "trainer": ("precision",)}.items():
+        section = settings.get(group) or {}
+        selected[group] = {name: section[name] for name in names if name in section}
+    try:
+        expected = OmegaConf.structured(RunConfig)
+        expected.stage = OmegaConf.structured(get_stage_config_class((settings.get("stage") or {}).get("name")))
+        config = OmegaConf.to_object(OmegaConf.merge(expected, selected))
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{origin}: its settings are not those of this version ({reason}).") from None
+    assert isinstance(config, RunConfig)
+    return config

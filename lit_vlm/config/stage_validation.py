@@ -8,8 +8,8 @@ from dataclasses import fields
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.mapping import MappingConfig, RegionTask
 from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, StrategyName
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.formatting import format_count
+from lit_vlm.types import find_nearest, format_suggestion
 
 # trl.DPOConfig.loss_type, TRL 1.16
 LOSS_TYPES = tuple(

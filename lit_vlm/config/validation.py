@@ -12,12 +12,10 @@ from pathlib import Path
 
 from lit_vlm.config.callbacks import find_callback_errors
 from lit_vlm.config.mapping import find_mapping_errors
-from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import (
     DataConfig,
     DPOStageConfig,
     Format,
-    LoggerConfig,
     Markup,
     PartConfig,
     RunConfig,
@@ -30,15 +28,13 @@ from lit_vlm.config.schema import (
     TrainerConfig,
     WeightUnit,
 )
-from lit_vlm.config.settings import find_nearest, format_suggestion, get_field_types
-from lit_vlm.config.slurm_options import find_submit_errors
+from lit_vlm.config.settings import get_field_types
 from lit_vlm.config.stage_validation import (
     find_preference_loss_errors,
     find_unused_data_settings,
     find_unused_stage_settings,
 )
-from lit_vlm.config.sweep_overrides import find_trial_errors
-from lit_vlm.types import ModelPart, SampleKind
+from lit_vlm.types import ModelPart, SampleKind, find_nearest, format_suggestion
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
 SHARDED_PRECISIONS = (
@@ -67,41 +63,7 @@ MANAGED_TRAINER_ARGUMENTS = {
 }
 
 
-STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # tasks that use one stage and its data
-
-
-def find_config_errors(config: RunConfig) -> list[str]:
-    """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
-    errors = [*find_range_errors(config), *find_name_errors(config), *_find_other_task_errors(config)]
-    if config.task is Task.prefer:
-        return [
-            *errors,
-            *find_prefer_errors(config),
-            *_find_data_errors(config.data),
-            *_find_prefer_data_errors(config.data),
-        ]
-    if config.task is Task.sweep:
-        return [*errors, *find_trial_errors(config)]
-    if config.task is Task.sync:
-        missing_sync = "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
-        return errors if config.sync else [*errors, missing_sync]
-    if config.task not in STAGE_TASKS:
-        return errors
-    return [
-        *errors,
-        *_find_stage_errors(config),
-        *_find_data_errors(config.data),
-        *_find_pair_errors(config),
-        *_find_trainer_errors(config.trainer),
-        *find_callback_errors(config.callbacks),
-        *find_unused_stage_settings(config),
-        *find_logger_errors(config.logger),
-        *_find_checkpoint_errors(config),
-        *(find_submit_errors(config) if config.task is Task.submit else []),
-    ]
-
-
-def _find_other_task_errors(config: RunConfig) -> Iterator[str]:
+def find_other_task_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each setting that only another task reads: the run would do something else."""
     for key, value, task in (
         ("sweep", config.sweep, Task.sweep),
@@ -139,7 +101,8 @@ def _find_part_errors(name: str, part: PartConfig, is_trainable: bool) -> Iterat
         yield f"{key}.lora.rank: is {part.lora.rank}, but {name} does not train; add it to stage.trainable or set 0."
 
 
-def _find_data_errors(data: DataConfig) -> Iterator[str]:
+def _find_data_errors(config: RunConfig) -> Iterator[str]:
+    data = config.data
     if not data.sources:
         yield "data.sources: is empty; choose data=... or 'data/source@data.sources=[...]'."
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
@@ -221,13 +184,14 @@ def _find_pair_errors(config: RunConfig) -> Iterator[str]:
         yield f"data.sources: {names}: preference pairs, which stage={stage} cannot use; choose other data or dpo."
 
 
-def _find_prefer_data_errors(data: DataConfig) -> Iterator[str]:
-    names = ", ".join(name for name, source in data.sources.items() if has_preference_pairs(source))
+def _find_prefer_data_errors(config: RunConfig) -> Iterator[str]:
+    names = ", ".join(name for name, source in config.data.sources.items() if has_preference_pairs(source))
     if names:
         yield f"data.sources: {names}: preference pairs already; task=prefer makes them of conversations. Choose other data."
 
 
-def _find_trainer_errors(trainer: TrainerConfig) -> Iterator[str]:
+def _find_trainer_errors(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
     batches = trainer.limit_val_batches
     if batches is not None and batches > 1 and batches % 1:
         yield f"trainer.limit_val_batches: above 1 it is a number of batches and must be whole, found {batches}."
@@ -340,11 +304,32 @@ def find_prefer_errors(config: RunConfig) -> Iterator[str]:
 ARTIFACTS = ("model", "lock", "report")
 
 
-def find_logger_errors(logger: LoggerConfig) -> Iterator[str]:
+def find_logger_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each unknown artifact, and for artifacts without W&B."""
+    logger = config.logger
     for name in logger.artifacts:
         if name not in ARTIFACTS:
             suggestion = format_suggestion(find_nearest(name, ARTIFACTS))
             yield f"logger.artifacts: there is no artifact {name}; there are {', '.join(ARTIFACTS)}.{suggestion}"
     if logger.artifacts and not logger.wandb:
         yield "logger.artifacts: are uploaded to Weights & Biases, and logger.wandb is false; choose logger=wandb."
+
+
+def find_sync_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message if task=sync has no folders."""
+    if not config.sync:
+        yield "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
+
+
+# Checks of the tasks that use one stage and its data, and of task=prefer; each takes the whole config.
+STAGE_CHECKS = (
+    _find_stage_errors,
+    _find_data_errors,
+    _find_pair_errors,
+    _find_trainer_errors,
+    lambda config: find_callback_errors(config.callbacks),
+    find_unused_stage_settings,
+    find_logger_errors,
+    _find_checkpoint_errors,
+)
+PREFER_CHECKS = (find_prefer_errors, _find_data_errors, _find_prefer_data_errors)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.config.callbacks import instantiate
+from lit_vlm.config.user_classes import instantiate
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.generation import format_prompt, generate_answers
 from lit_vlm.evaluation.metrics import compute_score

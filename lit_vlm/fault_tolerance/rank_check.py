@@ -20,7 +20,7 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.distributed.collectives import gather_objects
 from lit_vlm.formatting import format_count
 from lit_vlm.runs.run_folder import get_package_versions, to_plain
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, flatten
 
 # Settings that may differ between machines. All others, also those of `config/elsewhere.py`, must be equal on all ranks.
 MACHINE_SETTINGS = (
@@ -71,7 +71,8 @@ def collect_rank_settings(config: RunConfig, strategy: LightningStrategy, level:
 
     For `auto`, the chosen strategy and level of activation checkpointing are added: unequal devices may choose differently.
     """
-    settings = _flatten_settings(to_plain(asdict(config)))
+    flat = flatten(to_plain(asdict(config)))
+    settings = {key: value for key, value in flat.items() if not set(key.split(".")) & set(MACHINE_SETTINGS)}
     if config.trainer.strategy is StrategyName.auto:
         settings["trainer.strategy"] = f"auto, here {getattr(strategy, 'setting', type(strategy).__name__)}"
     if config.stage.activation_checkpointing is Level.auto:
@@ -134,14 +135,3 @@ def _describe_differences(
         )
         return [f"settings: {changed}", *(name for name in names if name in ("code", "packages"))]
     return names
-
-
-def _flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            key: leaf
-            for name, item in value.items()
-            if name not in MACHINE_SETTINGS
-            for key, leaf in _flatten_settings(item, f"{prefix}{name}.").items()
-        }
-    return {prefix.rstrip("."): value}

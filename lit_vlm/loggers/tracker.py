@@ -10,7 +10,6 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.distributed.ranks import is_in_sweep
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED, CoordinatedExit, EarlyStoppingExit
 from lit_vlm.fault_tolerance.signals import get_signal_handler
@@ -19,7 +18,7 @@ from lit_vlm.loggers.file_loggers import MetricsCsv, make_tensorboard_logger
 from lit_vlm.loggers.wandb_logger import EXIT_CODES, WandbRun
 from lit_vlm.redaction import redact_text
 from lit_vlm.runs.run_folder import RunFolder, is_rank_zero
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, find_nearest, format_suggestion
 
 
 class RunTracker:

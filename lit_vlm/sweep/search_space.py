@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.types import find_nearest, format_suggestion
 
 _COMMENT = re.compile(r"(?:^|\s)#\s?(.*)$")
 

@@ -10,10 +10,9 @@ from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.overrides import add_implied_overrides, get_override_key, parse_arguments
 from lit_vlm.config.parse import collect_override_errors
 from lit_vlm.config.schema import DPOStageConfig
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.sweep.search_space import SweepParameter
 from lit_vlm.sweep.sweep_file import SweepFile, build_trial_overrides, build_value_overrides
-from lit_vlm.types import Language, SampleKind
+from lit_vlm.types import Language, SampleKind, find_nearest, format_suggestion
 
 RESERVED_KEYS = ("task", "recipe", "run_name", "run_dir", "overwrite", "resume_from", "sweep", "trials", "submit")
 LOSS_GROUPS = (

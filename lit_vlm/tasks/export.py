@@ -10,8 +10,8 @@ from typing import Any
 from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, CorruptCheckpointError, load_tensors, read_index
 from lit_vlm.checkpoint.resume import check_files, find_state_mismatches
 from lit_vlm.config import Run
-from lit_vlm.config.model_settings import read_model_config
 from lit_vlm.config.schema import DPOStageConfig, RunConfig
+from lit_vlm.config.settings import read_model_config
 from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.sharded_state import StateKind, TensorShard
 from lit_vlm.distributed.trainer import disable_library_warnings

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from rich.table import Table
 
-from callbacks import make_callbacks
+from callbacks import check_user_callbacks, make_callbacks
 from lit_vlm.checkpoint import CheckpointFolder, RunFingerprint
 from lit_vlm.config import Run
 from lit_vlm.config.callbacks import choose_callbacks
@@ -114,6 +114,8 @@ def train_once(run: Run, run_lock: RunLock, tracking: RunTracker, is_restart: bo
             "of its own (run_name=...), or leave overwrite=true out."
         )
 
+    chosen_callbacks = choose_callbacks(config.callbacks, export=config.export, profile=should_profile(config))
+    check_user_callbacks(chosen_callbacks)
     data = build_stage_data(run, sources, held_out, run.init_from)
     datamodule = data.datamodule
     make_stage(data.spec, config)  # an error in its settings must come before the data are read
@@ -125,7 +127,7 @@ def train_once(run: Run, run_lock: RunLock, tracking: RunTracker, is_restart: bo
     if not is_fresh_start:
         MicroBatchBudget.read(run.dir, datamodule).apply(datamodule)
     callbacks = make_callbacks(
-        choose_callbacks(config.callbacks, export=config.export, profile=should_profile(config)),
+        chosen_callbacks,
         run.dir,
         max_samples=get_max_scored_samples(config),
         **asdict(config.checkpoint),

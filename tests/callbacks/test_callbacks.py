@@ -11,8 +11,9 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors import safe_open
 from support import blueprint_of, builtin
 
-from callbacks import CALLBACKS, Export, Guard, LanguageLoss, Report, Samples, Throughput, make_callbacks
+from callbacks import Export, Guard, LanguageLoss, Report, Samples, Throughput, get_callback_class, make_callbacks
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.callbacks import CALLBACKS
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index import sample_index
@@ -259,13 +260,15 @@ def test_callbacks_are_ordered_with_export_samples_and_report_last(tmp_path):
     assert [type(callback).__name__ for callback in callbacks] == ["Guard", "Mine", "Export", "Samples", "Report"]
     assert callbacks[3].max_samples == 7
     assert isinstance(callbacks[-1], Report)
-    assert [type(callback) for callback in make_callbacks(list(CALLBACKS), tmp_path)] == list(CALLBACKS.values())
+    ordered = sorted(CALLBACKS, key=lambda name: CALLBACKS[name].order)
+    made = make_callbacks(list(CALLBACKS), tmp_path)
+    assert [type(callback) for callback in made] == list(map(get_callback_class, ordered))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("throughputs", "there is no callback throughputs; there are guard, throughput, language_loss"),
+        ("throughputs", "there is no callback throughputs; there are throughput, language_loss, guard"),
         ("no_such_package.Mine", "no_such_package.Mine cannot be imported"),
         ("json.dumps", "json.dumps is not a class of lightning.Callback"),
         (f"{__name__}.Needy", "cannot be made without arguments"),

@@ -43,7 +43,17 @@ ATTRIBUTES = {
     "hydra": [
         ("hydra._internal.core_plugins.file_config_source.FileConfigSource", ["_normalize_file_name"]),
         ("hydra._internal.sources_registry.SourcesRegistry", ["instance"]),
+        (
+            "hydra._internal.config_loader_impl.ConfigLoaderImpl",
+            [
+                "_parse_overrides_and_create_caching_repo",
+                "_compose_config_from_defaults_list",
+                "_apply_overrides_to_config",
+                "validate_sweep_overrides_legal",
+            ],
+        ),
         ("hydra.plugins.config_source.ConfigSource", ["_get_header_dict"]),
+        ("hydra._internal.defaults_list", ["create_defaults_list"]),
         ("omegaconf._utils", ["get_yaml_loader"]),
     ],
     "torch": [

@@ -162,7 +162,7 @@ def test_a_source_can_be_removed():
         ("stage.learning_rate=high", "expected a number, found 'high'"),
         ("trainer.deterministic=2", "expected true or false, found 2"),
         ("overwrite=yes", "expected true or false, found 'yes'"),
-        ("callbacks=report", "expected a list, each text, found 'report'"),
+        ("callbacks=report", "expected a list, found 'report'"),
         ("stage.trainable=[projektor]", "Did you mean projector?"),
         ("data.on_bad_record=skip", "expected one of quarantine, stop, found 'skip'"),
         ("debug=quick", "expected one of fast, overfit, profile or null, found 'quick'"),
