@@ -192,8 +192,8 @@ class ContainerRuntime(Enum):
     """Program that runs submit.container on the nodes."""
 
     pyxis = "pyxis"  # Slurm's plugin with enroot: srun --container-image
-    apptainer = "apptainer"
-    singularity = "singularity"
+    apptainer = "apptainer"  # apptainer exec inside srun
+    singularity = "singularity"  # singularity exec inside srun
 
 
 class DebugMode(Enum):
