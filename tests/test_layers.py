@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BELOW_MODEL = {"types", "anyres", "compat", "formatting", "redaction", "files", "config", "cost", "losses"}
+# Modules that import no layer: registries whose names the configuration reads, without torch.
+REGISTRIES = {"model.projectors", "losses.loss_types"}
+BELOW_MODEL = {"types", "anyres", "compat", "formatting", "redaction", "files", "config", "cost", "losses", *REGISTRIES}
 RUN_ROOMS = {"cluster", "distributed", "checkpoint", "runs", "fault_tolerance", "loggers", "reports"}
 MAY_IMPORT = {
     "types": {"anyres"},
@@ -17,9 +19,10 @@ MAY_IMPORT = {
     "redaction": {"secret_patterns"},
     "secret_patterns": set(),
     "files": {"types", "redaction"},
-    "config": {"types", "anyres", "compat", "formatting", "redaction"},
-    "cost": {"types", "config", "formatting"},
-    "losses": {"types", "config", "compat"},
+    **{registry: set() for registry in REGISTRIES},
+    "config": {"types", "anyres", "compat", "formatting", "redaction", *REGISTRIES},
+    "cost": {"types", "config", "formatting", *REGISTRIES},
+    "losses": {"types", "config", "compat", *REGISTRIES},
     "model": BELOW_MODEL,
     "data": BELOW_MODEL,  # never model: a processor is passed in, so the data side runs without weights
     "evaluation": {*BELOW_MODEL, "model", "data"},
@@ -42,8 +45,13 @@ MAY_IMPORT_HYDRA = {"compat", "config", "run"}
 
 
 def get_package(module: str) -> str | None:
-    """Get the package of a module: `lit_vlm.data.collate` -> `data`, `callbacks.export` -> `callbacks`, `torch.nn` -> None."""
+    """Get the package of a module: `lit_vlm.data.collate` -> `data`, `callbacks.export` -> `callbacks`, `torch.nn` -> None.
+
+    A registry is a package of its own: `lit_vlm.model.projectors` -> `model.projectors`.
+    """
     parts = module.split(".")
+    if (registry := ".".join(parts[1:3])) in REGISTRIES:
+        return registry
     name = parts[1] if parts[0] == "lit_vlm" and len(parts) > 1 else parts[0]
     return name if name in MAY_IMPORT else None
 
@@ -59,6 +67,16 @@ def iter_imports(path: Path):
                 else [node.module or ""]
             )
             yield from ((node.lineno, name) for name in names)
+
+
+def iter_imported_modules(path: Path):
+    """Iterate over the modules that a file imports, also inside functions and for type annotations."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -78,6 +96,19 @@ def test_imports_go_one_way(path):
 def test_every_package_is_listed():
     packages = {path.name.removesuffix(".py") for path in (ROOT / "lit_vlm").iterdir() if not path.name.startswith("_")}
     assert packages <= set(MAY_IMPORT)
+    assert all((ROOT / "lit_vlm" / f"{registry.replace('.', '/')}.py").is_file() for registry in REGISTRIES)
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    imported = {name: set(iter_imported_modules(path)) & set(modules) for name, path in modules.items()}
+    while True:  # take away what imports nothing, and what nothing imports, until only circles are left
+        used = {other for others in imported.values() for other in others}
+        left = {name: others for name, others in imported.items() if others and name in used}
+        if left.keys() == imported.keys():
+            break
+        imported = {name: others & left.keys() for name, others in left.items()}
+    assert imported == {}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

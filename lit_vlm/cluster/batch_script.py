@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_vlm.config.schema import ContainerRuntime, DPOStageConfig, RunConfig, SubmitConfig
+from lit_vlm.config.schema import ContainerRuntime, RunConfig, SubmitConfig
 from lit_vlm.config.slurm_options import GPU_ACCELERATORS, get_cpus_per_task, get_gpus_per_node, render_job_environment
 from lit_vlm.data.staging import STAGING_VARIABLE
 
@@ -189,8 +189,7 @@ def _find_own_folders(job: SlurmJob) -> list[Path]:
     """Find the folders that the run reads or writes besides its data, without nested folders and user mounts."""
     config, submit = job.config, job.config.submit
     models = [config.init_from, config.model.vision_tower, config.model.language_model, config.model.chat_template]
-    if isinstance(config.stage, DPOStageConfig):
-        models.append(config.stage.reference)
+    models += config.stage.model_folders
     cache = submit.env.get("HF_HOME", os.environ.get("HF_HOME"))
     candidates = [
         str(PROJECT_ROOT),

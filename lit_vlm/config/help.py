@@ -21,6 +21,7 @@ from lit_vlm.config.callbacks import CALLBACKS, Use
 from lit_vlm.config.compose import CONF_DIR, list_choices
 from lit_vlm.config.recipe import list_recipes
 from lit_vlm.config.settings import Setting, describe_type, list_settings, read_field_comments
+from lit_vlm.model.projectors import PROJECTORS
 
 # Settings that are changed most often, in the order in which a user needs them.
 COMMON_SETTINGS = (
@@ -163,6 +164,8 @@ def _get_meaning(setting: Setting) -> str:
 
 
 def _get_member_meanings(enum_class: type[Enum]) -> dict[str, str]:
+    if enum_class is schema.ProjectorName:
+        return {name: projector.description for name, projector in PROJECTORS.items()}
     return {name: read_field_comments().get((enum_class.__name__, name), "") for name in enum_class.__members__}
 
 

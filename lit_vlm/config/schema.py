@@ -7,8 +7,8 @@ beside it (`lit_vlm/config/ranges.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
+from enum import Enum, StrEnum
 from typing import Any
 
 from omegaconf import MISSING
@@ -37,6 +37,7 @@ from lit_vlm.config.ranges import (
     SIGNAL_SECONDS,
     ranged,
 )
+from lit_vlm.model.projectors import PROJECTORS
 from lit_vlm.types import Language, ModelPart
 
 # OmegaConf writes an enum by the name of its member, so every name equals its value.
@@ -55,11 +56,8 @@ class Task(Enum):
     chat = "chat"  # chat with a finished model
 
 
-class ProjectorName(Enum):
-    """Architecture of the projector between the vision tower and the language model."""
-
-    mlp2x_gelu = "mlp2x_gelu"  # LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear
-    linear = "linear"  # LLaVA
+# Projector between the vision tower and the language model, from the registry.
+ProjectorName = StrEnum("ProjectorName", {name: name for name in PROJECTORS})  # type: ignore[misc]
 
 
 class StageName(Enum):
@@ -213,7 +211,7 @@ class ModelConfig:
 
     vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
-    projector: ProjectorName = ProjectorName.mlp2x_gelu
+    projector: ProjectorName = ProjectorName["mlp2x_gelu"]
     vision_feature_layer: int | None = ranged(
         None, LAYER
     )  # layer whose output goes to the projector; null: second to last; later layers are removed
@@ -375,6 +373,25 @@ class StageConfig:
     cache_features: bool = False  # compute a frozen tower's features once before training, in data.index_dir; large
     parts: PartsConfig = field(default_factory=PartsConfig)
 
+    @property
+    def preference_losses(self) -> list[str]:
+        """Names of the preference losses; empty for a stage with next-token loss."""
+        return []
+
+    @property
+    def model_folders(self) -> list[str]:
+        """Folders or hub ids of models that the stage reads besides the one that it trains."""
+        return []
+
+    @property
+    def has_reference_model(self) -> bool:
+        """True if a reference model runs in each step."""
+        return False
+
+    def make_export_config(self) -> StageConfig:
+        """Make the settings of a stage that only builds the trained model: without caches and other models."""
+        return replace(self, cache_features=False)
+
 
 @dataclass(kw_only=True, slots=True)
 class DPOStageConfig(StageConfig):
@@ -395,6 +412,30 @@ class DPOStageConfig(StageConfig):
     cache_reference: bool = (
         False  # compute the reference log-probabilities once before training, in data.index_dir for other runs
     )
+
+    @property
+    def preference_losses(self) -> list[str]:
+        return self.loss_type
+
+    @property
+    def model_folders(self) -> list[str]:
+        return [self.reference] if self.reference else []
+
+    @property
+    def has_reference_model(self) -> bool:
+        return not self.cache_reference
+
+    def make_export_config(self) -> StageConfig:
+        return replace(self, cache_features=False, reference=None, cache_reference=True)
+
+
+# Config class of each stage; `config_class` of its class in `STAGES` is the same.
+STAGE_CONFIGS: dict[StageName, type[StageConfig]] = {
+    StageName.align: StageConfig,
+    StageName.sft: StageConfig,
+    StageName.highres: StageConfig,
+    StageName.dpo: DPOStageConfig,
+}
 
 
 @dataclass(kw_only=True, slots=True)

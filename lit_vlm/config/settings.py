@@ -7,13 +7,14 @@ import inspect
 import io
 import itertools
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as REQUIRED
 from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,8 +39,8 @@ class Setting:
 
 
 def get_stage_config_class(name: str | None) -> type[StageConfig]:
-    """Return the config dataclass of a stage; every stage except dpo has the plain one."""
-    return DPOStageConfig if name == schema.StageName.dpo.value else StageConfig
+    """Return the config dataclass of a stage; the plain one for an unknown name."""
+    return {stage.value: config_class for stage, config_class in schema.STAGE_CONFIGS.items()}.get(name, StageConfig)
 
 
 @cache
@@ -195,3 +196,36 @@ def read_model_config(settings: dict[str, Any], origin: str) -> RunConfig:
         raise UserError(f"{origin}: its settings are not those of this version ({reason}).") from None
     assert isinstance(config, RunConfig)
     return config
+
+
+ConfigClass = TypeVar("ConfigClass", bound=StageConfig)
+
+
+def build_stage_config(config_class: type[ConfigClass], settings: Mapping[str, Any]) -> ConfigClass:
+    """Build the config of a stage from plain keyword arguments of the same names; None is the default.
+
+    Activation checkpointing is off by default: `auto` needs the memory of a device. True means `full`, False `none`.
+
+    Raises:
+        UserError: an unknown name, or a value of another type.
+    """
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    values = {key: value for key, value in values.items() if value is not None}
+    level = values.get("activation_checkpointing", False)
+    values["activation_checkpointing"] = {True: "full", False: "none"}[level] if isinstance(level, bool) else level
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), values))
+    except OmegaConfBaseException as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"stage.{error.full_key}: {reason}. Names and types are those of {config_class.__name__}."
+        ) from None
+    assert isinstance(config, config_class)
+    config.adam_betas = (config.adam_betas[0], config.adam_betas[1])
+    return config
+
+
+def convert_to_plain(config: StageConfig) -> dict[str, Any]:
+    """Convert a stage's config to plain containers: its settings by name, without the name of the stage."""
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return {key: value for key, value in plain.items() if key != "name"}

@@ -34,6 +34,7 @@ from lit_vlm.config.stage_validation import (
     find_unused_data_settings,
     find_unused_stage_settings,
 )
+from lit_vlm.model.projectors import PROJECTORS, list_exportable_projectors
 from lit_vlm.types import ModelPart, SampleKind, find_nearest, format_suggestion
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
@@ -88,6 +89,15 @@ def _find_stage_errors(config: RunConfig) -> Iterator[str]:
         yield from _find_part_errors(field.name, getattr(stage.parts, field.name), field.name in trainable)
     if isinstance(stage, DPOStageConfig):
         yield from find_preference_loss_errors(stage)
+
+
+def _find_projector_errors(config: RunConfig) -> Iterator[str]:
+    name = str(config.model.projector)
+    if config.export and config.init_from is None and not PROJECTORS[name].is_exportable:
+        yield (
+            f"export: a model with model.projector={name} cannot be exported, plain transformers has no such projector. Set"
+            f" export=false, or choose {list_exportable_projectors()}."
+        )
 
 
 def _find_part_errors(name: str, part: PartConfig, is_trainable: bool) -> Iterator[str]:
@@ -323,6 +333,7 @@ def find_sync_errors(config: RunConfig) -> Iterator[str]:
 
 # Checks of the tasks that use one stage and its data, and of task=prefer; each takes the whole config.
 STAGE_CHECKS = (
+    _find_projector_errors,
     _find_stage_errors,
     _find_data_errors,
     _find_pair_errors,

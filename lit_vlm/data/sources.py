@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
-from lit_vlm.data.readers.context import ReaderSettings, RecordContext
+from lit_vlm.data.readers.context import ReaderSettings, RecordContext, find_mark
 from lit_vlm.data.readers.formats import FORMATS, RecordReader, read_any_format
 from lit_vlm.data.readers.record_files import (
     check_file_split,
@@ -27,7 +27,6 @@ from lit_vlm.data.readers.record_files import (
 )
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import get_file_identity
-from lit_vlm.data.readers.unsupported_keys import find_mark
 from lit_vlm.data.staging import resolve_original_path
 from lit_vlm.data.subsets import SourceSubset, TileLimitedSource
 from lit_vlm.formatting import format_count

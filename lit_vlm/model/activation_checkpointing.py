@@ -18,7 +18,6 @@ from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
 
 from lit_vlm.compat.torch import GROUPED_MM, get_argument_names
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.types import UserError
 
 MATMUL_OPERAND_INDICES = {
     torch.ops.aten.mm.default: (0, 1),
@@ -34,18 +33,6 @@ ATTENTION_OPS = {
     "torch_attn::_varlen_attn",
 }
 ADAPTER_WIDTH_RATIO = 2  # a product over at most 1/2 of the layer's width is one of an adapter
-
-
-def parse_checkpointing_level(value: str | bool) -> Level:
-    """Parse an activation checkpointing level by name; True is `full` and False is `none`.
-
-    Raises:
-        UserError: there is no level of that name.
-    """
-    level = {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
-    if level not in ("none", "selective", "full"):
-        raise UserError(f"activation_checkpointing={value}: it is none, selective or full.")
-    return Level[level]
 
 
 def enable_activation_checkpointing(model: LlavaOnevisionForConditionalGeneration, level: Level) -> None:

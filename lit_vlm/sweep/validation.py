@@ -9,7 +9,6 @@ from lit_vlm.config import ConfigError, Run, RunConfig, parse
 from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.overrides import add_implied_overrides, get_override_key, parse_arguments
 from lit_vlm.config.parse import collect_override_errors
-from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.sweep.search_space import SweepParameter
 from lit_vlm.sweep.sweep_file import SweepFile, build_trial_overrides, build_value_overrides
 from lit_vlm.types import Language, SampleKind, find_nearest, format_suggestion
@@ -147,7 +146,7 @@ def _find_objective_errors(sweep: SweepFile, config: RunConfig | None) -> Iterat
         return
     if config is None:
         return
-    if "rewards/" in name and not isinstance(config.stage, DPOStageConfig):
+    if "rewards/" in name and not config.stage.preference_losses:
         yield f"metric.name: {name} is logged by stage=dpo, and these trials train {config.stage.name.value}."
     if name.startswith("score/") and "samples" not in choose_callbacks(config.callbacks, export=False, profile=False):
         yield f"metric.name: {name} comes from the callback samples, which callbacks=[...] leaves out."

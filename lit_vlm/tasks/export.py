@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, CorruptCheckpointError, load_tensors, read_index
 from lit_vlm.checkpoint.resume import check_files, find_state_mismatches
 from lit_vlm.config import Run
-from lit_vlm.config.schema import DPOStageConfig, RunConfig
+from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.settings import read_model_config
 from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.sharded_state import StateKind, TensorShard
@@ -18,8 +17,8 @@ from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.files import CorruptFileError
 from lit_vlm.formatting import format_count
-from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.export import export_model
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
 from lit_vlm.runs.rebuild import read_config_file
 from lit_vlm.runs.run_folder import (
@@ -167,10 +166,7 @@ def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path) -> None:
 
 def build_export_stage(spec: ModelSpec, config: RunConfig) -> Stage:
     """Build the stage without what only training needs: no feature cache, and no reference model."""
-    stage_config: Any = replace(config.stage, cache_features=False)
-    if isinstance(stage_config, DPOStageConfig):
-        stage_config = replace(stage_config, reference=None, cache_reference=True)
-    stage = make_stage(spec, replace(config, stage=stage_config))
+    stage = make_stage(spec, replace(config, stage=config.stage.make_export_config()))
     stage.configure_model()
     return stage
 

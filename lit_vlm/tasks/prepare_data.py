@@ -32,7 +32,7 @@ from lit_vlm.data.sources import open_source
 from lit_vlm.data.template_date import parse_day
 from lit_vlm.distributed.trainer import DEBUG_FAST_STEPS, DEBUG_PROFILE_STEPS
 from lit_vlm.files import handle_write_errors
-from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.runs.run_folder import is_rank_zero, read_manifest_or_empty, require_writable
 from lit_vlm.tasks.terminal import say

@@ -12,7 +12,8 @@ from lit_vlm.config import RunConfig
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.template_date import parse_day
 from lit_vlm.distributed.trainer import disable_library_warnings
-from lit_vlm.model.build import ModelSpec, build_model, load_model_spec, read_tiling
+from lit_vlm.model.build import build_model
+from lit_vlm.model.spec import ModelSpec, load_model_spec, read_tiling
 
 
 @dataclass(frozen=True, slots=True)

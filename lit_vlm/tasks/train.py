@@ -16,7 +16,7 @@ from callbacks import check_user_callbacks, make_callbacks
 from lit_vlm.checkpoint import CheckpointFolder, RunFingerprint
 from lit_vlm.config import Run
 from lit_vlm.config.callbacks import choose_callbacks
-from lit_vlm.config.schema import ActivationCheckpointing, DebugMode, RunConfig
+from lit_vlm.config.schema import DebugMode, RunConfig
 from lit_vlm.distributed.ranks import is_restarted
 from lit_vlm.distributed.trainer import DEBUG_FAST_STEPS, close_process_group, make_trainer
 from lit_vlm.fault_tolerance.exit_status import CoordinatedExit
@@ -27,8 +27,8 @@ from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE as SKIPPED
 from lit_vlm.files import handle_write_errors, write_text_atomically
 from lit_vlm.formatting import format_count
 from lit_vlm.loggers import RunTracker
-from lit_vlm.model.build import ModelSpec
 from lit_vlm.model.skeleton import defer_weights
+from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.tensor_files import compute_weights_digest
 from lit_vlm.redaction import redact
 from lit_vlm.reports.report import write_report
@@ -258,15 +258,11 @@ def make_run_fingerprint(folder: RunFolder, data: StageData) -> RunFingerprint:
 
 def make_stage(spec: ModelSpec, config: RunConfig) -> Stage:
     """Make the stage of these settings: its class, options, precision of trainable and frozen weights. Reads no weights."""
-    options = to_plain(asdict(config.stage))
-    # `auto` is not resolved yet: such a stage is used for its sizes only
-    if options["activation_checkpointing"] == ActivationCheckpointing.auto.value:
-        options["activation_checkpointing"] = ActivationCheckpointing.none.value
     precision = config.trainer.precision
     dtype = "bfloat16" if precision == "bf16-true" else "float32"
     frozen_dtype = "bfloat16" if precision == "bf16-mixed" else None
-    return STAGES[options.pop("name")](
-        spec, **options, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen_dtype, seed=config.seed
+    return STAGES[config.stage.name.value](
+        spec, config.stage, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen_dtype, seed=config.seed
     )
 
 

@@ -14,9 +14,10 @@ from test_weights import assert_same_weights
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.model.build import build_model, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.model.skeleton import defer_weights
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.types import UserError
 

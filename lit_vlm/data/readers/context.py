@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.data.lazy_images import REMEDY, BytesImage, FileImage, format_untrusted, validate_image_path
-from lit_vlm.data.readers.unsupported_keys import find_mark
 from lit_vlm.types import (
     IMAGE_TOKEN,
     ContentPart,
@@ -30,6 +29,17 @@ _MAX_KEY_CHARS = 60  # characters of a key in the counts of unread keys
 # One line break before or after the marker belongs to it.
 _IMAGE_MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+# Placeholder marks that stand for something else in other formats -> the thing they stand for.
+_MARK_PATTERNS = {
+    r"<image>|<image[ _]?\d+>|<\|image(?:_\d+)?\|>|<image_placeholder>|<ImageHere>|<start_of_image>": "a picture",
+    r"<\|(?:image|vision|media)_(?:pad|start|end|bos|eos|soft_token)\|>|<image_soft_token>|<IMG_CONTEXT>": "a picture",
+    r"<\|(?:begin|end)_of_image\|>|<im_patch>|<fake_token_around_image>|<img>[^<>\n]*</img>": "a picture",
+    r"<video>|<video[ _]?\d+>|<\|video(?:_\w+)?\|>|<VID_CONTEXT>": "a video",
+    r"<audio>|<audio[ _]?\d+>|<\|audio(?:_\w+)?\|>|<\|AUDIO\|>|<\|audio_(?:bos|eos)\|>": "a sound",
+    r"<ref-object>|<\|object_ref_(?:start|end)\|>|<\|/?(?:ref|grounding)\|>": "an object",
+    r"<bbox>(?!\s*-?[\d.])|<\|(?:box|quad|point)_(?:start|end)\|>|<(?:box|quad)>\s*[\[(<]*\s*\d|<loc_?\d+>|<\|/?det\|>": "a box",
+}
+_ANY_MARK = re.compile("|".join(f"({marks})" for marks in _MARK_PATTERNS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,3 +213,18 @@ def iter_slot_indices() -> Iterator[int]:
 def _format_keys(keys: Sequence[str]) -> str:
     names = [format_untrusted(key, 40) for key in keys[:12]]
     return ", ".join(names) + (", ..." if len(keys) > 12 else "") if names else "nothing"
+
+
+def find_mark(text: str) -> tuple[str, str] | None:
+    """Find the first placeholder mark of another format in a text.
+
+    Returns:
+        The mark and the thing it stands for, e.g. ("<|image|>", "a picture"); None if there is no mark.
+    """
+    position = text.find("<")  # every mark begins with it, so a text without one costs nothing
+    while position >= 0:
+        match = _ANY_MARK.match(text, position)
+        if match is not None and match.lastindex is not None:
+            return match[0], list(_MARK_PATTERNS.values())[match.lastindex - 1]
+        position = text.find("<", position + 1)
+    return None

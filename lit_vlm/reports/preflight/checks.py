@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from lit_vlm.config.schema import (
     ActivationCheckpointing,
     DataConfig,
-    DPOStageConfig,
     OnBadRecord,
     OnOverlong,
     RunConfig,
 )
 from lit_vlm.data.quarantine import format_unused_keys
 from lit_vlm.formatting import format_bytes, format_count, format_percent
-from lit_vlm.losses.preference import SORTING_LOSS_TYPES
+from lit_vlm.losses.loss_types import find_sorting_losses
 from lit_vlm.reports.preflight.facts import Finding, MemoryFacts, PreflightFacts, Severity, SourceRow
 from lit_vlm.types import Fault, ModelPart
 
@@ -161,14 +160,13 @@ def _check_plan(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
             f"{format_percent(plan.blank)} of the micro-batches are blank: some ranks have nothing to do in some steps."
         )
         yield Finding(Severity.warning, what, "Raise data.global_batch_size, or use fewer devices.")
-    if isinstance(config.stage, DPOStageConfig):
-        sorting_losses = [name for name in config.stage.loss_type if name in SORTING_LOSS_TYPES]
-        if sorting_losses and plan.k * plan.world_size > 1:
-            yield Finding(
-                Severity.failure,
-                f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and it is dealt into {plan.k * plan.world_size} micro-batches.",
-                "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device.",
-            )
+    sorting_losses = find_sorting_losses(config.stage.preference_losses)
+    if sorting_losses and plan.k * plan.world_size > 1:
+        yield Finding(
+            Severity.failure,
+            f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and it is dealt into {plan.k * plan.world_size} micro-batches.",
+            "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device.",
+        )
 
 
 def _check_machine(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:

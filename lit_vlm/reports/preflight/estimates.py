@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_vlm.config.schema import ActivationCheckpointing, DPOStageConfig, RunConfig, StageConfig, StrategyName
+from lit_vlm.config.schema import ActivationCheckpointing, RunConfig, StageConfig, StrategyName
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.cost import (
     DEVICES,
@@ -37,9 +37,9 @@ from lit_vlm.cost import (
 from lit_vlm.cost.memory import NUM_ADAM_MOMENTS, Precision, compute_host_bytes
 from lit_vlm.cost.strategy import CPU_REASON, MOSTLY_FROZEN_SHARE, SHARDINGS
 from lit_vlm.formatting import format_bytes, format_count
-from lit_vlm.model.build import ModelSpec, build_on_meta
 from lit_vlm.model.parts import get_part
-from lit_vlm.model.skeleton import list_frozen_matrices, list_matrices
+from lit_vlm.model.skeleton import build_on_meta, list_frozen_matrices, list_matrices
+from lit_vlm.model.spec import ModelSpec
 from lit_vlm.reports.preflight.facts import (
     DiskRow,
     Finding,
@@ -51,7 +51,8 @@ from lit_vlm.reports.preflight.facts import (
     StrategyFacts,
     TimeFacts,
 )
-from lit_vlm.stages import Stage
+from lit_vlm.stages import DPOStage, Stage
+from lit_vlm.stages.optimizer import get_part_setting
 from lit_vlm.types import ModelPart
 
 CPU_MATRIX_SIZE, CPU_REPETITIONS = 512, 8  # of the matrix products that measure a CPU: some hundredths of a second
@@ -220,8 +221,8 @@ def prepare_meta_stage(stage: Stage, spec: ModelSpec) -> Stage:
 
     A reference model from another folder is not loaded: it is as large as the model itself, and only its size matters.
     """
-    if stage.hparams.get("reference"):
-        stage.hparams["reference"] = None
+    if isinstance(stage, DPOStage):
+        stage.config.reference = None
     config = copy.deepcopy(spec.config)
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(spec.tokenizer))
     stage.model = build_on_meta(config)
@@ -236,7 +237,7 @@ def list_parts(stage: Stage) -> list[PartRow]:
     """List the parts of the model with parameters, trainable parameters and learning rate."""
     rows = []
     for row in stage.part_summary:
-        rate = stage.optimizer_options.get(ModelPart(row.part), "learning_rate") if row.trainable else None
+        rate = get_part_setting(stage.config, ModelPart(row.part), "learning_rate") if row.trainable else None
         rows.append(PartRow(row.part, row.parameters, row.trainable, rate, row.how))
     return rows
 
@@ -274,9 +275,9 @@ def _find_reference_model(stage: Stage, config: StageConfig) -> nn.Module | None
     It is a copy without the vision tower, if both models share that; or the model of another folder, which is as large as
     this one. It is None under LoRA, or if the reference log-probabilities are cached.
     """
-    if not isinstance(config, DPOStageConfig) or config.cache_reference:
+    if not config.has_reference_model:
         return None
-    return stage.model if config.reference else getattr(stage, "reference", None)
+    return stage.model if config.model_folders else getattr(stage, "reference", None)
 
 
 def describe_training(config: RunConfig, parameters: ParameterCounts) -> TrainingOptions:
@@ -393,7 +394,7 @@ def compute_flops(model_config: dict[str, Any], config: RunConfig, training: Tra
         trains_tower=training.trains_tower,
         trains_language_model=training.trains_language_model,
         recomputed_share=training.recomputed_share,
-        has_reference=isinstance(config.stage, DPOStageConfig) and not config.stage.cache_reference,
+        has_reference=config.stage.has_reference_model,
     )
 
 
