@@ -142,7 +142,7 @@ def _suggest_for_word(word: str) -> str:
     if colon and value and suggest_override(key, value):
         return suggest_override(key, value)
     if Path(word).exists() or re.search(r"\.(jsonl?|csv|tsv|parquet|tar)$", word):
-        return f"data=llava_json data.sources.mine.path={word}"
+        return f"data=auto data.sources.mine.path={word}"
     if KEY_ALIASES.get(word) or word in get_field_types(RunConfig):
         return f"{KEY_ALIASES.get(word, word)}=..."
     return "task=train"

@@ -71,7 +71,7 @@ KEY_ALIASES = {
 _ACCUMULATION = (
     "Write data.global_batch_size=<samples of one optimizer step, over all devices>; the micro-batches follow from it"
 )
-_DATA = "Write data=llava_json data.sources.mine.path={value}"
+_DATA = "Write data=auto data.sources.mine.path={value}"
 _LORA = "Write stage.parts.language_model.lora.rank=64 to train the language model with LoRA"
 _MODEL = "Write init_from={value} for a whole model of LLaVA-OneVision's class, or model.language_model={value} for a language model"
 _PRECISION = "Write trainer.precision=bf16-mixed (or 16-mixed, bf16-true, 32-true)"
@@ -89,7 +89,7 @@ KEY_REMEDIES = {
     "per_device_eval_batch_size": "Validation uses the micro-batches of training: data.tokens_per_micro_batch",
     **dict.fromkeys(("dataset", "datasets", "data_path", "dataset_path", "train_file", "train_data", "json_file"), _DATA),
     **dict.fromkeys(("data_files", "train_dataset", "custom_train_dataset_path"), _DATA),
-    "dataset_name": "Write data=llava_json data.sources.mine.hub={value}",
+    "dataset_name": "Write data=auto data.sources.mine.hub={value}",
     **dict.fromkeys(("use_lora", "lora_enable", "use_peft", "finetuning_type", "train_type", "tuner_type", "peft"), _LORA),
     **dict.fromkeys(("model_name_or_path", "model_path", "model_id", "base_model", "model_name", "model_type"), _MODEL),
     "pretrained_model_name_or_path": _MODEL,
@@ -190,4 +190,4 @@ def explain_data_choice(name: str) -> str:
     """Explain a value of `data=` that names a file, a folder or a dataset of the hub; else empty."""
     if not _NAMED_FILE.search(name):
         return ""
-    return f"data={name}: data= takes a name of conf/data/, not a file. Write data=llava_json data.sources.mine.path={name}."
+    return f"data={name}: data= takes a name of conf/data/, not a file. Write data=auto data.sources.mine.path={name}."

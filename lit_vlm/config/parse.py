@@ -219,8 +219,10 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
 def _make_source_paths_absolute(source: SourceConfig) -> None:
     if source.path is not None and source.format not in (Format.builtin, Format.digits):
         source.path = _make_absolute(source.path)
-    if source.image_root is not None:
-        source.image_root = _make_absolute(source.image_root)
+    if isinstance(source.image_root, list):
+        source.image_root = [_make_absolute(root) if isinstance(root, str) else root for root in source.image_root]
+    elif isinstance(source.image_root, str | int):  # a folder may be called 5
+        source.image_root = _make_absolute(str(source.image_root))
 
 
 def resolve_model_name(name: str | None) -> str | None:

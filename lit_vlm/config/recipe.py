@@ -62,8 +62,8 @@ def get_previous_stage(experiment: str, overrides: list[str] | tuple[str, ...] =
 
 def is_preference_source(source: DictConfig) -> bool:
     """Return True if a source is known to contain preference pairs."""
-    builtin = source.format is Format.builtin and source.path == SampleKind.preference.value
-    return source.format is Format.preference or source.kind == SampleKind.preference.value or builtin
+    builtin = source.format == Format.builtin and source.path == SampleKind.preference.value
+    return source.format == Format.preference or source.kind == SampleKind.preference.value or builtin
 
 
 def filter_overrides_for_stage(overrides: list[str], experiment: str) -> list[str]:

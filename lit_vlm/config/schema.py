@@ -86,17 +86,22 @@ class ActivationCheckpointing(Enum):
     full = "full"  # keep only the input of each layer and recompute the layer: a third more time, least memory
 
 
-class Format(Enum):
+class Format(StrEnum):
     """Format of the records of a source."""
 
     auto = "auto"  # detected from the file extension and the keys of the first record
-    llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations
+    llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations (MiniCPM-V's role and content too)
     sharegpt = "sharegpt"  # ShareGPT: conversations of human and gpt, an images column, a system column
     messages = (
         "messages"  # Hugging Face messages or OpenAI content lists: JSONL, parquet, Arrow; images as paths or bytes
     )
-    preference = "preference"  # prompt, chosen, rejected (TRL's columns or LLaVA-NeXT's keys)
+    preference = "preference"  # prompt, chosen, rejected: of TRL, LLaVA-NeXT, LLaMA-Factory, ms-swift, RLAIF-V
     caption = "caption"  # an image and its caption or text, in two columns; the question comes from prompts
+    question_answer = "question_answer"  # columns image, question, answer
+    alpaca = "alpaca"  # instruction, input, output, history (LLaMA-Factory)
+    query_response = "query_response"  # query, response, history (ms-swift)
+    prompt_completion = "prompt_completion"  # prompt, completion, as text or messages (TRL)
+    cauldron = "cauldron"  # texts of user and assistant (The Cauldron, FineVision), or conversation (ms-swift)
     webdataset = "webdataset"  # tar files: images with a caption (.txt) or a record (.json) of the same key
     mapped = "mapped"  # labels of another structure, converted by data.sources.<name>.mapping (AIHub)
     builtin = "builtin"  # synthetic samples, generated on demand
@@ -231,18 +236,35 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ColumnsConfig:
+    """Names of a source's columns (keys of its records) whose names are not those of a known format."""
+
+    id: str | None = None  # column of the record's own id
+    image: str | None = None  # column of the image: a path, encoded bytes, {bytes, path}, or a list of these
+    question: str | None = None  # column of the question
+    answer: str | None = None  # column of the answer
+    caption: str | None = None  # column of the caption, for images without a question
+    system: str | None = None  # column of the system message
+    chosen: str | None = None  # column of the chosen answer, for stage=dpo
+    rejected: str | None = None  # column of the rejected answer, for stage=dpo
+    rejected_image: str | None = None  # column of the image of the rejected answer, for stage=dpo
+    messages: str | None = None  # column of a list of {role, content}
+    conversations: str | None = None  # column of a list of {from, value}
+    history: str | None = None  # column of earlier turns: a list of [question, answer]
+
+
+@dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """A data set."""
 
-    path: str | None = None  # file or folder; for format=builtin the kind of sample, e.g. "caption"
-    image_root: str | None = (
-        None  # folder that must contain all images, also in its zip files; null: the folder of `path`
-    )
+    path: str | None = None  # file, folder or pattern ("{00000..00012}.tar"); for format=builtin the kind of sample
+    image_root: Any = None  # folder, or list of folders, that must contain all images; null: the folder of `path`
     hub: str | None = None  # instead of path: id of a dataset on the Hugging Face hub, owner/name
     hub_config: str | None = None  # configuration of a hub dataset that has several
     split: str | None = None  # train, validation or test, from file names in a folder; null: train for a hub dataset
     revision: str | None = None  # commit, tag or branch of a hub dataset
-    format: Format = Format.auto
+    format: str = "auto"  # a format of docs/formats.md, or the import path of your own class: my_package.MySource
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     mapping: MappingConfig | None = None  # format=mapped: location of image, question and answer in a record
     prompts: list[str] = field(default_factory=list)  # questions for records without one; one is chosen by digest
     weight: float | None = ranged(

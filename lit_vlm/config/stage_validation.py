@@ -100,6 +100,7 @@ _UNUSED_BY_FORMAT: dict[str, tuple[tuple[Format, ...], str]] = {
     "path": ((Format.digits,), "its pictures are scikit-learn's"),
     "image_root": ((*_GENERATED_FORMATS, Format.webdataset), "its pictures do not lie in files of their own"),
     "hub": ((*_GENERATED_FORMATS, Format.mapped, Format.webdataset), "it is read from path"),
+    "columns": ((*_GENERATED_FORMATS, Format.mapped), "its records have no columns of yours"),
     "hub_config": (_GENERATED_FORMATS, "its records are made"),
     "split": (_GENERATED_FORMATS, "it holds out records of its own"),
     "revision": (_GENERATED_FORMATS, "its records are made"),
@@ -154,13 +155,13 @@ def _find_unused_source_settings(key: str, source: SourceConfig, data: DataConfi
     }
     for setting, (formats, reason) in _UNUSED_BY_FORMAT.items():
         if setting in changed and source.format in formats:
-            yield _format_unused_setting(f"{key}.{setting}", f"format={source.format.value}: {reason}")
+            yield _format_unused_setting(f"{key}.{setting}", f"format={source.format}: {reason}")
     if source.hub is None and source.format not in _GENERATED_FORMATS:
         for setting in sorted({"hub_config", "revision"} & changed):
             yield _format_unused_setting(f"{key}.{setting}", "it is of a dataset of the hub, and hub is not set")
     if "max_tiles" in changed and data.tiling is Tiling.base:
         yield _format_unused_setting(f"{key}.max_tiles", "data.tiling=base cuts no picture into tiles")
-    mapping = source.mapping if source.format is Format.mapped else None
+    mapping = source.mapping if source.format == Format.mapped else None
     if mapping is None:
         return
     if mapping.labels is None and "image_root" in changed:

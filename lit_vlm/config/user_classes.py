@@ -37,6 +37,11 @@ class Constructor:
     takes_any: bool = False
 
 
+def is_class_path(name: str) -> bool:
+    """Return True for the import path of a class: names with dots between them (my_package.MyClass)."""
+    return "." in name and all(part.isidentifier() for part in name.split("."))
+
+
 def instantiate(
     setting: str,
     class_path: str,
@@ -76,8 +81,11 @@ def import_class(
     module, _, name = class_path.rpartition(".")
     try:
         target = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        reason = f"{setting}: {class_path} cannot be imported ({error})"
+    except Exception as error:  # the module is the user's, and may raise anything
+        is_known = isinstance(error, ImportError | AttributeError | ValueError)
+        reason = (
+            f"{setting}: {class_path} cannot be imported ({'' if is_known else f'{type(error).__name__}: '}{error})"
+        )
         raise UserError(f"{reason}. Give the path of a class that Python can import from here.") from error
     if not (inspect.isclass(target) and is_valid(target)):
         raise UserError(f"{setting}: {class_path} is not {expected}. {remedy}.")

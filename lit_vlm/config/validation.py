@@ -34,6 +34,7 @@ from lit_vlm.config.stage_validation import (
     find_unused_data_settings,
     find_unused_stage_settings,
 )
+from lit_vlm.config.user_classes import is_class_path
 from lit_vlm.model.projectors import PROJECTORS, list_exportable_projectors
 from lit_vlm.types import ModelPart, SampleKind, find_nearest, format_suggestion
 
@@ -124,23 +125,39 @@ def _find_data_errors(config: RunConfig) -> Iterator[str]:
 
 
 def _find_source_errors(key: str, source: SourceConfig) -> Iterator[str]:
-    if source.path is None and source.hub is None and source.format is not Format.digits:
+    is_own_class = is_class_path(source.format)
+    if source.format not in Format.__members__ and not is_own_class:
+        suggestion = format_suggestion(find_nearest(source.format, list(Format)))
+        reason = (
+            f"found {source.format!r}; a format is one of {', '.join(Format)}, or the import path of your own class"
+        )
+        yield f"{key}.format: {reason} (my_package.MySource).{suggestion}"
+    if source.path is None and source.hub is None and source.format != Format.digits and not is_own_class:
         yield f"{key}.path is not set: give the file or folder, {key}.path=..."
     if source.path is not None and source.hub is not None:
         yield f"{key}: both path and hub are given; one of them must go."
-    if source.format is Format.mapped and source.mapping is None:
+    if source.format == Format.mapped and source.mapping is None:
         yield f"{key}.mapping is not set: format=mapped needs it; conf/data/source/aihub_*.yaml show some."
-    if source.mapping is not None and source.format is not Format.mapped:
-        yield f"{key}.mapping: is read with format=mapped only, and format is {source.format.value}."
+    if source.mapping is not None and source.format != Format.mapped:
+        yield f"{key}.mapping: is read with format=mapped only, and format is {source.format}."
     elif source.mapping is not None:
         yield from find_mapping_errors(f"{key}.mapping", source.mapping)
         if source.markup is Markup.on:
             yield f"{key}.markup: format=mapped takes control tokens from mapping.regions, never from text; set auto."
+    yield from _find_image_root_errors(f"{key}.image_root", source)
     if source.repeat is not None and source.count is not None:
         yield f"{key}: both repeat and count are given; one of them must go."
     if source.kind is not None and source.kind not in list(SampleKind):
         suggestion = format_suggestion(find_nearest(source.kind, list(SampleKind)))
         yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(SampleKind)}.{suggestion}"
+
+
+def _find_image_root_errors(key: str, source: SourceConfig) -> Iterator[str]:
+    roots = source.image_root if isinstance(source.image_root, list) else [source.image_root]
+    if source.image_root is not None and not (roots and all(isinstance(root, str) and root for root in roots)):
+        yield f"{key}: expected a folder or a list of folders, found {source.image_root!r}."
+    elif len(roots) > 1 and source.format == Format.mapped:
+        yield f"{key}: format=mapped reads pictures from one folder, found {len(roots)}. Give the folder that holds them all."
 
 
 def _find_weight_errors(data: DataConfig) -> Iterator[str]:
@@ -176,11 +193,12 @@ def _find_share_errors(share: ShareConfig) -> Iterator[str]:
 
 def has_preference_pairs(source: SourceConfig) -> bool | None:
     """Return True if a source contains preference pairs; None if only the file can tell."""
-    if source.format is Format.preference or source.kind == SampleKind.preference:
+    if source.format == Format.preference or source.kind == SampleKind.preference:
         return True
-    if source.format is Format.builtin:
+    if source.format == Format.builtin:
         return source.path == SampleKind.preference
-    return None if source.format is Format.auto and source.kind is None else False
+    is_open = source.format == Format.auto or is_class_path(source.format)
+    return None if is_open and source.kind is None else False
 
 
 def _find_pair_errors(config: RunConfig) -> Iterator[str]:

@@ -31,7 +31,7 @@ def build_mixture_lock(data: StageData) -> dict[str, Any]:
     for number, (name, source_config, source) in enumerate(data.configured_sources):
         given = {key: getattr(source_config, key) for key in LOCKED_SOURCE_KEYS}
         facts = {"records": len(source), **describe_source(datamodule.index, number)}
-        sources[name] = {"format": source_config.format.value, **given, **facts}
+        sources[name] = {"format": str(source_config.format), **given, **facts}
     return {
         "sources": sources,
         "processor": datamodule.processor.digest,

@@ -16,6 +16,7 @@ from lit_vlm.cluster.slurm import build_sbatch_command, get_job_state, require_s
 from lit_vlm.config import ConfigError, Run, build_stage_overrides, is_pipeline, list_stages, parse
 from lit_vlm.config.overrides import get_override_key
 from lit_vlm.config.schema import DataConfig, Format
+from lit_vlm.data.readers.record_files import find_pattern_folder, is_pattern
 from lit_vlm.fault_tolerance.signals import postpone_signals
 from lit_vlm.files import handle_write_errors, read_json_or_none, write_json, write_text_atomically
 from lit_vlm.runs.run_folder import read_manifest_or_empty, require_finished_parent, require_writable
@@ -160,7 +161,10 @@ def list_files_to_stage(data: DataConfig) -> list[Path]:
         has_images_beside = (
             path.is_file() and source.image_root is None and path.suffix.lower() not in EMBEDDED_IMAGE_SUFFIXES
         )
-        paths += [path.parent if has_images_beside else path, *([Path(source.image_root)] if source.image_root else [])]
+        if is_pattern(source.path):
+            path = find_pattern_folder(source.path)
+        roots = source.image_root if isinstance(source.image_root, list) else [source.image_root]
+        paths += [path.parent if has_images_beside else path, *(Path(root) for root in roots if root)]
     paths = list(dict.fromkeys(paths))
     return [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
 
