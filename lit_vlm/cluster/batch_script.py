@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_vlm.config.schema import SubmitConfig, TrainerConfig
-from lit_vlm.config.slurm_options import get_gpus_per_node, render_job_environment
+from lit_vlm.config.schema import ContainerRuntime, SubmitConfig, TrainerConfig
+from lit_vlm.config.slurm_options import GPU_ACCELERATORS, get_gpus_per_node, render_job_environment
 from lit_vlm.data.staging import STAGING_VARIABLE
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -119,7 +119,8 @@ def _render_staging(job: SlurmJob) -> Iterator[str]:
     srun = _join_lines(["srun --kill-on-bad-exit=1", task_flags, *_build_container_flags(job)])
     files = [shlex.quote(str(path)) for path in job.staged_paths]
     # variables in the path expand on the nodes, so they are not quoted here
-    yield f"{srun} \\\n  {_get_python(submit)} -m lit_vlm.data.staging {_join_lines([folder, *files])}"
+    command = _join_lines([*_build_container_command(job), f"{_get_python(submit)} -m lit_vlm.data.staging"])
+    yield f"{srun} \\\n  {command} {_join_lines([folder, *files])}"
     yield f"export {STAGING_VARIABLE}={folder}"
 
 
@@ -136,6 +137,7 @@ def _render_run_command(job: SlurmJob) -> str:
     shell = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"'"""
     command = [
         shell,
+        *_build_container_command(job),
         f"{_get_python(job.submit)} {shlex.quote(str(PROJECT_ROOT / 'run.py'))}",
         *map(shlex.quote, job.overrides),
     ]
@@ -167,14 +169,32 @@ def _get_python(submit: SubmitConfig) -> str:
 def _build_container_flags(job: SlurmJob) -> list[str]:
     """Build the container flags of pyxis. Folders of the run are mounted here; the user mounts the data."""
     submit = job.submit
-    if submit.container is None:
+    if submit.container is None or submit.container_runtime is not ContainerRuntime.pyxis:
         return []
-    mounts = ",".join([*(f"{path}:{path}" for path in _find_own_folders(job)), *submit.container_mounts])
     return [
         f"--container-image={shlex.quote(submit.container)}",
-        f"--container-mounts={shlex.quote(mounts)}",
+        f"--container-mounts={shlex.quote(_join_mounts(job))}",
         f"--container-workdir={shlex.quote(str(job.working_dir))}",
     ]
+
+
+def _build_container_command(job: SlurmJob) -> list[str]:
+    """Build the command of Apptainer or Singularity that runs the command behind it in the container. Empty with pyxis."""
+    submit = job.submit
+    if submit.container is None or submit.container_runtime is ContainerRuntime.pyxis:
+        return []
+    gpus = " --nv" if job.trainer.accelerator in GPU_ACCELERATORS else ""
+    return [
+        f"{submit.container_runtime.value} exec{gpus}",
+        f"--bind={shlex.quote(_join_mounts(job))}",
+        f"--pwd={shlex.quote(str(job.working_dir))}",
+        shlex.quote(submit.container),
+    ]
+
+
+def _join_mounts(job: SlurmJob) -> str:
+    mounts = [*(f"{path}:{path}" for path in _find_own_folders(job)), *job.submit.container_mounts]
+    return ",".join(mounts)
 
 
 def _find_own_folders(job: SlurmJob) -> list[Path]:

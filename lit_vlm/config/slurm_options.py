@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from lit_vlm.config.schema import RunConfig, SubmitConfig, TrainerConfig
+from lit_vlm.config.schema import ContainerRuntime, RunConfig, SubmitConfig, TrainerConfig
 from lit_vlm.formatting import format_count
 
 _TIME_LIMIT = re.compile(
@@ -50,6 +50,19 @@ def find_submit_errors(config: RunConfig) -> Iterator[str]:
         yield f"submit.stage_to: is a folder on each node and must begin with / or a variable of it, found {submit.stage_to}."
     if submit.container_mounts and submit.container is None:
         yield "submit.container_mounts: there is no submit.container that something could be mounted into."
+    is_pyxis = submit.container_runtime is ContainerRuntime.pyxis
+    if submit.container is None and not is_pyxis:
+        yield f"submit.container_runtime={submit.container_runtime.value}: there is no submit.container to run with it."
+    if (
+        submit.container
+        and submit.container.endswith((".sif", ".sqsh"))
+        and is_pyxis is submit.container.endswith(".sif")
+    ):
+        remedy = "apptainer (or singularity)" if is_pyxis else "pyxis"
+        yield (
+            f"submit.container: {submit.container} is no image for {submit.container_runtime.value}; write"
+            f" submit.container_runtime={remedy}, or give another image."
+        )
     yield from _find_env_errors(submit)
     yield from _find_sbatch_option_errors(config)
 

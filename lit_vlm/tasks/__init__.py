@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from lit_vlm.config import tasks
+from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.parse import Run
 from lit_vlm.config.schema import Task
 
@@ -13,7 +14,13 @@ from lit_vlm.config.schema import Task
 def _import_lazily(target: str) -> Callable[[Run], None]:
     """Return a function that imports "module:name" when it is called, then calls it."""
     module, name = target.split(":")
-    return lambda run: getattr(import_module(module), name)(run)
+
+    def run_task(run: Run) -> None:
+        if run.config.task is not Task.preflight:  # there it is a finding
+            require_model_folders(run)
+        getattr(import_module(module), name)(run)
+
+    return run_task
 
 
 TASKS: dict[Task, Callable[[Run], None]] = {task: _import_lazily(entry.function) for task, entry in tasks.TASKS.items()}

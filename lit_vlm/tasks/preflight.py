@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.config import Run
+from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.schema import (
     ActivationCheckpointing,
     CheckpointConfig,
@@ -26,7 +27,7 @@ from lit_vlm.config.schema import (
     StrategyName,
     TrainerConfig,
 )
-from lit_vlm.cost import DEVICES, ModelShape
+from lit_vlm.cost import ModelShape
 from lit_vlm.cost.strategy import make_training_setup
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.sample_index import SampleIndex
@@ -44,6 +45,7 @@ from lit_vlm.reports.preflight.estimates import (
     compute_flops,
     estimate_disk,
     estimate_time,
+    get_planned_device,
     list_parts,
     sum_file_sizes,
     summarize_strategy,
@@ -75,6 +77,7 @@ from lit_vlm.tasks.prepare_data import (
     StageData,
     build_indexes,
     build_stage_data,
+    find_image_root_errors,
     require_record_type,
     resolve_tiny_parts,
 )
@@ -144,7 +147,11 @@ def index_sources(
     ]
     facts.held_out = len(held_out)
     fill_source_rows(facts.sources, index, held_out, index.errors)
-    facts.bad = collect_bad_examples([*index.errors, *_collect_held_out_errors(data, index, held_out, facts)])
+    image_root_errors = find_image_root_errors(indexes, data)
+    for row in facts.sources:
+        row.image_root_error = image_root_errors.get(row.name, "")
+    held_out_errors = _collect_held_out_errors(data, index, held_out, image_root_errors, facts)
+    facts.bad = collect_bad_examples([*index.errors, *held_out_errors])
     scales = np.array([row.scale for row in facts.sources])
     if len(index):
         caps = {"tokens": data.tokens_per_micro_batch, "tiles": data.tiles_per_micro_batch}
@@ -171,7 +178,11 @@ def _make_source_row(config: SourceConfig, source: Source, indexed: Source) -> S
 
 
 def _collect_held_out_errors(
-    data: DataConfig, index: SampleIndex, held_out: SampleIndex, facts: PreflightFacts
+    data: DataConfig,
+    index: SampleIndex,
+    held_out: SampleIndex,
+    image_root_errors: Mapping[str, str],
+    facts: PreflightFacts,
 ) -> list[tuple[str, RecordError]]:
     """Collect the unusable records of separate validation sources. They have no row in the mixture, so findings name them."""
     if held_out.sources is index.sources:
@@ -179,6 +190,8 @@ def _collect_held_out_errors(
     rows = [SourceRow(f"{source.name} (validation)", len(source), len(source)) for source in held_out.sources]
     errors = [(f"{name} (validation)", error) for name, error in held_out.errors]
     fill_source_rows(rows, held_out, index.select(np.arange(0)), errors)
+    for row in rows:
+        row.image_root_error = image_root_errors.get(row.name, "")
     facts.findings += [finding for row in rows for finding in check_bad_records(row, data)]
     return errors
 
@@ -196,9 +209,10 @@ def make_plan(
     """Make the plan of the whole run, or of its first steps if only a sample is indexed. None, with a finding, if it fails."""
     datamodule = stage_data.datamodule
     if indexes is None or not len(indexes.training):
-        facts.findings.append(
-            Finding(Severity.failure, "No record of the sources can be used.", "See what is wrong with each.")
-        )
+        if not any(row.image_root_error for row in facts.sources):
+            facts.findings.append(
+                Finding(Severity.failure, "No record of the sources can be used.", "See what is wrong with each.")
+            )
         return None
     with collect_errors(facts):
         datamodule.mixture_settings, passes = _resolve_mixture(datamodule, facts)
@@ -319,6 +333,7 @@ def run_preflight(run: Run) -> None:
             settings = to_plain(asdict(config))
             _check_run_folder(place, settings, sources, run.init_from, facts, overwrite=config.overwrite)
     with collect_errors(facts):
+        require_model_folders(run)
         is_chained = config.init_from == "previous"
         init_from = _resolve_init_from(run.init_from, config.model, facts, is_chained=is_chained)
         model = resolve_tiny_parts(config.model, place.parts_dir, seed)
@@ -410,11 +425,13 @@ def _estimate_resources(
     facts.strategy = summarize_strategy(setup, facts.plan, trainer.strategy, stage.activation_checkpointing)
     setup = setup.replace_level(ActivationCheckpointing[facts.strategy.level])
     facts.findings += check_strategy(setup, facts.strategy)
-    facts.memory = compare_memory(setup, StrategyName(facts.strategy.name), facts.plan, DEVICES[preflight.device])
+    facts.memory = compare_memory(
+        setup, StrategyName(facts.strategy.name), facts.plan, get_planned_device(preflight, trainer)
+    )
     flops = compute_flops(measured.model_config, stage, setup.training)
     total_flops = float(plan.index.compute_flops(flops)[plan.get_sample_sequence()].sum())
     facts.time = estimate_time(
-        preflight, total_flops * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share
+        preflight, trainer, total_flops * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share
     )
 
 

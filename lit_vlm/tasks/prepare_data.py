@@ -25,7 +25,7 @@ from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.packing.mixture import MixtureSettings, SourceAmount
 from lit_vlm.data.packing.mixture_lock import LOCK_FILE, TEMPLATE_DATE_KEY, read_lock_or_empty
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.data.quarantine import Quarantine, format_unused_keys
+from lit_vlm.data.quarantine import Quarantine, find_missing_image_errors, format_unused_keys
 from lit_vlm.data.template_date import parse_day
 from lit_vlm.distributed.trainer import DEBUG_FAST_STEPS, DEBUG_PROFILE_STEPS
 from lit_vlm.files import handle_write_errors
@@ -213,6 +213,8 @@ def apply_quarantine(datamodule: DataModule, indexes: Indexes, data: DataConfig,
     Returns:
         The number of unusable records of each source.
     """
+    if errors := find_image_root_errors(indexes, data):
+        raise UserError("\n".join(errors.values()))
     quarantine, totals = collect_quarantine(indexes)
     if is_rank_zero():
         quarantine.apply_policy(data.on_bad_record, data.max_quarantined, totals, run_dir / "quarantine.jsonl")
@@ -224,6 +226,24 @@ def apply_quarantine(datamodule: DataModule, indexes: Indexes, data: DataConfig,
     if ledger:
         say(f"{len(ledger):,} that turned bad while training left out, see {ledger.path}")
     return quarantine.count_by_source()
+
+
+def find_image_root_errors(indexes: Indexes, data: DataConfig) -> dict[str, str]:
+    """Find the sources of which nearly all images are missing: error message by the label of the source."""
+    if not indexes.has_own_validation:
+        return find_missing_image_errors([indexes.training, indexes.held_out], data.sources)
+    errors = find_missing_image_errors([indexes.training], data.sources)
+    validation = data.validation.sources
+    found = find_missing_image_errors([indexes.held_out], validation, "data.validation.sources")
+    return errors | {f"{name} (validation)": error for name, error in found.items()}
+
+
+def format_held_out_hint(num_samples: int) -> str:
+    """Format the hint for a run of which no sample was held out: a fraction with which some would be."""
+    return (
+        f"No sample of {num_samples:,} was held out, so nothing says whether the model learned more than these."
+        " data.validation.fraction=0.1 holds out a tenth."
+    )
 
 
 def list_overlong_actions(indexes: Indexes) -> list[str]:

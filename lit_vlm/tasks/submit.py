@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lit_vlm.cluster.batch_script import SlurmJob, render_batch_script, to_one_line
 from lit_vlm.cluster.slurm import build_sbatch_command, get_job_state, require_slurm, submit_job
@@ -19,7 +20,7 @@ from lit_vlm.config.slurm_options import get_cpus_per_task
 from lit_vlm.data.readers.record_files import find_pattern_folder, is_pattern
 from lit_vlm.fault_tolerance.signals import postpone_signals
 from lit_vlm.files import handle_write_errors, read_json_or_none, write_json, write_text_atomically
-from lit_vlm.runs.run_folder import read_manifest_or_empty, require_writable
+from lit_vlm.runs.run_folder import read_manifest_or_empty, require_finished_parent, require_writable
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
@@ -36,7 +37,8 @@ def submit(run: Run) -> None:
     Finished stages are skipped. Jobs that are in the queue already stay there.
 
     Raises:
-        UserError: there is no Slurm here, a folder cannot be written, or sbatch refused (with its message).
+        UserError: there is no Slurm here, a job would end at its start, a folder cannot be written, or sbatch refused
+            (with its message). A dry run shows the scripts first.
     """
     if not run.config.submit.dry_run:
         require_slurm("task=submit", "write and print the script alone with submit.dry_run=true", "sbatch")
@@ -49,6 +51,9 @@ def submit(run: Run) -> None:
     if not waiting:
         say(f"{run.name}: finished already, in {stages[-1].dir}. Nothing is submitted; overwrite=true starts it anew.")
         return
+    errors = find_job_errors(run.config.init_from, waiting)
+    if errors and not run.config.submit.dry_run:
+        raise ConfigError(errors)
     for stage in waiting:
         require_writable(stage.dir)
         # a container can mount only a folder that exists
@@ -59,10 +64,40 @@ def submit(run: Run) -> None:
     jobs: list[str] = []
     for stage in waiting:
         jobs.append(_submit_job(make_job(stage), jobs[-1] if jobs else None))
+    if errors:
+        raise ConfigError([f"{error} So it would not be submitted." for error in errors])
     if not run.config.submit.dry_run:
         first = waiting[0].config
         wants_sync = first.logger.wandb and first.submit.env.get("WANDB_MODE", "offline") == "offline"
         _print_follow_commands([stage.dir for stage in waiting], jobs, wants_sync=wants_sync)
+
+
+def find_job_errors(init_from: str | None, stages: list[Run]) -> list[str]:
+    """Find errors that a job would end with at its start: data that cannot be opened, and a model that is not there.
+
+    The sources are opened as the job opens them: files, format, first record. Datasets of the hub are not looked up. A
+    model that an earlier stage leaves is not expected yet.
+    """
+    from lit_vlm.data.sources import open_source
+
+    errors = list[str]()
+    if init_from not in (None, "previous"):  # named by the user, and so by no earlier stage
+        try:
+            require_finished_parent(init_from)
+        except UserError as error:
+            errors.append(str(error))
+    for stage in stages:
+        data = stage.config.data
+        cache = Path(data.index_dir) if data.index_dir else Path(stage.config.run_dir) / "index"
+        options: dict[str, Any] = {"max_image_pixels": data.max_image_pixels, "seed": stage.config.seed, "cache": cache}
+        tables = ((data.sources, False), (data.validation.sources, True))
+        for name, source, held_out in ((name, table[name], held_out) for table, held_out in tables for name in table):
+            if source.hub is None:
+                try:
+                    open_source(name, source, held_out=held_out, **options)
+                except UserError as error:
+                    errors.append(str(error))
+    return list(dict.fromkeys(errors))
 
 
 def _list_stage_overrides(recipe: str, overrides: list[str]) -> list[list[str]]:

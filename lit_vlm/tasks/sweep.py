@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from lit_vlm.cluster.slurm import get_environment_outside_job, get_own_job, is_p
 from lit_vlm.config import ConfigError, Run, parse
 from lit_vlm.config.overrides import add_implied_overrides, quote_value
 from lit_vlm.config.parse import collect_override_errors
-from lit_vlm.config.schema import TrainerConfig, TrialsConfig
+from lit_vlm.config.schema import DataConfig, TrainerConfig, TrialsConfig
 from lit_vlm.config.slurm_options import GPU_ACCELERATORS, get_cpus_per_task
 from lit_vlm.config.sweep_overrides import get_trial_overrides
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART
 from lit_vlm.fault_tolerance.signals import StopRequest
 from lit_vlm.files import CorruptFileError, read_json, write_json
+from lit_vlm.formatting import format_count
 from lit_vlm.redaction import find_secret_errors
 from lit_vlm.runs.run_folder import require_writable
 from lit_vlm.sweep.report import SweepReport, make_parameter_table, make_trial_table, write_sweep_report
@@ -393,3 +394,24 @@ def show_plan(sweep: Sweep) -> None:
     for _ in range(3):
         if (trial := search.ask()) is not None:
             say(f"  {format_command(sweep.build_overrides(trial.number, trial.parameters))}")
+    config = parse(get_example_overrides(sweep)).config
+    if hint := format_missing_held_out(sweep.metric, config.data, config.seed):
+        say(hint)
+
+
+def format_missing_held_out(metric: str, data: DataConfig, seed: int) -> str:
+    """Format the hint for trials whose metric needs held-out samples although none would be held out; empty otherwise."""
+    from lit_vlm.data.sources import open_source
+
+    if not metric.startswith(("val/", "score/")) or data.validation.sources:
+        return ""
+    sizes = []
+    with suppress(UserError):  # a source that cannot be opened is the error of each trial
+        for name, source in data.sources.items():
+            sizes.append(len(open_source(name, source, max_image_pixels=data.max_image_pixels, seed=seed)))
+    if not sizes or any(int(size * data.validation.fraction) for size in sizes):
+        return ""
+    return (
+        f"No trial will log {metric}: data.validation.fraction={data.validation.fraction:g} holds out none of"
+        f" {format_count(sum(sizes), 'record')}. Add data.validation.fraction=0.1 to the command."
+    )

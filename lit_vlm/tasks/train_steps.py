@@ -52,6 +52,7 @@ from lit_vlm.tasks.prepare_data import (
     build_indexes,
     build_stage_data,
     count_unread_keys,
+    format_held_out_hint,
     require_record_type,
     resolve_tiny_parts,
 )
@@ -363,7 +364,9 @@ def fit(
     close_process_group()
 
 
-def finish(place: RunPlace, folder: RunFolder, built: BuiltTrainer, tracker: RunTracker) -> None:
+def finish(
+    place: RunPlace, folder: RunFolder, prepared: PreparedData, built: BuiltTrainer, tracker: RunTracker
+) -> None:
     """Write figures, report and manifest of the finished run, remove its checkpoints, and report the result. Only on rank 0."""
     if not is_rank_zero():
         return
@@ -380,6 +383,8 @@ def finish(place: RunPlace, folder: RunFolder, built: BuiltTrainer, tracker: Run
     tracker.finish(folder)
     model = f"Model: {folder.hf_path}   " if has_model else format_export_hint(folder)
     place.say(f"done. {model}Report: {place.dir / 'report.html'}")
+    if not len(prepared.indexes.held_out):
+        say(format_held_out_hint(len(prepared.indexes.training)))
 
 
 def collect_figures(built: BuiltTrainer) -> dict[str, Any]:

@@ -419,6 +419,17 @@ def test_warnings_and_advice_are_reported(work_folder):
     assert "mine 13.3 times" in warnings  # 40 steps of 4 samples over 12
     assert "Unicode's NFC changes the text of 1 (8.3%) in mine" in advice
     assert "A rank has 0.5 samples in a step" in advice
+    assert "one optimizer step reads" not in warnings
+    assert output.facts["memory"]["device"] == output.facts["time"]["device"] == "this machine's CPU"
+    assert "H200" not in output.page and output.facts["time"]["devices"] == 1
+
+
+def test_a_batch_of_many_passes_over_few_records_is_a_warning(work_folder):
+    records = [make_llava_record("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(2)]
+    overrides = [*write_photo_source(work_folder, records), "data.global_batch_size=128", "trainer.max_steps=1"]
+    warnings = run_preflight_with(*overrides, "preflight.num_shown=0").read_findings("warning")
+    assert "data.global_batch_size=128: one optimizer step reads 128 samples, and there are 2 samples" in warnings
+    assert "each is read 64.0 times before the weights change" in warnings
 
 
 def test_overlong_samples_are_warnings(work_folder):

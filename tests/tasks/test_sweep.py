@@ -20,7 +20,14 @@ from lit_vlm.config.schema import TrainerConfig
 from lit_vlm.config.sweep_overrides import get_sweep_overrides, get_trial_overrides
 from lit_vlm.sweep.search import Search, TrialOutcome
 from lit_vlm.sweep.sweep_file import read_sweep
-from lit_vlm.tasks.sweep import Sweep, assign_devices, lock_sweep_folder, prepare_sweep_folder, run_sweep
+from lit_vlm.tasks.sweep import (
+    Sweep,
+    assign_devices,
+    format_missing_held_out,
+    lock_sweep_folder,
+    prepare_sweep_folder,
+    run_sweep,
+)
 from lit_vlm.types import UserError
 
 FILE = """
@@ -144,6 +151,25 @@ def test_the_plan_shows_ranges_reasons_and_commands_and_runs_nothing(work_folder
     runs = [parse(shlex.split(line)[2:]) for line in commands]
     assert [run.name for run in runs] == ["스윕 하나/0", "스윕 하나/1"] and not (work_folder / "runs").exists()
     assert runs[0].config.stage.learning_rate != runs[1].config.stage.learning_rate
+    assert "No trial will log" not in output
+
+
+def check_held_out(metric, overrides):
+    config = parse(overrides).config
+    return format_missing_held_out(metric, config.data, config.seed)
+
+
+def test_the_plan_says_that_few_records_hold_out_nothing(work_folder):
+    records = [
+        {"id": str(i), "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+        for i in range(12)
+    ]
+    (work_folder / "few.json").write_text(json.dumps(records), encoding="utf-8")
+    overrides = ["experiment=tiny/2_sft", "init_from=null", "data=llava_json", "data.sources.mine.path=few.json"]
+    hint = check_held_out("val/loss", overrides)
+    assert "No trial will log val/loss" in hint and "data.validation.fraction=0.1" in hint
+    assert not check_held_out("val/loss", [*overrides, "data.validation.fraction=0.1"])
+    assert not check_held_out("train/loss", overrides)
 
 
 # The folder

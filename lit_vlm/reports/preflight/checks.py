@@ -34,7 +34,7 @@ def collect_findings(facts: PreflightFacts, data: DataConfig, stage: StageConfig
     for row in facts.sources:
         yield from _check_source(row, data)
     yield from _check_all_sources(facts.sources)
-    yield from _check_data(facts, stage)
+    yield from _check_data(facts, data, stage)
     yield from _check_plan(facts, stage)
     yield from _check_machine(facts, precision)
 
@@ -42,6 +42,9 @@ def collect_findings(facts: PreflightFacts, data: DataConfig, stage: StageConfig
 def check_bad_records(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
     """Check the share of bad records of a source: they stop the run or go into quarantine."""
     if not row.set_aside:
+        return
+    if row.image_root_error:
+        yield Finding(Severity.failure, row.image_root_error)
         return
     what = f"{row.name}: {row.set_aside:,}{_format_population(row)} cannot be used ({_format_faults(row.quarantined)})"
     if data.on_bad_record is OnBadRecord.stop:
@@ -107,13 +110,14 @@ def _check_length(row: SourceRow, population: str, policy: OnOverlong) -> Iterat
         yield Finding(Severity.advice, what, "data.on_overlong=fewer_tiles or cut_turn would keep most of them.")
 
 
-def _check_data(facts: PreflightFacts, stage: StageConfig) -> Iterator[Finding]:
+def _check_data(facts: PreflightFacts, data: DataConfig, stage: StageConfig) -> Iterator[Finding]:
     usable = sum(row.usable for row in facts.sources)
+    yield from _check_batch_size(facts, data)
     if usable and not facts.held_out:
         yield Finding(
             Severity.warning,
             "No sample is held out, so nothing will say whether the model learns more than its training data.",
-            "Raise data.validation.fraction, or name data.validation.sources.",
+            "Write data.validation.fraction=0.1, or name data.validation.sources.",
         )
     vision_parts = [part.value for part in stage.trainable if part is not ModelPart.language_model]
     if usable and vision_parts and not any(row.images for row in facts.sources):
@@ -122,6 +126,22 @@ def _check_data(facts: PreflightFacts, stage: StageConfig) -> Iterator[Finding]:
             f"No sample has an image, and the stage trains {', '.join(vision_parts)}, which would learn nothing.",
             "Add a source with images, or set stage.trainable=[language_model].",
         )
+
+
+def _check_batch_size(facts: PreflightFacts, data: DataConfig) -> Iterator[Finding]:
+    """Check that an optimizer step does not read the same samples several times."""
+    training = sum((row.usable - row.held_out) * row.scale for row in facts.sources)
+    if facts.plan is None or training < 1 or facts.plan.samples_per_step <= training:
+        return
+    passes = facts.plan.samples_per_step / training
+    size = f"data.global_batch_size={data.global_batch_size}"
+    if data.global_batch_tokens:
+        size = f"data.global_batch_tokens={data.global_batch_tokens}"
+    what = (
+        f"{size}: one optimizer step reads {facts.plan.samples_per_step:,.0f} samples, and there are"
+        f" {format_count(round(training), 'sample')} to train on: each is read {passes:.1f} times before the weights change."
+    )
+    yield Finding(Severity.warning, what, "Lower it to at most the number of samples.")
 
 
 def _check_plan(facts: PreflightFacts, stage: StageConfig) -> Iterator[Finding]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lit_vlm.config.schema import (
     ActivationCheckpointing,
@@ -15,6 +20,7 @@ from lit_vlm.config.schema import (
     PreflightConfig,
     StageConfig,
     StrategyName,
+    TrainerConfig,
 )
 from lit_vlm.cost import (
     DEVICES,
@@ -43,6 +49,7 @@ from lit_vlm.stages import Stage
 from lit_vlm.stages.optimizer import get_part_setting
 from lit_vlm.types import ModelPart
 
+CPU_MATRIX_SIZE, CPU_REPETITIONS = 512, 8  # of the matrix products that measure a CPU: some hundredths of a second
 MIN_COMPUTE_SHARE = 0.9  # below this share of the devices' speed, report the network
 
 STRATEGY_NAMES = {
@@ -177,26 +184,59 @@ def _make_row(setup: TrainingSetup, strategy: StrategyName, *, chosen: bool = Fa
     )
 
 
-def estimate_time(preflight: PreflightConfig, flops: float, plan: PlanFacts, network: float) -> TimeFacts:
+def trains_on_cpu(trainer: TrainerConfig) -> bool:
+    """Return True if the trainer would train on the CPU of this machine."""
+    return trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not torch.cuda.is_available())
+
+
+def get_planned_device(preflight: PreflightConfig, trainer: TrainerConfig) -> Device:
+    """Return the device that the run is planned for: this machine for a run on its CPU, else that of `preflight.device`."""
+    return measure_cpu(trainer.num_threads) if trains_on_cpu(trainer) else DEVICES[preflight.device]
+
+
+@cache
+def measure_cpu(num_threads: int | None) -> Device:
+    """Measure the CPU of this machine: its memory, and the FLOP/s of the best of some float32 matrix products.
+
+    Args:
+        num_threads: threads of a process; None: torch's choice.
+    """
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    threads, matrix, seconds = torch.get_num_threads(), torch.ones(CPU_MATRIX_SIZE, CPU_MATRIX_SIZE), math.inf
+    torch.set_num_threads(num_threads or threads)
+    try:
+        for _ in range(CPU_REPETITIONS):
+            started = time.perf_counter()
+            torch.mm(matrix, matrix)
+            seconds = min(seconds, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return Device("this machine's CPU", memory, 2 * CPU_MATRIX_SIZE**3 / seconds)
+
+
+def estimate_time(
+    preflight: PreflightConfig, trainer: TrainerConfig, flops: float, plan: PlanFacts, network: float
+) -> TimeFacts:
     """Estimate the training time.
 
     Args:
         flops: of the whole plan.
         network: share of the devices' speed that is left after waiting for the network.
     """
-    device, share = DEVICES[preflight.device], preflight.utilisation
+    device, share = get_planned_device(preflight, trainer), preflight.utilisation
     balance = plan.balance_ranks
-    seconds = device.estimate_seconds(flops, devices=plan.world_size, utilisation=share, balance=balance) / network
+    devices = 1 if trains_on_cpu(trainer) else plan.world_size  # its processes share the machine
+    seconds = device.estimate_seconds(flops, devices=devices, utilisation=share, balance=balance) / network
     return TimeFacts(
         flops=flops,
-        devices=plan.world_size,
+        devices=devices,
         device=device.name,
         peak=device.peak_flops_per_second,
         utilisation=share,
         balance=balance,
         network=network,
         seconds=seconds,
-        device_hours=seconds * plan.world_size / 3600,
+        device_hours=seconds * devices / 3600,
     )
 
 
