@@ -51,7 +51,10 @@ def submit(run: Run) -> None:
     if not waiting:
         say(f"{run.name}: finished already, in {stages[-1].dir}. Nothing is submitted; overwrite=true starts it anew.")
         return
-    errors = find_job_errors(run.config.init_from, waiting)
+    errors = find_missing_parent_errors(run.config.init_from)
+    for stage in waiting:
+        errors += find_source_errors(stage.config.data, stage.config.run_dir, stage.config.seed)
+    errors = list(dict.fromkeys(errors))
     if errors and not run.config.submit.dry_run:
         raise ConfigError(errors)
     for stage in waiting:
@@ -72,32 +75,35 @@ def submit(run: Run) -> None:
         _print_follow_commands([stage.dir for stage in waiting], jobs, wants_sync=wants_sync)
 
 
-def find_job_errors(init_from: str | None, stages: list[Run]) -> list[str]:
-    """Find errors that a job would end with at its start: data that cannot be opened, and a model that is not there.
+def find_missing_parent_errors(init_from: str | None) -> list[str]:
+    """Find the error of a model that is not there. One that an earlier stage leaves is not expected yet."""
+    if init_from in (None, "previous"):
+        return []
+    try:
+        require_finished_parent(init_from)
+    except UserError as error:
+        return [str(error)]
+    return []
 
-    The sources are opened as the job opens them: files, format, first record. Datasets of the hub are not looked up. A
-    model that an earlier stage leaves is not expected yet.
+
+def find_source_errors(data: DataConfig, run_dir: str, seed: int) -> list[str]:
+    """Find the errors of sources that a job could not open at its start.
+
+    They are opened as the job opens them: files, format, first record. Datasets of the hub are not looked up.
     """
     from lit_vlm.data.sources import open_source
 
     errors = list[str]()
-    if init_from not in (None, "previous"):  # named by the user, and so by no earlier stage
-        try:
-            require_finished_parent(init_from)
-        except UserError as error:
-            errors.append(str(error))
-    for stage in stages:
-        data = stage.config.data
-        cache = Path(data.index_dir) if data.index_dir else Path(stage.config.run_dir) / "index"
-        options: dict[str, Any] = {"max_image_pixels": data.max_image_pixels, "seed": stage.config.seed, "cache": cache}
-        tables = ((data.sources, False), (data.validation.sources, True))
-        for name, source, held_out in ((name, table[name], held_out) for table, held_out in tables for name in table):
+    cache = Path(data.index_dir) if data.index_dir else Path(run_dir) / "index"
+    options: dict[str, Any] = {"max_image_pixels": data.max_image_pixels, "seed": seed, "cache": cache}
+    for table, held_out in ((data.sources, False), (data.validation.sources, True)):
+        for name, source in table.items():
             if source.hub is None:
                 try:
                     open_source(name, source, held_out=held_out, **options)
                 except UserError as error:
                     errors.append(str(error))
-    return list(dict.fromkeys(errors))
+    return errors
 
 
 def _list_stage_overrides(recipe: str, overrides: list[str]) -> list[list[str]]:
