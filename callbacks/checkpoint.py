@@ -14,16 +14,10 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lit_vlm.checkpoint import (
-    CheckpointFolder,
-    CheckpointIndex,
-    CheckpointWriter,
-    RunFingerprint,
-    SampleHash,
-    compute_plan_digest,
-    load_tensors,
-)
-from lit_vlm.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex, RunFingerprint, SampleHash, compute_plan_digest
+from lit_vlm.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, load_tensors
+from lit_vlm.checkpoint.write import CheckpointWriter
 from lit_vlm.compat.lightning import (
     get_pending_metrics,
     is_last_micro_step,

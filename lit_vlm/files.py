@@ -8,6 +8,7 @@ report a truncated, empty or invalid file by its name.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -317,3 +318,14 @@ def _is_process_alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def compute_weights_digest(folder: Path) -> str:
+    """Compute the sha256 of the names and contents of a model folder's weight files."""
+    hasher = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        hasher.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                hasher.update(chunk)
+    return hasher.hexdigest()

@@ -80,6 +80,12 @@ def format_estimated_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds" if seconds >= 1 else "a second"
 
 
+def format_speed(flops_per_second: float) -> str:
+    """Format a speed in TFLOP/s, or in GFLOP/s below one TFLOP/s."""
+    teraflops = flops_per_second / 1e12
+    return f"{teraflops:.0f} TFLOP/s" if teraflops >= 1 else f"{1000 * teraflops:.0f} GFLOP/s"
+
+
 def format_milliseconds(time: float) -> str:
     """Format milliseconds with about three significant digits."""
     if not time:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_vlm.config.schema import Task
+
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that import no layer: registries whose names the configuration reads, without torch.
 REGISTRIES = {"model.projectors", "losses.loss_types"}
@@ -125,6 +127,40 @@ def test_no_module_unpickles_or_trusts_remote_code(path):
         assert call not in text, f"{path.relative_to(ROOT)} contains {call}"
 
 
+MAX_TAKERS = len(Task) + 3  # the function of each task, `run_task` that calls it, `train_once`, and `make_job`
+
+
+def list_config_takers(path: Path):
+    """List the parameters and fields of a file that take the whole config: `Run` or `RunConfig`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            annotations = [
+                argument.annotation for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            ]
+        elif isinstance(node, ast.ClassDef):
+            annotations = [field.annotation for field in node.body if isinstance(field, ast.AnnAssign)]
+        else:
+            continue
+        for annotation in filter(None, annotations):
+            names = {name.id for name in ast.walk(annotation) if isinstance(name, ast.Name)}
+            if names & {"Run", "RunConfig"}:
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+
+
+def test_only_the_functions_of_tasks_and_three_others_take_the_whole_config():
+    """`config` makes and checks it. Everybody else takes a section or plain values."""
+    takers = [taker for path in FILES for taker in list_config_takers(path) if not taker.startswith("lit_vlm/config/")]
+    assert all(taker.startswith(("run.py", "lit_vlm/tasks/")) for taker in takers), takers
+    assert len(takers) <= MAX_TAKERS, takers
+
+
+def test_train_once_is_at_most_60_lines_with_at_most_15_imports_in_its_file():
+    tree = ast.parse((ROOT / "lit_vlm/tasks/train.py").read_text(encoding="utf-8"))
+    (train_once,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train_once")
+    assert train_once.end_lineno - train_once.lineno + 1 <= 60
+    assert sum(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree)) <= 15
+
+
 COMPAT = ROOT / "lit_vlm" / "compat"
 OUTSIDE_COMPAT = [path for path in FILES if COMPAT not in path.parents]
 INTERNAL_NAMES = {"fit_loop", "epoch_loop"}  # of Lightning: public names, and no documented interface
@@ -183,7 +219,8 @@ def test_each_module_of_compat_has_contract_tests():
 
 
 OWN_DURABILITY = {  # the only other files that move or sync files themselves
-    "lit_vlm/checkpoint/folder.py": "hashes and syncs tensors while it writes them, and moves folders of many GB",
+    "lit_vlm/checkpoint/folder.py": "moves folders of many GB",
+    "lit_vlm/checkpoint/write.py": "hashes and syncs tensors while it writes them",
     "lit_vlm/fault_tolerance/watchdog_thread.py": "syncs stacks before the process exits",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import lightning as L
 import torch
 from safetensors import safe_open
 
-from lit_vlm.checkpoint.folder import CheckpointFolder, compute_file_digest
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.checkpoint.index import (
     INDEX_FILE,
     CheckpointIndex,
@@ -259,3 +260,9 @@ def _describe_no_usable_checkpoint(errors: Sequence[str], folder: CheckpointFold
         else RESTART_HINT
     )
     return f"resume_from={resume_from} cannot be used: {joined_errors}. {alternative}"
+
+
+def compute_file_digest(path: Path) -> str:
+    """Compute the SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

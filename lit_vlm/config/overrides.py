@@ -16,7 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from lit_vlm.config.argument_errors import find_argument_errors
 from lit_vlm.config.callbacks import convert_to_list
+from lit_vlm.config.other_programs import format_key_remedy
 from lit_vlm.config.yaml_reader import quote_text
 from lit_vlm.types import UserError, flatten
 
@@ -24,7 +26,13 @@ SOURCES_KEY = "data/source@data.sources"
 CHECKPOINTING_ALIASES = {"true": "full", "false": "none"}  # former values -> levels
 _UNQUOTED_TEXT = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
 _RESERVED_WORDS = {"null", "true", "false", "inf", "nan", "none"}
-_FLAG_WITH_VALUE = re.compile(r"--(cfg|info|package|config-(dir|name|path)|experimental-rerun)=")
+HYDRA_FLAGS = set(
+    "--help -h --hydra-help --version --resolve --run -r --multirun -m --config-dir -cd".split()
+)  # flags without a value, and those that `parse_arguments` reads
+HYDRA_FLAGS_WITH_VALUE = set(
+    "--cfg -c --package -p --config-path -cp --config-name -cn --shell-completion -sc --experimental-rerun --info -i".split()
+)
+CONFIG_KINDS = ("job", "hydra", "all")  # values of --cfg
 
 
 class ConfigError(UserError):
@@ -49,8 +57,9 @@ def parse_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: lists every argument that is not an override.
     """
-    overrides, errors = [], []
-    for argument in _convert_config_dirs(arguments):
+    given, errors = find_argument_errors(_convert_config_dirs(arguments))
+    overrides = []
+    for argument in given:
         try:
             overrides += (
                 parse_json_overrides(argument) if argument.lstrip().startswith("{") else [_ensure_parsable(argument)]
@@ -160,16 +169,7 @@ def quote_value(value: Any) -> str:
 
 def _ensure_parsable(argument: str) -> str:
     """The argument, quoted if only its quotes are missing."""
-    if argument.startswith("--") and "=" in argument:
-        raise UserError(
-            f"{argument}: settings are written without dashes: {argument.lstrip('-')}"
-            " (in a W&B sweep use ${args_json} or ${args_no_hyphens})."
-        )
-    key, equals, value = argument.partition("=")
-    if not equals and not argument.startswith("~"):
-        raise UserError(
-            f"{argument!r} is not a setting: write key=value, e.g. task={argument}. See python run.py --help."
-        )
+    key, _, value = argument.partition("=")
     for attempt in (argument, f"{key}={quote_value(value)}"):
         try:
             parse_override(attempt)
@@ -197,19 +197,36 @@ def _convert_config_dirs(arguments: list[str]) -> list[str]:
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's own flags (`--cfg job`, `-m`, `-sc`, ...) with their values, and the settings."""
+    """Split a command line into Hydra's own flags (`--cfg job`, `-m`, `-sc`, ...) with their values, and the settings."""
     flags: list[str] = []
     overrides: list[str] = []
     remaining = iter(arguments)
+    takes_value = False  # the argument before is a flag that a value may follow
     for argument in remaining:
+        name, equals, _ = argument.partition("=")
         if argument in ("--config-dir", "-cd"):
             overrides += [argument, next(remaining, "")]
-        elif argument.startswith("-") and (
-            not argument.startswith("--") or "=" not in argument or _FLAG_WITH_VALUE.match(argument)
-        ):
-            (overrides if argument.startswith("--config-dir=") else flags).append(argument)
-        elif "=" in argument or argument.startswith(("~", "{", "--")) or not flags:
-            overrides.append(argument)
+            takes_value = False
+        elif name in HYDRA_FLAGS | HYDRA_FLAGS_WITH_VALUE and name != "--config-dir":
+            flags.append(argument)
+            takes_value = not equals and (name in HYDRA_FLAGS_WITH_VALUE or name in ("--help", "-h"))
+        elif takes_value and not equals and not argument.startswith(("-", "~", "{")):
+            flags.append(argument)
+            takes_value = False
         else:
-            flags.append(argument)  # the value of the flag before it
+            overrides.append(argument)
+            takes_value = False
     return flags, overrides
+
+
+def ensure_known_config_kind(flags: list[str]) -> None:
+    """Raise ConfigError for `--cfg` or `-c` with a file: in other programs `-c` names a file of settings."""
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        name, _, given = flag.partition("=")
+        if name in ("--cfg", "-c") and (given or value) not in CONFIG_KINDS:
+            text = f"{flag} {value}".strip()
+            raise ConfigError(
+                [
+                    f"{text}: shows the settings of a command, and takes one of {', '.join(CONFIG_KINDS)}. {format_key_remedy('config', '')}."
+                ]
+            )

@@ -192,6 +192,14 @@ class ScorerName(Enum):
     judge = "judge"  # score with prefer.judge
 
 
+class ContainerRuntime(Enum):
+    """Program that runs submit.container on the nodes."""
+
+    pyxis = "pyxis"  # Slurm's plugin with enroot: srun --container-image
+    apptainer = "apptainer"  # apptainer exec inside srun
+    singularity = "singularity"  # singularity exec inside srun
+
+
 class DebugMode(Enum):
     """Debug mode of a run."""
 
@@ -520,7 +528,8 @@ class SubmitConfig:
     )  # GPUs per node; null: trainer.devices if these are GPUs; 0: submit.extra requests them
     cpus_per_task: int | None = ranged(None, COUNT)  # CPU cores per process; null: 1 + data.num_workers
     memory: str | None = None  # memory per node, e.g. 0 for all
-    container: str | None = None  # image for srun --container-image (pyxis and enroot)
+    container: str | None = None  # container image: for pyxis a .sqsh file or registry name, for Apptainer a .sif file
+    container_runtime: ContainerRuntime = ContainerRuntime.pyxis
     container_mounts: list[str] = field(default_factory=list)  # mounts, host_path:container_path
     setup: list[str] = field(default_factory=list)  # shell lines to run before the start: modules, environment, staging
     env: dict[str, str] = field(default_factory=dict)  # environment variables of all ranks

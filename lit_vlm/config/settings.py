@@ -20,25 +20,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_vlm.config import mapping, schema
+from lit_vlm.config.other_programs import KEY_ALIASES
 from lit_vlm.config.ranges import NumberRange
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.types import UserError, find_nearest
-
-# Names from other programs -> key of this schema.
-KEY_ALIASES = {
-    "lr": "stage.learning_rate",
-    "batch_size": "data.global_batch_size",
-    "bs": "data.global_batch_size",
-    "micro_batch_size": "data.tokens_per_micro_batch",
-    "epochs": "trainer.max_epochs",
-    "steps": "trainer.max_steps",
-    "gpus": "trainer.devices",
-    "wandb": "logger.wandb",
-    "output_dir": "run_dir",
-    "name": "run_name",
-    "ckpt_path": "init_from",
-    "checkpoint": "init_from",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +157,8 @@ def find_nearest_key(key: str, keys: list[str]) -> str | None:
     if key in KEY_ALIASES or last in KEY_ALIASES:
         return KEY_ALIASES.get(key) or KEY_ALIASES[last]
     same_name = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
+    if ".lora." in "".join(same_name) and not any(part in key for part in ("vision", "proje")):
+        same_name = [candidate for candidate in same_name if "language_model" in candidate]  # what LoRA is used for
     if same_name:
         return find_nearest(key, same_name) or min(same_name, key=len)
     matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)

@@ -58,5 +58,10 @@ TASKS: dict[Task, TaskEntry] = {
 
 def find_config_errors(config: RunConfig) -> list[str]:
     """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
-    checks = (find_range_errors, validation.find_name_errors, *TASKS[config.task].checks)
+    checks = (
+        find_range_errors,
+        validation.find_name_errors,
+        validation.find_other_task_errors,
+        *TASKS[config.task].checks,
+    )
     return [error for check in checks for error in check(config)]

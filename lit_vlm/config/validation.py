@@ -24,6 +24,7 @@ from lit_vlm.config.schema import (
     SourceConfig,
     StageName,
     StrategyName,
+    Task,
     TrainerConfig,
     WeightUnit,
 )
@@ -62,6 +63,18 @@ MANAGED_TRAINER_ARGUMENTS = {
     "profiler": "set trainer.profile=true",
     "barebones": "it would turn the callbacks off",
 }
+
+
+def find_other_task_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each setting that only another task reads: the run would do something else."""
+    for key, value, task in (
+        ("sweep", config.sweep, Task.sweep),
+        ("sync", config.sync, Task.sync),
+        ("trials.dry_run", config.trials.dry_run, Task.sweep),
+        ("submit.dry_run", config.submit.dry_run, Task.submit),
+    ):
+        if value and config.task is not task:
+            yield f"{key}: is read with task={task.value} only, and task is {config.task.value}. Write task={task.value}, or leave {key} out."
 
 
 def _find_stage_errors(config: RunConfig) -> Iterator[str]:

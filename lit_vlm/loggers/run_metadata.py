@@ -17,6 +17,14 @@ from lit_vlm.types import UserError, flatten
 
 ID_LETTERS = string.ascii_lowercase + string.digits  # eight of them make an id, as in the client's own ids
 
+EXIT_CODES = {  # status of an ended W&B run -> exit code of its client
+    "finished": 0,
+    "stopped early": 0,
+    "preempted": 75,
+    "interrupted": 255,
+    "failed": 1,
+}  # 255: W&B's "killed"
+
 
 def get_run_record(folder: RunFolder, logger: LoggerConfig, experiment: str | None) -> dict[str, Any]:
     """Return the W&B entry of the manifest: id, project, entity and group, created once for each run folder. Inside a sweep

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
+from lit_vlm.config.model_folders import ADAPTER_FILE, format_adapter_error
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model import families
 from lit_vlm.model.hub import get_first_line, raise_folder_errors
@@ -212,10 +213,33 @@ def _load_config(name: str, setting: str, hub_options: dict[str, Any]) -> Any:
     try:
         return AutoConfig.from_pretrained(name, **hub_options)
     except Exception as error:  # transformers raises any type of error for a wrong value
+        if (adapter := _read_adapter_config(name, hub_options)) is not None:
+            raise UserError(format_adapter_error(setting, name, adapter.get("base_model_name_or_path"))) from None
         first = get_first_line(error)
         raise UserError(
             f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json."
         ) from None
+
+
+def _read_adapter_config(name: str, hub_options: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the config of a PEFT adapter; None if the folder or repository holds none, or is not there."""
+    try:
+        return read_json(name, ADAPTER_FILE, **hub_options)
+    except UserError:
+        return None
+
+
+def _read_max_tiles(name: str, config: LlavaOnevisionConfig) -> int:
+    """Read N of `vision_aspect_ratio: anyres_max_N`. UserError if there is none: transformers' model needs it."""
+    ratio = str(config.vision_aspect_ratio)
+    number = ratio.removeprefix("anyres_max_")
+    if number == ratio or not number.isdecimal() or int(number) < 1:
+        raise UserError(
+            f"{name}: its config.json has vision_aspect_ratio={ratio!r}; LLaVA-OneVision's class needs anyres_max_N, the"
+            " number of tiles above which features are downsampled. Set model.max_tiles=9 (LLaVA-OneVision's N), or correct"
+            " the file."
+        )
+    return int(number)
 
 
 def _require_sizes(config: Any, name: str) -> None:
@@ -266,7 +290,7 @@ def _load_image_settings(name: str, config: LlavaOnevisionConfig, hub_options: d
         tile_size=vision.image_size,
         patch_size=vision.patch_size,
         grid_pinpoints=tuple(tuple(pair) for pair in config.image_grid_pinpoints),
-        max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        max_tiles=_read_max_tiles(name, config),
         mean=_read_channels(name, settings, "image_mean", (0.5,) * 3 if siglip else clip_mean),
         std=_read_channels(name, settings, "image_std", (0.5,) * 3 if siglip else clip_std),
         resample=_read_resample(name, settings),

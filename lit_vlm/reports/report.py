@@ -25,6 +25,7 @@ HEADINGS = ("stage", "trained", "samples", "tokens", "tokens/s", "loss", "held-o
 MAX_INLINE_BYTES = 60_000  # of a PNG; a larger one is embedded as JPEG
 SAMPLES_SINGLE_RUN, SAMPLES_SEVERAL_RUNS = 4, 1  # samples for each kind and language
 IMAGE_PLACEHOLDER = re.compile(r"<image>\s?")  # removed, since the images are shown above the prompt
+MAX_TABLE_POINTS = 2  # of a curve; so few values are a table
 MAX_DOTS = 60  # of a curve; with more points it has no dots
 CONTROL_TOKEN = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 _PAGE = PageTemplate("report_page.html", short=format_short, percent=lambda share: f"{100 * share:.1f} %")
@@ -145,6 +146,7 @@ def _collect_stage(record: RunRecord, num_samples: int) -> dict[str, Any]:
         "mixture": _prepare_mixture(mixture),
         "languages": _format_languages(mixture),
         "groups": _group_samples(record, num_samples),
+        "nothing_held_out": record.data.get("num_held_out") == 0,
         "quarantined": _summarize_quarantine(record),
         "unread": record.data.get("unread") or {},
         "settings": record.settings,
@@ -180,7 +182,7 @@ def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
     lines = [ChartLine("training loss", loss, "raw"), ChartLine("training loss, smoothed", smooth(loss), "main")]
     lines.append(ChartLine("held-out loss", held_out, "second", dots=len(held_out) <= MAX_DOTS))
     svg = draw_line_chart(lines, label=f"loss of {record.name} by step", allow_log=True)
-    charts = [{"title": "Loss", "svg": Markup(svg), "legend": _make_legend(lines), "note": _format_loss_note(record)}]
+    charts = [_make_chart("Loss", svg, lines, _format_loss_note(record))]
     accuracy, margin = metrics.get("train/rewards/accuracies", []), metrics.get("train/rewards/margins", [])
     held_out = metrics.get("val/rewards/accuracies", [])
     name = "of training pairs"
@@ -188,8 +190,24 @@ def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
     lines.append(ChartLine("of held-out pairs", held_out, "second", dots=len(held_out) <= MAX_DOTS))
     svg = draw_line_chart(lines, label=f"reward accuracy of {record.name} by step", low=0.0, high=1.0)
     note = f"margin of the rewards {format_change(margin[0][1], margin[-1][1], '.3f')}" if margin else ""
-    charts.append({"title": "Reward accuracy", "svg": Markup(svg), "legend": _make_legend(lines), "note": note})
-    return [chart for chart in charts if chart["svg"]]
+    charts.append(_make_chart("Reward accuracy", svg, lines, note))
+    return [chart for chart in charts if chart["svg"] or chart["rows"]]
+
+
+def _make_chart(title: str, svg: str, lines: list[ChartLine], note: str) -> dict[str, Any]:
+    """Make a chart of the page: a curve, or a table of its values if no line has more than `MAX_TABLE_POINTS` points."""
+    shown = [line for line in lines if line.points and line.style != "raw"]
+    if not shown or max(len(line.points) for line in shown) > MAX_TABLE_POINTS:
+        return {"title": title, "svg": Markup(svg), "legend": _make_legend(lines), "rows": [], "note": note}
+    steps = sorted({step for line in shown for step, _ in line.points})
+    rows = [
+        (
+            line.name.removesuffix(", smoothed"),
+            [f"{dict(line.points)[step]:.4g}" if step in dict(line.points) else "" for step in steps],
+        )
+        for line in shown
+    ]
+    return {"title": title, "svg": "", "legend": [], "steps": [step + 1 for step in steps], "rows": rows, "note": note}
 
 
 def _make_legend(lines: list[ChartLine]) -> list[tuple[str, str]]:

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from importlib import import_module
 
 from lit_vlm.config import tasks
+from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.parse import Run
 from lit_vlm.config.schema import Task
 
 
 def _import_lazily(target: str) -> Callable[[Run], None]:
-    """Return a function that imports "module:name" at its first call, then calls it."""
+    """Return a function that imports "module:name" when it is called, then calls it."""
+    module, name = target.split(":")
 
     def run_task(run: Run) -> None:
-        module, name = target.split(":")
+        if run.config.task is not Task.preflight:  # there it is a finding
+            require_model_folders(run)
         getattr(import_module(module), name)(run)
 
     return run_task

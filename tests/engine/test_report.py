@@ -201,6 +201,16 @@ def test_ticks_are_round_numbers_between_the_ends():
     assert "<circle" in draw_line_chart([ChartLine("one point", [(0, 1.0)], "main")], label="one")
 
 
+def test_a_curve_of_two_points_is_a_table(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,3.5\n9,1.25\n", encoding="utf-8")
+    (tmp_path / "manifest.json").write_text(json.dumps({"data": {"num_held_out": 0}}), encoding="utf-8")
+    write_report(tmp_path / "report.html", [tmp_path], "two steps")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<svg" not in page and "step 10" in page and "3.5" in page and "1.25" in page
+    assert "No sample was held out" in page and "data.validation.fraction=0.1" in page
+    assert "Answers to held-out samples" not in page
+
+
 def test_numbers_are_formatted_for_readers(tmp_path):
     counts = {0: "0", 9999: "9,999", 12_345: "12.3 k", 456_000: "456 k", 4_560_000: "4.56 M", 7.2e9: "7.20 G", None: ""}
     assert [format_short(count) for count in counts] == list(counts.values())

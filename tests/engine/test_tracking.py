@@ -19,9 +19,9 @@ from tracking_cases import (
 from waiting import until
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.loggers import MetricsCsv, RunTracker, run_metadata, wandb_client
-from lit_vlm.loggers.file_loggers import make_tensorboard_logger
-from lit_vlm.loggers.tracker import require_logged_metric
+from lit_vlm.loggers import run_metadata, wandb_client
+from lit_vlm.loggers.file_loggers import MetricsCsv, make_tensorboard_logger
+from lit_vlm.loggers.tracker import RunTracker, require_logged_metric
 from lit_vlm.loggers.wandb_client import build_box_overlays
 from lit_vlm.loggers.wandb_logger import RowBuffer
 from lit_vlm.types import UserError

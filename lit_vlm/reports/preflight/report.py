@@ -18,6 +18,7 @@ from lit_vlm.formatting import (
     format_number,
     format_percent,
     format_short,
+    format_speed,
 )
 from lit_vlm.reports.charts import HISTOGRAM_STYLES, draw_histogram
 from lit_vlm.reports.preflight.facts import Histogram, MemoryFacts, PreflightFacts, Severity, SourceRow, StrategyFacts
@@ -151,6 +152,7 @@ _PAGE = PageTemplate(
     percent=format_percent,
     gigabytes=format_bytes,
     hours=format_estimated_time,
+    speed=format_speed,
     count=format_number,
 )
 
@@ -262,10 +264,7 @@ def _format_machine(facts: PreflightFacts) -> list[str]:
     lines = ["", *(describe_strategy(facts.strategy) if facts.strategy else [])]
     if facts.memory:
         memory = facts.memory
-        caveat = "" if memory.compared else ", not compared: the trainer is on a CPU"
-        lines.append(
-            f"memory of one device, an upper estimate ({memory.device}: {format_bytes(memory.capacity)}{caveat})"
-        )
+        lines.append(f"memory of one device, an upper estimate ({memory.device}: {format_bytes(memory.capacity)})")
         width = max(len(row.name) for row in memory.rows)
         for row in memory.rows:
             notes = ["this run"] if row.chosen else []
@@ -275,7 +274,7 @@ def _format_machine(facts: PreflightFacts) -> list[str]:
         time = facts.time
         lines.append(
             f"time: about {format_estimated_time(time.seconds)}, {time.device_hours:,.1f} device-hours, on {time.devices:,} x {time.device} "
-            f"if it reaches {time.utilisation:.0%} of {time.peak / 1e12:.0f} TFLOP/s"
+            f"if it reaches {time.utilisation:.0%} of {format_speed(time.peak)}"
         )
     if facts.disk:
         lines.append("disk: " + ", ".join(f"{format_bytes(row.bytes)} for {row.what}" for row in facts.disk))
