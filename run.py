@@ -26,7 +26,13 @@ from hydra.core.hydra_config import HydraConfig
 
 from lit_vlm.config.compose import CONF_DIR, VERSION_BASE, register_schema
 from lit_vlm.config.help import format_help
-from lit_vlm.config.overrides import ConfigError, add_implied_overrides, parse_arguments, split_flags
+from lit_vlm.config.overrides import (
+    ConfigError,
+    add_implied_overrides,
+    ensure_known_config_kind,
+    parse_arguments,
+    split_flags,
+)
 from lit_vlm.config.parse import collect_override_errors, ensure_no_typed_secrets, parse
 from lit_vlm.config.sweep_overrides import ensure_no_launcher, ensure_no_secrets, get_launcher, validate_multirun
 from lit_vlm.redaction import redact_terminal
@@ -55,6 +61,7 @@ def dispatch(arguments: list[str]) -> None:
     elif flags:
         run_through_hydra(flags, overrides)
     else:
+        ensure_no_typed_secrets(overrides)
         ensure_no_launcher(parse_arguments(overrides))
         run = parse(overrides)
         TASKS[run.config.task](run)
@@ -63,6 +70,7 @@ def dispatch(arguments: list[str]) -> None:
 def run_through_hydra(flags: list[str], overrides: list[str]) -> None:
     """Run with Hydra's own flags: --cfg job, -m, shell completion. All errors are reported before Hydra stops at the first."""
     names = {flag.partition("=")[0] for flag in flags}
+    ensure_known_config_kind(flags)
     is_multirun, is_completing = bool({"-m", "--multirun"} & names), bool({"-sc", "--shell-completion"} & names)
     if not is_completing:
         ensure_no_typed_secrets([*flags, *overrides])

@@ -27,7 +27,7 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.synthetic import BuiltinSource
 from lit_vlm.distributed.trainer import close_process_group, disable_library_warnings, make_strategy
-from lit_vlm.model.build import load_model_spec
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Language
 

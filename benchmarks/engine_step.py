@@ -38,7 +38,7 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.data.synthetic import BuiltinSource
 from lit_vlm.distributed.trainer import close_process_group, disable_library_warnings
 from lit_vlm.distributed.zero import ZeroStrategy
-from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.stages import SFTStage
@@ -182,7 +182,7 @@ class BareLoopStrategy(ZeroStrategy):
         stage = make_stage(self.blueprint)
         stage.configure_model()
         stage.set_train_modes()
-        optimizer = make_optimizer(stage.model, stage.optimizer_options)
+        optimizer = make_optimizer(stage.model, stage.config)
         engine, *_ = deepspeed.initialize(model=stage.model, optimizer=optimizer, config=self.config)
         world = self.world_size
 

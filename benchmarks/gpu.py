@@ -31,8 +31,8 @@ from benchmarks.compare.report import format_ratio, render_markdown
 from benchmarks.flops_bound import Recipe, compute_step_flops
 
 import torch  # isort: skip  # after the package, which sets the environment
+from lit_vlm.config.schema import LoraConfig
 from lit_vlm.distributed.trainer import disable_library_warnings
-from lit_vlm.model.lora import LoraOptions
 from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.types import UserError
 
@@ -58,7 +58,7 @@ class Row:
     batch: int
     peers: tuple[str, ...]
     mixed: bool = False
-    lora: LoraOptions | None = None
+    lora: LoraConfig | None = None
     goal: dict[str, float] | None = None
 
 
@@ -67,7 +67,7 @@ ROWS = (
     Row("align 0.5B", "align", "05b", 64, NEXT_TOKEN_PEERS, goal={"samples_per_second": 170}),
     Row("align 7B", "align", "7b", 16, NEXT_TOKEN_PEERS, goal={"of_gemm": 0.55}),
     Row("sft 1.5B", "sft", "1_5b", 8, NEXT_TOKEN_PEERS, mixed=True, goal={"of_gemm": 0.55}),
-    Row("dpo 7B, LoRA, 5 tiles", "dpo", "7b", 2, (TRL_TUNED, TRL_SHIPPED), lora=LoraOptions(64, 16.0, 0.0, LINEAR)),
+    Row("dpo 7B, LoRA, 5 tiles", "dpo", "7b", 2, (TRL_TUNED, TRL_SHIPPED), lora=LoraConfig(rank=64, targets=LINEAR)),
 )
 
 

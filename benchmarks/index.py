@@ -38,7 +38,7 @@ from lit_vlm.data.index.verify import verify_images
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.sources import open_source
 from lit_vlm.distributed.trainer import disable_library_warnings
-from lit_vlm.model.build import load_model_spec
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.types import Language, Message, Role, Sample, SampleKind

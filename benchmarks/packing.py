@@ -27,7 +27,7 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.synthetic import BuiltinSource
 from lit_vlm.distributed.trainer import disable_library_warnings
-from lit_vlm.model.build import load_model_spec
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.stages import SFTStage

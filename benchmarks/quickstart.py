@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.reports.run_record import RunRecord, format_short, read_run
+from lit_vlm.formatting import format_short
+from lit_vlm.reports.run_record import RunRecord, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/quickstart.json"

@@ -31,7 +31,7 @@ from benchmarks.engine_step import make_micro_batches, make_stage
 from callbacks import Checkpoint, Exchange
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.distributed.trainer import disable_library_warnings
-from lit_vlm.model.build import load_model_spec
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tiny import make_language_model, make_tiny_parts
 from lit_vlm.runs.run_folder import get_package_versions
 

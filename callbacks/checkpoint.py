@@ -14,22 +14,20 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lit_vlm.checkpoint import (
-    CheckpointFolder,
-    CheckpointIndex,
-    CheckpointWriter,
-    RunFingerprint,
-    SampleHash,
-    compute_plan_digest,
-    load_tensors,
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex, RunFingerprint, SampleHash, compute_plan_digest
+from lit_vlm.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, load_tensors
+from lit_vlm.checkpoint.write import CheckpointWriter
+from lit_vlm.compat.lightning import (
+    get_pending_metrics,
+    is_last_micro_step,
+    move_validation_to_previous_step,
+    set_loop_position,
 )
-from lit_vlm.checkpoint.loop import get_pending_metrics, move_validation_to_previous_step, set_loop_position
-from lit_vlm.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, gather_objects
+from lit_vlm.distributed.collectives import StepFlag, gather_objects, get_shared_flags, make_rank_zero_error
 from lit_vlm.distributed.sharded_state import ShardedState, get_sharded_state
-from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
 from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
 from lit_vlm.runs.run_folder import get_package_versions
-from lit_vlm.types import UserError
 
 BEST_METRIC = "val/loss"
 
@@ -125,7 +123,9 @@ class Checkpoint(L.Callback):
 
         Nothing is written or removed before this call. A start that was refused leaves the folder unchanged.
         """
-        writers = [rank for rank, writes in enumerate(gather_objects(trainer, self._shards.is_writer)) if writes]
+        writers = [
+            rank for rank, writes in enumerate(gather_objects(self._shards.is_writer, trainer.world_size)) if writes
+        ]
         if trainer.is_global_zero:
             self.folder.clean_before_run(self._saved_step)
             best = self.folder.read_best()
@@ -230,13 +230,15 @@ class Checkpoint(L.Callback):
     def _wait_for_save(self, trainer: L.Trainer) -> None:
         """Wait for the current save. Raise UserError on all ranks if one rank could not write."""
         if message := self._collect_save_error(trainer):
-            raise UserError(message if trainer.is_global_zero else "")  # only rank 0 shows the message
+            raise make_rank_zero_error(trainer, message)
 
     def _collect_save_error(self, trainer: L.Trainer) -> str:
         """Wait for the current save and return its error message; "" if the checkpoint is on disk."""
         # The writer of rank 0 waits for the files of the other ranks. It stops early if one of them failed.
-        other_errors = gather_objects(trainer, "" if trainer.is_global_zero else _format_error(self._writer.wait()))
-        errors = gather_objects(trainer, _format_error(self._writer.wait(aborting=any(other_errors))))
+        world_size = trainer.world_size
+        own_error = "" if trainer.is_global_zero else _format_error(self._writer.wait())
+        other_errors = gather_objects(own_error, world_size)
+        errors = gather_objects(_format_error(self._writer.wait(aborting=any(other_errors))), world_size)
         if not any(errors):
             return ""
         if trainer.is_global_zero:

@@ -11,18 +11,19 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_vlm.compat.lightning import is_last_micro_step
 from lit_vlm.config.schema import OnNonfinite
+from lit_vlm.distributed.collectives import StepFlag, gather_objects, get_shared_flags, make_rank_zero_error
 from lit_vlm.distributed.gradients import compute_grad_square_sum, skip_update
-from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
 from lit_vlm.fault_tolerance.exit_status import RollbackRequest
 from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE, add_skipped, read_skipped
-from lit_vlm.types import Batch, UserError, escape_control_characters
+from lit_vlm.types import Batch, escape_control_characters
 
 MAX_LISTED_SAMPLES = 40  # maximum number of sample ids in a message
 
 
 class Exchange(L.Callback):
-    """Exchanges the flags of all ranks before each update (`distributed/step_flags.py`).
+    """Exchanges the flags of all ranks before each update (`distributed/collectives.py`).
 
     Signals and due checkpoints depend on this exchange, so a run without the guard has this callback instead.
     """
@@ -161,16 +162,7 @@ class Guard(Exchange):
         """
         micro_batches = zip(self._sample_ids, self._losses, strict=True)
         own = [id_ for ids, loss in micro_batches if reason == "gradient" or not loss.isfinite() for id_ in ids]
-        if trainer.world_size == 1:
-            return own
-        gathered: list[list[str]] = [[] for _ in range(trainer.world_size)]
-        torch.distributed.all_gather_object(gathered, own)
-        return [id_ for rank_ids in gathered for id_ in rank_ids]
-
-
-def make_rank_zero_error(trainer: L.Trainer, message: str) -> UserError:
-    """Make the error that all ranks raise. Rank 0 has the message; the others exit with the same status and no message."""
-    return UserError(message if trainer.is_global_zero else "")
+        return [id_ for rank_ids in gather_objects(own, trainer.world_size) for id_ in rank_ids]
 
 
 def _format_advice(trainer: L.Trainer) -> str:

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_vlm.distributed.step_flags import is_last_micro_step
+from lit_vlm.compat.lightning import is_last_micro_step
 from lit_vlm.fault_tolerance import watchdog as watch
 from lit_vlm.fault_tolerance import watchdog_thread
 from lit_vlm.fault_tolerance.exit_status import STUCK, RollbackRequest

@@ -12,7 +12,8 @@ from lit_vlm.fault_tolerance.exit_status import RESTART
 from lit_vlm.fault_tolerance.oom import halve_budget, is_out_of_memory
 from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
 from lit_vlm.fault_tolerance.watchdog_thread import ExitNotice
-from lit_vlm.types import UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import UserError
 
 
 class OutOfMemory(L.Callback):

@@ -7,11 +7,11 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 import lightning as L
-import torch
 
 from lit_vlm.cluster.slurm import get_own_job, is_preempted, requeue
+from lit_vlm.compat.lightning import disable_signal_handlers, is_last_micro_step
+from lit_vlm.distributed.collectives import StepFlag, get_shared_flags, sum_over_ranks
 from lit_vlm.distributed.ranks import is_in_sweep
-from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags, is_last_micro_step
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, CoordinatedExit, EarlyStoppingExit
 from lit_vlm.fault_tolerance.signals import SignalHandler, StopRequest, use_listener
 
@@ -44,7 +44,7 @@ class Preemption(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._requests = []
-        _disable_lightning_signals(trainer)
+        disable_signal_handlers(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._signal_handler = self._stack.enter_context(use_listener(_make_listener(trainer, self._requests)))
@@ -127,12 +127,8 @@ def _make_listener(trainer: L.Trainer, requests: list[StopRequest]) -> Callable[
 def _gather_requests(trainer: L.Trainer, own_requests: list[StopRequest]) -> list[StopRequest]:
     """Gather the requests of all ranks, by priority. All ranks must call it at the same point."""
     snapshot = own_requests[:]
-    flags = torch.tensor(
-        [float(request in snapshot) for request in REQUEST_PRIORITY], device=trainer.strategy.root_device
-    )
-    if trainer.world_size > 1:
-        torch.distributed.all_reduce(flags)
-    return [request for request, flag in zip(REQUEST_PRIORITY, flags.tolist(), strict=True) if flag]
+    counts = sum_over_ranks(trainer, [float(request in snapshot) for request in REQUEST_PRIORITY])
+    return [request for request, count in zip(REQUEST_PRIORITY, counts, strict=True) if count]
 
 
 def _resolve_request(trainer: L.Trainer, request: StopRequest) -> StopRequest:
@@ -175,12 +171,3 @@ def _requeue_if_requested(request: StopRequest) -> str:
     if refusal:
         return f"job {job} could not be requeued ({refusal}). Submit it again: {RERUN_HINT[0].lower()}{RERUN_HINT[1:]}"
     return f"job {job} is requeued and goes on from there."
-
-
-def _disable_lightning_signals(trainer: L.Trainer) -> None:
-    """Disable Lightning's signal handling.
-
-    Its handler makes ranks wait for each other, and its broadcast before each micro-batch makes the host wait for the device.
-    """
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

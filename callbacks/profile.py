@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from torch.utils.hooks import RemovableHandle
 
+from lit_vlm.compat.lightning import get_num_steps
+from lit_vlm.formatting import format_count
 from lit_vlm.reports.profile.page import write_profile_page
 from lit_vlm.reports.profile.summary import summarize_trace
 from lit_vlm.reports.profile.trace import DATA, PART_PREFIX, PHASE_PREFIX, VALIDATION, read_trace
-from lit_vlm.types import Batch, format_count
+from lit_vlm.types import Batch
 
 WARMUP_STEPS, PROFILED_STEPS = 3, 3
 TRACE_FILE, PAGE_FILE = "profile_trace.json.gz", "profile.html"
@@ -39,7 +41,7 @@ class Profile(L.Callback):
         self._tokens = self._tiles = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        steps_left = trainer.fit_loop.epoch_loop.max_steps - trainer.global_step
+        steps_left = get_num_steps(trainer) - trainer.global_step
         if not trainer.is_global_zero or steps_left == 0:
             return
         num_profiled = min(PROFILED_STEPS, max(steps_left - 1, 1)) if steps_left > 0 else PROFILED_STEPS  # < 0: unknown

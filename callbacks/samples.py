@@ -25,9 +25,9 @@ from lit_vlm.evaluation.box_drawing import (
     resize_to_readable,
 )
 from lit_vlm.evaluation.generation import batch_by_length, format_prompt, generate_answers, get_reference_lengths
-from lit_vlm.evaluation.metrics import compute_score
+from lit_vlm.evaluation.metrics import compute_score, compute_text_scores
 from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
-from lit_vlm.files import write_text_atomically
+from lit_vlm.files import read_json_lines, write_text_atomically
 from lit_vlm.redaction import redact
 from lit_vlm.types import LazyImage, PreferencePair, Record, Sample
 
@@ -44,10 +44,8 @@ class ScoredAnswer:
     sample: Sample
     reference: str
     prediction: str
-
-    @property
-    def score(self) -> float:
-        return compute_score(self.sample.kind, self.prediction, self.reference)
+    score: float  # of the main metric of its kind, 0 to 1
+    text_scores: dict[str, float]  # of the other metrics of its kind: name -> score, 0 to 1
 
 
 class Samples(L.Callback):
@@ -66,6 +64,7 @@ class Samples(L.Callback):
         self.shown, self.max_new_tokens = shown, max_new_tokens
         self.scores: dict[str, dict[str, float]] = {}
         self.num_scored: dict[str, int] = {}
+        self.text_scores: dict[str, dict[str, dict[str, float]]] = {}  # phase -> metric -> kind and language -> mean
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if "before" not in self.scores:  # else this fit resumes from a checkpoint, after `before` was done
@@ -75,19 +74,22 @@ class Samples(L.Callback):
         # on_fit_end would be too late: Lightning has moved the model off its device by then.
         self._run_phase("after", trainer, pl_module)
         metrics = {f"score/{group}": value for group, value in self.scores.get("after", {}).items()}
+        for name, scores in self.text_scores.get("after", {}).items():
+            metrics |= {f"score/{name}/{group}": value for group, value in scores.items()}
         if trainer.is_global_zero and metrics:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
 
     def figures(self) -> dict[str, Any]:
-        """Return figures for the manifest: mean score per phase, kind and language, and the number of samples behind each."""
-        return {"scores": self.scores, "num_scored": self.num_scored} if self.scores else {}
+        """Return figures for the manifest: mean scores per phase, kind and language, and the number of samples behind each."""
+        return self.state_dict() if self.scores else {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores, "num_scored": self.num_scored}
+        return {"scores": self.scores, "num_scored": self.num_scored, "text_scores": self.text_scores}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scores, self.num_scored = dict(state_dict["scores"]), dict(state_dict["num_scored"])
+        self.text_scores = dict(state_dict.get("text_scores") or {})  # an older checkpoint has none
 
     def _run_phase(self, phase: str, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         datamodule = trainer.datamodule
@@ -101,6 +103,7 @@ class Samples(L.Callback):
             groups[f"{answer.sample.kind}_{answer.sample.language}"].append(answer)
         self.scores[phase] = {name: float(np.mean([a.score for a in group])) for name, group in groups.items()}
         self.num_scored = {name: len(group) for name, group in groups.items()}
+        self.text_scores[phase] = _average_text_scores(groups)
         if trainer.is_global_zero:
             rows = [row for name, group in groups.items() for row in self._make_rows(phase, name, group[: self.shown])]
             _replace_rows(self.run_dir / "samples.jsonl", phase, rows)
@@ -138,6 +141,7 @@ class Samples(L.Callback):
                 "reference": answer.reference,
                 "prediction": answer.prediction,
                 "score": answer.score,
+                "text_scores": answer.text_scores,
                 **self._save_images(f"{group}_{number}", phase, answer),
             }
 
@@ -169,10 +173,22 @@ def _generate_batch(
     """Generate the answers to a batch of held-out samples. Raise RecordError if one cannot be read."""
     samples = [_to_sample(datamodule.held_out.get_record(i)) for i in indices]
     texts = generate_answers(pl_module.model, datamodule.processor, samples, max_new_tokens)
-    return [
-        ScoredAnswer(sample, sample.messages[-1].text.strip(), text)
-        for sample, text in zip(samples, texts, strict=True)
-    ]
+    return [_score_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
+
+
+def _score_answer(sample: Sample, prediction: str) -> ScoredAnswer:
+    reference = sample.messages[-1].text.strip()
+    score = compute_score(sample.kind, prediction, reference)
+    return ScoredAnswer(sample, reference, prediction, score, compute_text_scores(sample.kind, prediction, [reference]))
+
+
+def _average_text_scores(groups: dict[str, list[ScoredAnswer]]) -> dict[str, dict[str, float]]:
+    """Average the scores of each metric over the answers of each group: metric -> group -> mean."""
+    means: dict[str, dict[str, float]] = {}
+    for group, answers in groups.items():
+        for name in answers[0].text_scores:
+            means.setdefault(name, {})[group] = float(np.mean([answer.text_scores[name] for answer in answers]))
+    return means
 
 
 def _to_sample(record: Record) -> Sample:
@@ -205,22 +221,11 @@ def _make_box_row(mark: BoxMark) -> dict[str, Any]:
     return {"layer": BOX_LAYERS[mark.colour], "label": mark.label, "box": corners}
 
 
-def _read_phase(line: str) -> str | None:
-    """Read the phase of a row; None for a truncated line."""
-    try:
-        return str(json.loads(line)["phase"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def _replace_rows(path: Path, phase: str, rows: list[dict[str, Any]]) -> None:
     """Append the rows of one phase after those of the other phases. A repeated phase replaces its old rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept: list[str] = []
-    if path.is_file() and phase != "before":  # at `before`, existing rows are from an earlier run
-        # not splitlines(): answers may contain U+2028
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line for line in lines if _read_phase(line) not in (None, phase)]
-    lines = [*kept, *(json.dumps(redact(row), ensure_ascii=False) for row in rows)]
+    # at `before`, existing rows are from an earlier run
+    known = [row for row in read_json_lines(path) if row.get("phase") != phase] if phase != "before" else []
+    lines = [json.dumps(redact(row), ensure_ascii=False) for row in [*known, *rows]]
     text = "".join(line + "\n" for line in lines)
     write_text_atomically(path, text.encode("utf-8", "replace").decode("utf-8"), remove_secrets=False)

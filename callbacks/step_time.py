@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_vlm.compat.torch import queue_after_backward
 from lit_vlm.distributed.gradients import get_local_gradients
 
 
@@ -100,8 +101,7 @@ class StepTimer:
         """
 
         def queue_mark(gradient: Tensor) -> None:
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(lambda: self.mark(part))
+            queue_after_backward(lambda: self.mark(part))
 
         if loss.requires_grad:
             loss.register_hook(queue_mark)

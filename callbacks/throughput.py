@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from callbacks.step_time import STEP_PARTS, StepTimer, StragglerMonitor, measure_memory_parts
+from lit_vlm.distributed.collectives import gather_objects
 from lit_vlm.types import Batch
 
 COUNTS = ("tokens", "supervised_tokens", "samples", "images")
@@ -240,10 +241,7 @@ def _make_rank_zero_printer(trainer: L.Trainer) -> Callable[[str], None]:
 
 def _gather_host(trainer: L.Trainer, rank: int) -> str:
     """Gather the host names and return that of one rank. All ranks must call it at the same point."""
-    hosts = [socket.gethostname()] * trainer.world_size
-    if trainer.world_size > 1:
-        torch.distributed.all_gather_object(hosts, socket.gethostname())
-    return hosts[rank]
+    return gather_objects(socket.gethostname(), trainer.world_size)[rank]
 
 
 def _measure_peak_memory(device: torch.device) -> Tensor:

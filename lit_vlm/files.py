@@ -7,8 +7,12 @@ report a truncated, empty or invalid file by its name.
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 import os
+import re
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -27,12 +31,36 @@ class CorruptFileError(UserError):
 
 
 @contextmanager
-def atomic_write(path: Path, description: str = "The index", setting: str = "data.index_dir") -> Iterator[Path]:
-    """Write a file atomically: yield a temporary path beside `path`, then move it to `path` and sync it to the disk.
+def replace_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """Replace a file atomically: yield a temporary path beside `path`, then move it to `path`.
 
-    Temporary files that a killed process left for the same file are removed. Of two processes that write the same file at once,
-    each may find its temporary file removed in this way. The file of the other process is then in place with the same
-    content, because file names here include a digest of the content.
+    A reader sees the old file or the new one. Several processes and threads may call this at once for the same path.
+
+    Args:
+        durable: sync to the disk. False for files that are useless after their process ends: a slow disk would delay them.
+
+    Raises:
+        OSError: the disk is full or the folder is not writable.
+    """
+    temporary = get_temporary_path(path)
+    try:
+        yield temporary
+        move_into_place(temporary, path) if durable else os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.{socket.gethostname()}.*"):  # of a killed process of this host
+        match = TEMPORARY_NAME.fullmatch(leftover.name)
+        if match and not _is_process_alive(int(match["pid"])):
+            leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: Path, description: str = "The index", setting: str = "data.index_dir") -> Iterator[Path]:
+    """Replace a file as `replace_file` does; its folder is made. Errors are for the user.
+
+    Temporary files that killed processes of any host left for the same file are removed. Of two processes that write the
+    same file at once, each may find its temporary file removed in this way. The file of the other process is then in place
+    with the same content, because file names here include a digest of the content.
 
     Args:
         description: subject of the error message, e.g. "The index".
@@ -41,43 +69,72 @@ def atomic_write(path: Path, description: str = "The index", setting: str = "dat
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    temporary = get_temporary_path(path)
     with handle_write_errors(path.parent, description, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replace_file(path) as temporary:
             yield temporary
-            move_into_place(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         for leftover in path.parent.glob(f".{path.name}.*"):
             leftover.unlink(missing_ok=True)
 
 
-def write_text_atomically(path: Path, text: str, *, durable: bool = True, remove_secrets: bool = True) -> None:
-    """Write a text file atomically, without secrets: a reader sees the old file or the new one.
-
-    Several processes and threads may call this at once for the same path.
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Make a folder atomically: yield a temporary folder beside `path`, then move it to `path`, on the disk.
 
     Args:
-        durable: sync to the disk. False for files that are useless after their process ends: a slow disk would delay them.
-        remove_secrets: False for files that programs read again and whose values are redacted already. Redacting a whole
-            text may break its syntax.
+        replace: replace an existing folder, and remove what killed processes of any host left; only one process at a time
+            may then make the folder. False: several processes may make the same folder at once, and the first one wins.
 
     Raises:
         OSError: the disk is full or the folder is not writable.
     """
     temporary = get_temporary_path(path)
+    for leftover in path.parent.glob(f".{path.name}.*") if replace else [temporary]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        temporary.write_text(redact_text(text) if remove_secrets else text, encoding="utf-8")
-        move_into_place(temporary, path) if durable else os.replace(temporary, path)
+        yield temporary
+        if replace and path.exists():
+            shutil.rmtree(path)
+        move_into_place(temporary, path)
     except OSError:
+        if replace or not path.is_dir():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def create_file(path: Path, text: str) -> None:
+    """Create a file atomically, so that one of several processes succeeds.
+
+    Raises:
+        FileExistsError: another process was first.
+        OSError: the disk is full or the folder is not writable.
+    """
+    temporary = get_temporary_path(path)
+    temporary.write_text(text, encoding="utf-8")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # 2 links: the file is ours, as NFS repeats a request after a lost answer
+        if temporary.stat().st_nlink == 1:
+            raise
+    except OSError:  # file system without hard links
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
-    host = f".{path.name}.{socket.gethostname()}."
-    for leftover in path.parent.glob(f"{host}*"):  # left by a killed process of this host
-        pid = leftover.name.removeprefix(host).partition("-")[0]
-        if pid.isdigit() and not _is_process_alive(int(pid)):
-            leftover.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: Path, text: str, *, durable: bool = True, remove_secrets: bool = True) -> None:
+    """Write a text file without secrets, as `replace_file` does.
+
+    Args:
+        remove_secrets: False for files that programs read again and whose values are redacted already. Redacting a whole
+            text may break its syntax.
+    """
+    with replace_file(path, durable=durable) as temporary:
+        temporary.write_text(redact_text(text) if remove_secrets else text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None, durable: bool = True) -> None:
@@ -88,6 +145,10 @@ def write_json(path: Path, value: Any, *, indent: int | None = None, durable: bo
     text = json.dumps(redact(value), indent=indent, ensure_ascii=False)
     text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair has no bytes
     write_text_atomically(path, text + "\n", durable=durable, remove_secrets=False)
+
+
+# name of a temporary file, with the host and the process that write it
+TEMPORARY_NAME = re.compile(r"\.(?P<name>.+)\." + re.escape(socket.gethostname()) + r"\.(?P<pid>\d+)-\d+")
 
 
 def get_temporary_path(path: Path) -> Path:
@@ -145,6 +206,48 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path} is damaged: it holds {type(value).__name__} and no JSON object. {remedy}")
     return value
+
+
+def read_json_or_none(path: Path) -> Any:
+    """Read the JSON value in a file; None if the file is missing, cannot be read, or is no JSON."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file; [] if it is missing. Raise OSError if it cannot be read.
+
+    A line ends at \\n only: texts may contain other line separators of Unicode, where `str.splitlines` would split.
+    """
+    try:
+        return path.read_bytes().decode("utf-8", "replace").split("\n")
+    except FileNotFoundError:
+        return []
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the JSON objects in the lines of a file; [] if it is missing. Lines that a killed process cut off are skipped."""
+    return [row for line in read_lines(path) if isinstance(row := parse_json_line(line), dict)]
+
+
+def parse_json_line(line: str) -> Any:
+    """Parse a line of JSON; None if it is empty or cut off."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_csv_rows(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file with a header; [] if it is missing. An incomplete last row is skipped."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return list(csv.DictReader(lines))
 
 
 def append_line(path: Path, line: bytes) -> None:
@@ -215,3 +318,14 @@ def _is_process_alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def compute_weights_digest(folder: Path) -> str:
+    """Compute the sha256 of the names and contents of a model folder's weight files."""
+    hasher = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        hasher.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                hasher.update(chunk)
+    return hasher.hexdigest()

@@ -7,8 +7,9 @@ structure says where images and special tokens are (`ImagePlaceholder`, `Control
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -50,13 +51,26 @@ class UserError(ValueError):
         super().__init__(escape_control_characters(message))
 
 
-def format_count(count: int, noun: str, plural: str | None = None) -> str:
-    """Format a count with its noun: "1 record", "2,000 records".
+def find_nearest(word: str, choices: Iterable[str]) -> str | None:
+    """Find the choice that is most similar to a word; None if none is similar."""
+    matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
-    Args:
-        plural: the plural of `noun`, where it is not `noun` + "s".
-    """
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+def format_suggestion(suggestion: str | None) -> str:
+    """Format a suggestion for the end of a message; empty without one."""
+    return f" Did you mean {suggestion}?" if suggestion else ""
+
+
+def flatten(value: Any, separator: str = ".") -> dict[str, Any]:
+    """Flatten nested dictionaries: {"a": {"b": 1}} gives {"a.b": 1}. A list and an empty dictionary are values."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, dict) and item:
+            flat |= {f"{name}{separator}{key}": leaf for key, leaf in flatten(item, separator).items()}
+        else:
+            flat[str(name)] = item
+    return flat
 
 
 class Fault(StrEnum):

@@ -16,7 +16,8 @@ from hydra.core.global_hydra import GlobalHydra
 from support import blueprint_of, picture, sample
 
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import ModelSpec, build_model
+from lit_vlm.model.build import build_model
+from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.tiny import make_language_model, make_tiny_parts, make_vision_tower
 from lit_vlm.types import ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 

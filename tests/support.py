@@ -8,7 +8,7 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.lazy_images import ArrayImage
 from lit_vlm.data.synthetic import BuiltinSource
-from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.types import ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 

@@ -4,7 +4,19 @@ import os
 
 import pytest
 
-from lit_vlm.files import CorruptFileError, append_line, atomic_write, move_into_place, read_json, write_text_atomically
+from lit_vlm.files import (
+    CorruptFileError,
+    append_line,
+    atomic_folder,
+    atomic_write,
+    create_file,
+    move_into_place,
+    read_csv_rows,
+    read_json,
+    read_json_lines,
+    read_json_or_none,
+    write_text_atomically,
+)
 
 
 @pytest.fixture
@@ -79,3 +91,39 @@ def test_a_damaged_file_is_reported_by_name_with_the_remedy(tmp_path, content, m
 
 def test_a_missing_file_is_read_as_none(tmp_path):
     assert read_json(tmp_path / "m.json", "") is None
+
+
+def test_a_folder_is_whole_or_absent(tmp_path, synced):
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "hf") as temporary:
+        (temporary / "a").write_text("half")
+        raise ValueError
+    assert list(tmp_path.iterdir()) == [] and synced == []
+    for content in ("first", "second"):
+        (tmp_path / ".hf.another-host.1-1").mkdir(exist_ok=True)  # left by a killed process
+        with atomic_folder(tmp_path / "hf", replace=True) as temporary:
+            (temporary / "a").write_text(content)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"] and (tmp_path / "hf" / "a").read_text() == "second"
+
+
+def test_of_two_processes_that_make_a_folder_the_first_wins(tmp_path):
+    with atomic_folder(tmp_path / "parts") as temporary:
+        (temporary / "a").write_text("late")
+        (tmp_path / "parts").mkdir()
+        (tmp_path / "parts" / "a").write_text("first")
+    assert (tmp_path / "parts" / "a").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_is_created_once(tmp_path):
+    create_file(tmp_path / "leave.json", "first")
+    with pytest.raises(FileExistsError):
+        create_file(tmp_path / "leave.json", "second")
+    assert (tmp_path / "leave.json").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_line_or_row_that_a_killed_process_cut_off_is_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\u2028b"}\n[1]\n{"text": "c"', encoding="utf-8")
+    (tmp_path / "a.csv").write_text("step,loss\n1,2.5\n2,1.")
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"text": "a\u2028b"}]
+    assert read_csv_rows(tmp_path / "a.csv") == [{"step": "1", "loss": "2.5"}]
+    assert read_json_lines(tmp_path / "b.jsonl") == read_csv_rows(tmp_path / "b.csv") == []
+    assert read_json_or_none(tmp_path / "a.jsonl") is None and read_json_or_none(tmp_path / "missing") is None

@@ -19,9 +19,9 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from benchmarks.compare.cases import NUM_EPOCHS, OURS, OURS_CACHED, Case
 from benchmarks.compare.sizes import make_random_model
+from lit_vlm.config.schema import LoraConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.model.hub import disable_transformers_logging
-from lit_vlm.model.lora import LoraOptions
 from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.stages import DPOStage
 from lit_vlm.stages.caches import ReferenceLogProbCache
@@ -65,7 +65,7 @@ class Placement:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     mixed: bool = False
-    lora: LoraOptions | None = None
+    lora: LoraConfig | None = None
     seed: int = 0
 
     def load_model(self, case: Case) -> LlavaOnevisionForConditionalGeneration:

@@ -1,85 +1,20 @@
-"""Durable files: safetensors files that are synced to disk and hashed while they are written, and atomic removal of folders."""
+"""Folder of a run's checkpoints: complete steps, the pointer files `latest` and `best`, atomic removal. Reads no tensors."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-import torch
-from torch import Tensor
-
-from lit_vlm.checkpoint.index import StoredFile
-from lit_vlm.files import sync_to_disk, write_json, write_text_atomically
+from lit_vlm.files import read_json_or_none, sync_to_disk, write_json, write_text_atomically
 from lit_vlm.types import UserError
 
-SAFETENSORS_DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-}  # safetensors' names
-BLOCK_BYTES = 1 << 24  # bytes that are written and hashed in one call, which releases Python's global lock
-
-
-def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
-    """Write a safetensors file of flat tensors and hash it in the same pass. It is on the disk when this returns.
-
-    Args:
-        tensors: key and values [n]. Values on another device are copied to the host one by one.
-
-    Returns:
-        name, size in bytes and SHA-256 of the file.
-    """
-    hasher, size = hashlib.sha256(), 0
-    with path.open("xb") as stream:
-        for block in _iter_blocks(tensors):
-            hasher.update(block)
-            stream.write(block)
-            size += len(block)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return StoredFile(path.name, size, hasher.hexdigest())
-
-
-def _iter_blocks(tensors: list[tuple[str, Tensor]]) -> Iterator[Any]:
-    yield _build_header(tensors)
-    for _, values in tensors:
-        data: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy().data
-        for start in range(0, len(data), BLOCK_BYTES):
-            yield data[start : start + BLOCK_BYTES]
-
-
-def _build_header(tensors: list[tuple[str, Tensor]]) -> bytes:
-    """Build the safetensors header: 8 bytes of length, then JSON with dtype, shape and byte offsets of each tensor.
-
-    The JSON is padded to a multiple of 8 bytes, so that the values are aligned.
-    """
-    entries, end = {}, 0
-    for key, values in tensors:
-        begin, end = end, end + values.numel() * values.element_size()
-        entries[key] = {
-            "dtype": SAFETENSORS_DTYPES[values.dtype],
-            "shape": [values.numel()],
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(entries, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def compute_file_digest(path: Path) -> str:
-    """Compute the SHA-256 of a file's content, hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+LATEST_FILE, BEST_FILE = "latest", "best"
+STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
 
 
 def remove_folder(path: Path) -> None:
@@ -87,10 +22,6 @@ def remove_folder(path: Path) -> None:
     hidden_path = path.with_name(f".gone-{path.name.lstrip('.')}-{uuid4().hex}")
     os.rename(path, hidden_path)
     shutil.rmtree(hidden_path, ignore_errors=True)  # on some systems an open file stays; `clean_before_run` removes it
-
-
-LATEST_FILE, BEST_FILE = "latest", "best"
-STEP_FOLDER_PATTERN = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +75,10 @@ class CheckpointFolder:
     def read_best(self) -> tuple[int, float] | None:
         """Return step and val/loss of the best checkpoint; None if there is none or if its folder is missing."""
         try:
-            pointer = json.loads((self.path / BEST_FILE).read_text(encoding="utf-8"))
+            pointer = read_json_or_none(self.path / BEST_FILE)
             match = STEP_FOLDER_PATTERN.fullmatch(pointer["checkpoint"])
             loss = float(pointer["val_loss"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
         return (int(match[1]), loss) if match and self.get_step_path(int(match[1])).is_dir() else None
 

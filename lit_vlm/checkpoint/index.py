@@ -26,6 +26,7 @@ import numpy as np
 from lit_vlm.data.packing.plan import Plan
 from lit_vlm.distributed.sharded_state import StateKind
 from lit_vlm.redaction import is_same_when_redacted
+from lit_vlm.types import flatten
 
 INDEX_FILE, INDEX_FORMAT = "index.json", 1
 
@@ -190,7 +191,7 @@ class RunFingerprint:
         ]
         differences = [FIELD_LABELS["stage"]] if "stage" in changed_fields else []
         if self.settings and stored.get("settings"):
-            own_settings, stored_settings = _flatten_settings(self.settings), _flatten_settings(stored["settings"])
+            own_settings, stored_settings = flatten(self.settings), flatten(stored["settings"])
             keys = sorted(
                 key
                 for key in own_settings.keys() | stored_settings.keys()
@@ -229,13 +230,3 @@ def compute_plan_digest(plan: Plan) -> str:
     """Compute the SHA-256 of every sample of every step. It does not depend on world size or micro-batches."""
     ends = hashlib.sha256(np.asarray(plan.step_ends, dtype="<i8").tobytes()).hexdigest()
     return hashlib.sha256((SampleHash(plan).compute_digest(plan.num_steps) + ends).encode()).hexdigest()
-
-
-def _flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            key: leaf
-            for name, item in value.items()
-            for key, leaf in _flatten_settings(item, f"{prefix}{name}.").items()
-        }
-    return {prefix.rstrip("."): value}

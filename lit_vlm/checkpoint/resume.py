@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import lightning as L
 import torch
 from safetensors import safe_open
 
-from lit_vlm.checkpoint.folder import CheckpointFolder, compute_file_digest
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.checkpoint.index import (
     INDEX_FILE,
     CheckpointIndex,
@@ -21,8 +22,9 @@ from lit_vlm.checkpoint.index import (
     StoredInterval,
     find_coverage_errors,
 )
+from lit_vlm.distributed.collectives import gather_objects, make_rank_zero_error
 from lit_vlm.distributed.sharded_state import ShardedState, TensorShard
-from lit_vlm.types import UserError, format_count
+from lit_vlm.formatting import format_count
 
 
 def read_index(folder: Path) -> CheckpointIndex:
@@ -151,7 +153,7 @@ def find_resume_checkpoint(
         _list_candidates(folder, resume_from) if trainer.is_global_zero else None
     )
     if refusal:
-        raise _make_rank_zero_error(trainer, refusal)
+        raise make_rank_zero_error(trainer, refusal)
     errors = [missing] if missing else []
     for path in candidates:
         error_text = _check_candidate(trainer, state, path, fingerprint)
@@ -161,7 +163,7 @@ def find_resume_checkpoint(
             return path, read_index(path)
         errors.append(error_text)
     if errors:
-        raise _make_rank_zero_error(trainer, _describe_no_usable_checkpoint(errors, folder, resume_from))
+        raise make_rank_zero_error(trainer, _describe_no_usable_checkpoint(errors, folder, resume_from))
     return None
 
 
@@ -216,10 +218,10 @@ def _check_candidate(trainer: L.Trainer, state: ShardedState, path: Path, finger
             check_files(path, index, trainer.global_rank, trainer.world_size)
     except CorruptCheckpointError as error:
         corruption = str(error)
-    results = gather_objects(trainer, (refusal, corruption))
+    results = gather_objects((refusal, corruption), trainer.world_size)
     for message, _ in results:
         if message:
-            raise _make_rank_zero_error(trainer, message)
+            raise make_rank_zero_error(trainer, message)
     return next((message for _, message in results if message), None)
 
 
@@ -247,20 +249,6 @@ def get_trainable_shapes(trainer: L.Trainer) -> dict[str, tuple[int, ...]]:
     }
 
 
-def gather_objects(trainer: L.Trainer, value: Any) -> list[Any]:
-    """Gather one object from every rank, in the order of the ranks."""
-    if trainer.world_size == 1:
-        return [value]
-    values = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _make_rank_zero_error(trainer: L.Trainer, text: str) -> UserError:
-    """Make the error that all ranks raise; only rank 0 has the message."""
-    return UserError(text if trainer.is_global_zero else "")
-
-
 def _describe_no_usable_checkpoint(errors: Sequence[str], folder: CheckpointFolder, resume_from: str) -> str:
     joined_errors = "; ".join(errors)
     if resume_from == AUTO:
@@ -272,3 +260,9 @@ def _describe_no_usable_checkpoint(errors: Sequence[str], folder: CheckpointFold
         else RESTART_HINT
     )
     return f"resume_from={resume_from} cannot be used: {joined_errors}. {alternative}"
+
+
+def compute_file_digest(path: Path) -> str:
+    """Compute the SHA-256 of a file's content, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,22 +7,32 @@ with a collective call of the training thread.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from lit_vlm.checkpoint.folder import CheckpointFolder, remove_folder, write_tensors
+from lit_vlm.checkpoint.folder import CheckpointFolder, remove_folder
 from lit_vlm.checkpoint.index import INDEX_FILE, CheckpointIndex, StoredFile, StoredInterval
 from lit_vlm.distributed.sharded_state import TensorShard
 from lit_vlm.files import write_text_atomically
 
 MAX_FILE_BYTES = 4 << 30  # a new file begins at this size; a single larger tensor has a file of its own
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+}  # safetensors' names
+BLOCK_BYTES = 1 << 24  # bytes that are written and hashed in one call, which releases Python's global lock
 POLL_SECONDS = 0.01
 ABORT_WAIT_SECONDS = 20.0  # maximum wait for ranks that are still writing, after an error ended the run
 
@@ -197,3 +207,49 @@ def _get_part_name(rank: int) -> str:
 
 def _get_failure_name(rank: int) -> str:
     return f"rank-{rank:05d}.failed"
+
+
+def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
+    """Write a safetensors file of flat tensors and hash it in the same pass. It is on the disk when this returns.
+
+    Args:
+        tensors: key and values [n]. Values on another device are copied to the host one by one.
+
+    Returns:
+        name, size in bytes and SHA-256 of the file.
+    """
+    hasher, size = hashlib.sha256(), 0
+    with path.open("xb") as stream:
+        for block in _iter_blocks(tensors):
+            hasher.update(block)
+            stream.write(block)
+            size += len(block)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return StoredFile(path.name, size, hasher.hexdigest())
+
+
+def _iter_blocks(tensors: list[tuple[str, Tensor]]) -> Iterator[Any]:
+    yield _build_header(tensors)
+    for _, values in tensors:
+        data: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy().data
+        for start in range(0, len(data), BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
+
+
+def _build_header(tensors: list[tuple[str, Tensor]]) -> bytes:
+    """Build the safetensors header: 8 bytes of length, then JSON with dtype, shape and byte offsets of each tensor.
+
+    The JSON is padded to a multiple of 8 bytes, so that the values are aligned.
+    """
+    entries, end = {}, 0
+    for key, values in tensors:
+        begin, end = end, end + values.numel() * values.element_size()
+        entries[key] = {
+            "dtype": SAFETENSORS_DTYPES[values.dtype],
+            "shape": [values.numel()],
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_vlm.config.schema import DPOStageConfig, RunConfig, SubmitConfig
-from lit_vlm.config.slurm_options import get_cpus_per_task, get_gpus_per_node, render_job_environment
+from lit_vlm.config.schema import ContainerRuntime, SubmitConfig, TrainerConfig
+from lit_vlm.config.slurm_options import GPU_ACCELERATORS, get_gpus_per_node, render_job_environment
 from lit_vlm.data.staging import STAGING_VARIABLE
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,10 @@ class SlurmJob:
     Attributes:
         name: run name, e.g. "varco_vision_14b/2_sft".
         folder: run folder, which gets the script and the log.
-        config: config of the run.
+        submit, trainer: settings of the job and of its processes.
+        cpus_per_task: CPU cores of each process.
+        run_folders: folders that the run writes: run_dir and data.index_dir.
+        models: models that the run reads, as folders or hub ids.
         overrides: overrides after `python run.py`.
         working_dir: folder that relative paths in the overrides start from.
         staged_paths: files and folders to copy to the local disks of the nodes, if `submit.stage_to` is set.
@@ -40,7 +43,11 @@ class SlurmJob:
 
     name: str
     folder: Path
-    config: RunConfig
+    submit: SubmitConfig
+    trainer: TrainerConfig
+    cpus_per_task: int
+    run_folders: list[str]
+    models: list[str]
     overrides: list[str]
     working_dir: Path
     staged_paths: list[Path]
@@ -64,12 +71,17 @@ def render_batch_script(job: SlurmJob) -> str:
         "\n".join(f"#SBATCH {option}" for option in _iter_sbatch_options(job)),
         "set -euo pipefail",
         f"cd {shlex.quote(str(job.working_dir))}",
-        "\n".join([*render_job_environment(job.config), PYTHON_EXPORTS.format(root=shlex.quote(str(PROJECT_ROOT)))]),
+        "\n".join(
+            [
+                *render_job_environment(job.submit, job.trainer.num_threads or job.cpus_per_task),
+                PYTHON_EXPORTS.format(root=shlex.quote(str(PROJECT_ROOT))),
+            ]
+        ),
         NETWORK_HINTS,
     ]
-    if job.config.submit.setup:
+    if job.submit.setup:
         # third-party scripts, e.g. conda or ~/.bashrc, use unset variables
-        parts.append("\n".join(["# submit.setup", "set +u", *job.config.submit.setup, "set -u"]))
+        parts.append("\n".join(["# submit.setup", "set +u", *job.submit.setup, "set -u"]))
     if job.staged_paths:
         parts.append("\n".join(_render_staging(job)))
     parts.append(_render_run_command(job) if job.num_workers is None else _render_worker_command(job))
@@ -77,15 +89,15 @@ def render_batch_script(job: SlurmJob) -> str:
 
 
 def _iter_sbatch_options(job: SlurmJob) -> Iterator[str]:
-    submit, trainer = job.config.submit, job.config.trainer
+    submit, trainer = job.submit, job.trainer
     yield f"--job-name={_quote(job.name)}"
     yield f"--output={_quote(job.log_path.replace(str(job.folder), str(job.folder).replace('%', '%%')))}"
     yield "--open-mode=append"  # a requeued job appends to the same log
     yield f"--nodes={trainer.num_nodes}"
     yield f"--ntasks-per-node={trainer.devices}"
-    yield f"--cpus-per-task={get_cpus_per_task(job.config)}"
-    if get_gpus_per_node(job.config):
-        yield f"--gpus-per-node={get_gpus_per_node(job.config)}"
+    yield f"--cpus-per-task={job.cpus_per_task}"
+    if num_gpus := get_gpus_per_node(submit, trainer):
+        yield f"--gpus-per-node={num_gpus}"
     options = {"partition": "partition", "account": "account", "qos": "qos", "time": "time", "constraint": "constraint"}
     for setting, option in {**options, "memory": "mem"}.items():
         if getattr(submit, setting) is not None:
@@ -100,14 +112,15 @@ def _iter_sbatch_options(job: SlurmJob) -> Iterator[str]:
 
 
 def _render_staging(job: SlurmJob) -> Iterator[str]:
-    trainer, submit, folder = job.config.trainer, job.config.submit, shlex.quote(job.config.submit.stage_to or "")
+    trainer, submit, folder = job.trainer, job.submit, shlex.quote(job.submit.stage_to or "")
     yield "# One task per node copies the data to the node's own disk; what is there already stays. Names, index and digests"
     yield "# remain those of the originals."
     task_flags = f"--ntasks={trainer.num_nodes} --ntasks-per-node=1"
     srun = _join_lines(["srun --kill-on-bad-exit=1", task_flags, *_build_container_flags(job)])
     files = [shlex.quote(str(path)) for path in job.staged_paths]
     # variables in the path expand on the nodes, so they are not quoted here
-    yield f"{srun} \\\n  {_get_python(submit)} -m lit_vlm.data.staging {_join_lines([folder, *files])}"
+    command = _join_lines([*_build_container_command(job), f"{_get_python(submit)} -m lit_vlm.data.staging"])
+    yield f"{srun} \\\n  {command} {_join_lines([folder, *files])}"
     yield f"export {STAGING_VARIABLE}={folder}"
 
 
@@ -118,31 +131,32 @@ def _render_run_command(job: SlurmJob) -> str:
     """
     srun = [
         "exec srun --kill-on-bad-exit=1",
-        f"--cpus-per-task={get_cpus_per_task(job.config)}",
+        f"--cpus-per-task={job.cpus_per_task}",
         *_build_container_flags(job),
     ]
     shell = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"'"""
     command = [
         shell,
-        f"{_get_python(job.config.submit)} {shlex.quote(str(PROJECT_ROOT / 'run.py'))}",
+        *_build_container_command(job),
+        f"{_get_python(job.submit)} {shlex.quote(str(PROJECT_ROOT / 'run.py'))}",
         *map(shlex.quote, job.overrides),
     ]
     return _join_lines([*srun, *command])
 
 
-def build_step_command(config: RunConfig, overrides: list[str]) -> list[str]:
+def build_step_command(cpus_per_task: int, overrides: list[str]) -> list[str]:
     """Build the srun command of a run as a step of the current job, on all its nodes.
 
     USR1 and USR2 are ignored until Python has installed its handlers.
     """
-    srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={get_cpus_per_task(config)}"]
+    srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={cpus_per_task}"]
     shell = ["bash", "-c", 'trap "" USR1 USR2; exec "$0" "$@"']
     return [*srun, *shell, sys.executable, str(PROJECT_ROOT / "run.py"), *overrides]
 
 
 def _render_worker_command(job: SlurmJob) -> str:
     """Render the command of a sweep worker. It replaces the shell and gets its signals. Slurm sets its array index."""
-    program = f"exec {_get_python(job.config.submit)} {shlex.quote(str(PROJECT_ROOT / 'run.py'))}"
+    program = f"exec {_get_python(job.submit)} {shlex.quote(str(PROJECT_ROOT / 'run.py'))}"
     overrides = [*map(shlex.quote, job.overrides), 'trials.worker="$SLURM_ARRAY_TASK_ID"']
     return 'trap "" USR1 USR2  # until Python listens\n' + _join_lines([program, *overrides])
 
@@ -154,32 +168,46 @@ def _get_python(submit: SubmitConfig) -> str:
 
 def _build_container_flags(job: SlurmJob) -> list[str]:
     """Build the container flags of pyxis. Folders of the run are mounted here; the user mounts the data."""
-    submit = job.config.submit
-    if submit.container is None:
+    submit = job.submit
+    if submit.container is None or submit.container_runtime is not ContainerRuntime.pyxis:
         return []
-    mounts = ",".join([*(f"{path}:{path}" for path in _find_own_folders(job)), *submit.container_mounts])
     return [
         f"--container-image={shlex.quote(submit.container)}",
-        f"--container-mounts={shlex.quote(mounts)}",
+        f"--container-mounts={shlex.quote(_join_mounts(job))}",
         f"--container-workdir={shlex.quote(str(job.working_dir))}",
     ]
 
 
+def _build_container_command(job: SlurmJob) -> list[str]:
+    """Build the command of Apptainer or Singularity that runs the command behind it in the container. Empty with pyxis."""
+    submit = job.submit
+    if submit.container is None or submit.container_runtime is ContainerRuntime.pyxis:
+        return []
+    gpus = " --nv" if job.trainer.accelerator in GPU_ACCELERATORS else ""
+    return [
+        f"{submit.container_runtime.value} exec{gpus}",
+        f"--bind={shlex.quote(_join_mounts(job))}",
+        f"--pwd={shlex.quote(str(job.working_dir))}",
+        shlex.quote(submit.container),
+    ]
+
+
+def _join_mounts(job: SlurmJob) -> str:
+    mounts = [*(f"{path}:{path}" for path in _find_own_folders(job)), *job.submit.container_mounts]
+    return ",".join(mounts)
+
+
 def _find_own_folders(job: SlurmJob) -> list[Path]:
     """Find the folders that the run reads or writes besides its data, without nested folders and user mounts."""
-    config, submit = job.config, job.config.submit
-    models = [config.init_from, config.model.vision_tower, config.model.language_model, config.model.chat_template]
-    if isinstance(config.stage, DPOStageConfig):
-        models.append(config.stage.reference)
+    submit = job.submit
     cache = submit.env.get("HF_HOME", os.environ.get("HF_HOME"))
     candidates = [
         str(PROJECT_ROOT),
         str(job.working_dir),
-        config.run_dir,
-        config.data.index_dir,
+        *job.run_folders,
         # variables in it expand on the nodes, so the folder is unknown here
         submit.stage_to if "$" not in (submit.stage_to or "") else None,
-        *(path for path in [*models, cache] if path and os.path.isabs(path) and os.path.exists(path)),
+        *(path for path in [*job.models, cache] if path and os.path.isabs(path) and os.path.exists(path)),
     ]
     paths = list(dict.fromkeys(job.working_dir / name for name in candidates if name))
     mounted = [Path(mount.split(":")[0]) for mount in submit.container_mounts if len(set(mount.split(":")[:2])) == 1]

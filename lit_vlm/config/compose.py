@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -9,19 +10,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lit_vlm.compat.hydra import FileComposition, apply_settings
 from lit_vlm.config.overrides import get_override_key, parse_override
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.config.yaml_reader import register_yaml_source
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+FileStamp = tuple[tuple[str, int, int], ...]
 VERSION_BASE = "1.3"  # explicit: without it Hydra changes the working directory
 
 
@@ -51,23 +53,57 @@ def _initialize_hydra() -> Iterator[ConfigLoader]:
         GlobalHydra.instance().hydra = outer
 
 
+@lru_cache(maxsize=64)
+def _select_files(choices: tuple[str, ...], _stamp: FileStamp) -> FileComposition:
+    """Select the files of these choices, anew after a file of the user's folders changed."""
+    with _initialize_hydra() as loader:
+        return FileComposition(loader, "config", list(choices))
+
+
 @lru_cache(maxsize=256)
-def _compose_cached(overrides: tuple[str, ...]) -> DictConfig:
-    with _initialize_hydra():
-        config = compose("config", overrides=list(overrides))
+def _compose_cached(choices: tuple[str, ...], settings: tuple[str, ...], stamp: FileStamp) -> DictConfig:
+    config = copy.deepcopy(_select_files(choices, stamp).config)
+    apply_settings([parse_override(text) for text in settings], config)
     OmegaConf.set_readonly(config, True)
     return config
 
 
 def compose_config(overrides: list[str]) -> DictConfig:
-    """Compose the whole config, typed by the schema and read-only."""
-    return _compose_cached(tuple(overrides))
+    """Compose the whole config, typed by the schema and read-only, as `hydra.compose` does.
+
+    Hydra composes the files of each set of choices once. The settings are applied to a copy, also by Hydra.
+    """
+    groups = list_groups(overrides)
+    choices = [text for text in overrides if _selects_files(text, groups)]
+    settings = tuple(text for text in overrides if not _selects_files(text, groups))
+    return _compose_cached(_sort_choices(choices), settings, _read_stamp(choices))
 
 
-def compute_defaults_list(overrides: list[str]) -> list[ResultDefault]:
-    """Compute the list of files that these overrides select, in merge order."""
-    with _initialize_hydra() as loader:
-        return list(loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults)
+def compute_defaults_list(choices: list[str]) -> list[ResultDefault]:
+    """Compute the list of files that these choices select, in merge order."""
+    return list(_select_files(_sort_choices(choices), _read_stamp(choices)).files)
+
+
+def _sort_choices(choices: list[str]) -> tuple[str, ...]:
+    """Put the search path first, so that equal choices are composed once."""
+    return tuple(sorted(choices, key=lambda text: get_override_key(text) != "hydra.searchpath"))
+
+
+def _read_stamp(choices: list[str]) -> FileStamp:
+    """Read name, time and size of each file in the user's own config folders."""
+    files = [(path, path.stat()) for folder in list_config_dirs(choices)[1:] for path in folder.glob("**/*.yaml")]
+    return tuple(sorted((str(path), stat.st_mtime_ns, stat.st_size) for path, stat in files))
+
+
+def _selects_files(override: str, groups: list[str]) -> bool:
+    sets_values = override.partition("=")[2].lstrip().startswith("{")  # data={max_length: 4} merges into the group
+    return get_override_key(override).startswith("hydra.") or (is_group_choice(override, groups) and not sets_values)
+
+
+def is_group_choice(override: str, groups: list[str]) -> bool:
+    """Return True if an override chooses a file of a group, also of a group that does not exist."""
+    key = get_override_key(override)
+    return key.partition("@")[0] in groups or "/" in key or "@" in key
 
 
 def list_config_dirs(overrides: list[str] | tuple[str, ...] = ()) -> list[Path]:

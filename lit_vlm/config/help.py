@@ -1,9 +1,15 @@
-"""Text of `python run.py --help`. Choices are read from conf/, settings from the schema."""
+"""Text of `python run.py --help`, and the tables of docs/config.md. Choices are read from conf/, settings from the schema.
+
+`python -m lit_vlm.config.help` writes the tables into docs/config.md, each between `<!-- table: <name> -->` and
+`<!-- end of table -->`.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 from typing import Any, get_args
@@ -11,9 +17,11 @@ from typing import Any, get_args
 import yaml
 
 from lit_vlm.config import schema
+from lit_vlm.config.callbacks import CALLBACKS, Use
 from lit_vlm.config.compose import CONF_DIR, list_choices
 from lit_vlm.config.recipe import list_recipes
 from lit_vlm.config.settings import Setting, describe_type, list_settings, read_field_comments
+from lit_vlm.model.projectors import PROJECTORS
 
 # Settings that are changed most often, in the order in which a user needs them.
 COMMON_SETTINGS = (
@@ -57,6 +65,7 @@ EXAMPLES = (
         "preference pairs from a model's own answers, for stage=dpo (docs/preferences.md)",
     ),
     ("python run.py task=export init_from=runs/mine", "the model's folder from a run's checkpoint"),
+    ("python run.py task=runs", "the runs below runs/, their figures and the settings in which they differ"),
     ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
     ("python run.py task=serve init_from=runs/tiny/4_dpo/hf", "serve it to OpenAI's clients (docs/serving.md)"),
@@ -87,6 +96,8 @@ def _format_overview() -> str:
         + "\n".join(
             _format_setting(setting) for key in COMMON_SETTINGS for setting in list_settings() if setting.key == key
         ),
+        "CALLBACKS   callbacks=[<name>,<import path of your own class>], or {<name>: {<argument>: <value>}}\n"
+        + _format_callbacks(),
         "EXAMPLES\n" + _format_commands(EXAMPLES),
         "MORE\n" + _format_commands(MORE_COMMANDS),
     ]
@@ -95,6 +106,14 @@ def _format_overview() -> str:
 
 def _format_tasks() -> str:
     return "\n".join(f"  {name:<12}{meaning}" for name, meaning in _get_member_meanings(schema.Task).items())
+
+
+def _format_callbacks() -> str:
+    chosen = {name: entry for name, entry in CALLBACKS.items() if entry.use in (Use.default, Use.named)}
+    return "\n".join(
+        f"  {name:<15}{entry.meaning}{'' if entry.use is Use.default else '; not by default'}"
+        for name, entry in chosen.items()
+    )
 
 
 def _format_recipes() -> str:
@@ -147,6 +166,8 @@ def _get_meaning(setting: Setting) -> str:
 
 
 def _get_member_meanings(enum_class: type[Enum]) -> dict[str, str]:
+    if enum_class is schema.ProjectorName:
+        return {name: projector.description for name, projector in PROJECTORS.items()}
     return {name: read_field_comments().get((enum_class.__name__, name), "") for name in enum_class.__members__}
 
 
@@ -168,18 +189,88 @@ def format_default(value: Any) -> str:
 
 
 def _format_all_settings() -> str:
-    """Format each setting once: the three model parts share their rows, and so do training and validation sources."""
-    lines, seen = [], set()
+    """Format each setting once."""
+    notes = (
+        "<name> is the name of a source; data.validation.sources.<name> has the same settings.\n"
+        f"<part> is one of {', '.join(schema.ModelPart.__members__)}."
+    )
+    return "\n".join(map(_format_setting, _list_distinct_settings())) + f"\n\n{notes}"
+
+
+def _list_distinct_settings() -> list[Setting]:
+    """List each setting once: the three model parts share their rows, and so do training and validation sources."""
+    distinct: dict[str, Setting] = {}
     for setting in list_settings():
         key = setting.key
         for part in schema.ModelPart.__members__:
             key = key.replace(f"stage.parts.{part}.", "stage.parts.<part>.")
         key = key.replace("data.validation.sources.", "data.sources.")
-        if key not in seen:
-            seen.add(key)
-            lines.append(_format_setting(replace(setting, key=key)))
-    notes = (
-        "<name> is the name of a source; data.validation.sources.<name> has the same settings.\n"
-        f"<part> is one of {', '.join(schema.ModelPart.__members__)}."
-    )
-    return "\n".join(lines) + f"\n\n{notes}"
+        distinct.setdefault(key, replace(setting, key=key))
+    return list(distinct.values())
+
+
+# Tables of docs/config.md
+
+PAGE = CONF_DIR.parent / "docs" / "config.md"
+_TABLE = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def write_tables(page: str) -> str:
+    """Replace the tables of a page by those of the schema.
+
+    Raises:
+        KeyError: there is no such table.
+    """
+    return _TABLE.sub(lambda match: f"{match[1]}\n{_make_table(match[2])}\n\n{match[3]}", page)
+
+
+def _make_table(name: str) -> str:
+    """Make a table in Markdown: choices, tasks, callbacks, or the settings whose keys begin with the name."""
+    if name == "choices":
+        rows = [
+            (f"`{group}=`", meaning, ", ".join(f"`{choice}`" for choice in list_choices(group)))
+            for group, meaning in GROUP_MEANINGS.items()
+            if group != "data/source"
+        ]
+        return _format_table(("group", "meaning", "choices"), rows)
+    if name == "tasks":
+        members = _get_member_meanings(schema.Task).items()
+        return _format_table(("task", "what runs"), [(f"`task={member}`", text) for member, text in members])
+    if name == "callbacks":
+        chosen = {key: entry for key, entry in CALLBACKS.items() if entry.use in (Use.default, Use.named)}
+        return _format_table(
+            ("name", "", "arguments"),
+            [(f"`{key}`", entry.meaning, ", ".join(entry.arguments)) for key, entry in chosen.items()],
+        )
+    prefixes = tuple(name.split())
+    groups = {setting.key.partition(".")[0] for setting in list_settings() if "." in setting.key}
+    settings = [
+        setting
+        for setting in _list_distinct_settings()
+        if (
+            setting.key.startswith(prefixes)
+            if name != "others"
+            else setting.key.partition(".")[0] not in {"task", *groups}
+        )
+        and not (name == "data." and setting.key.startswith(("data.sources.", "data.validation.", "data.share.")))
+    ]
+    return _format_table(("setting", "type", "default", "meaning"), [_make_setting_row(one) for one in settings])
+
+
+def _make_setting_row(setting: Setting) -> tuple[str, ...]:
+    kind = describe_type(setting.type) + (f" ({setting.range})" if setting.range else "")
+    default = "" if setting.default == "???" else f"`{format_default(setting.default)}`"
+    return f"`{setting.key}`", _escape(kind), default, _escape(_get_meaning(setting))
+
+
+def _escape(text: str) -> str:
+    return text.replace("<", "&lt;").replace("|", "\\|")
+
+
+def _format_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -16,20 +16,26 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from lit_vlm.config.compose import list_choices, list_config_dirs, list_groups
-from lit_vlm.config.overrides import CHECKPOINTING_ALIASES, parse_override
-from lit_vlm.config.schema import ActivationCheckpointing, DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.config.other_programs import (
+    CHOICE_ALIASES,
+    VALUE_REMEDIES,
+    explain_data_choice,
+    explain_model_choice,
+    format_key_remedy,
+)
+from lit_vlm.config.overrides import CHECKPOINTING_ALIASES, parse_override, quote_value
+from lit_vlm.config.schema import ActivationCheckpointing, DPOStageConfig, RunConfig, StageConfig, Task
 from lit_vlm.config.settings import (
     describe_type,
     extract_dataclass,
-    find_nearest,
     find_nearest_key,
-    format_suggestion,
     get_field_types,
     get_setting_type,
     get_value_type,
     list_settings,
 )
 from lit_vlm.config.yaml_reader import read_settings
+from lit_vlm.types import find_nearest, format_suggestion
 
 ADD_SOURCE_HINT = (
     "A source is added by a file (conf/data/<name>.yaml, or your own folder with --config-dir)"
@@ -41,15 +47,21 @@ def find_value_errors(key: str, value: Any, stage: type[StageConfig]) -> Iterato
     """Yield the errors of a value for a key, down to the leaves of a nested value."""
     hint = get_setting_type(key, stage)
     if hint is None:
-        yield _format_unknown_key(key, stage)
+        yield _format_unknown_key(key, value, stage)
     elif isinstance(value, dict) and (extract_dataclass(hint) or is_dataclass(get_value_type(hint))):
         for name, item in value.items():
             yield from find_value_errors(f"{key}.{name}", item, stage)
     elif not is_valid_value(hint, value):
-        yield f"{key}: expected {describe_type(hint)}, found {format_value(value)}.{_suggest_member(hint, value)}"
+        remedy = f" {VALUE_REMEDIES[key]}." if key in VALUE_REMEDIES else _suggest_member(hint, value)
+        yield f"{key}: expected {describe_type(hint)}, found {format_value(value)}.{remedy}"
 
 
-def _format_unknown_key(key: str, stage: type[StageConfig]) -> str:
+def _format_unknown_key(key: str, value: Any, stage: type[StageConfig]) -> str:
+    if key == key.upper() and key.isidentifier():
+        text = quote_value(value)
+        return f"{key} is an environment variable: write it before the command, {key}={text} python run.py ..."
+    if remedy := format_key_remedy(key, "" if value is None else str(value)):
+        return f"unknown setting {key}. {remedy}."
     if get_setting_type(key, DPOStageConfig) is not None:
         return f"{key} is a setting of stage=dpo, and this is another stage."
     parts = key.split(".")
@@ -111,7 +123,10 @@ def _suggest_member(hint: Any, value: Any) -> str:
         return f" What was {format_value(value)} is {CHECKPOINTING_ALIASES[format_value(value)]} now."
     values = value if isinstance(value, list) else [value]
     invalid = [str(item) for item in values if str(item) not in options[0].__members__]
-    return format_suggestion(find_nearest(invalid[0], list(options[0].__members__))) if invalid else ""
+    if not invalid:
+        return ""
+    alias = CHOICE_ALIASES["task"].get(invalid[0].lower()) if hint is Task else None
+    return format_suggestion(alias or find_nearest(invalid[0], list(options[0].__members__)))
 
 
 def find_choice_errors(override: Override, overrides: list[str]) -> Iterator[str]:
@@ -124,12 +139,23 @@ def find_choice_errors(override: Override, overrides: list[str]) -> Iterator[str
     for name in value if isinstance(value, list) else [value]:
         if name is None or name in offered:
             continue
-        stages = [choice for choice in offered if choice.startswith(f"{name}/")]
-        if stages:
-            yield f"{group}={name} is a recipe: name a stage of it ({', '.join(stages)}), or all with recipe={name}."
-        else:
-            suggestion = format_suggestion(find_nearest(str(name), offered))
-            yield f"{group}={name}: there is no such choice; there are {', '.join(offered)}.{suggestion}"
+        yield _format_unknown_choice(group, str(name), offered)
+
+
+def _format_unknown_choice(group: str, name: str, offered: list[str]) -> str:
+    stages = [choice for choice in offered if choice.startswith(f"{name}/")]
+    if stages:
+        return f"{group}={name} is a recipe: name a stage of it ({', '.join(stages)}), or all with recipe={name}."
+    explain = {"model": explain_model_choice, "data": explain_data_choice}.get(group)
+    if explain and (explanation := explain(name)):
+        return explanation
+    alias = CHOICE_ALIASES.get(group, {}).get(name.lower())
+    if group == "experiment":
+        stage = CHOICE_ALIASES["stage"].get(name.lower(), name)
+        choices = sorted(offered, key=lambda choice: not choice.startswith("tiny/"))
+        alias = next((choice for choice in choices if choice.endswith(f"_{stage}")), None)
+    suggestion = format_suggestion(alias or find_nearest(name, offered))
+    return f"{group}={name}: there is no such choice; there are {', '.join(offered)}.{suggestion}"
 
 
 def find_override_errors(

@@ -102,20 +102,22 @@ def find_grid_errors(config: RunConfig) -> Iterator[str]:
 def make_launcher_config(config: RunConfig) -> SlurmLauncherConfig:
     """Make the launcher config of one job."""
     submit, trainer = config.submit, config.trainer
+    cpus_per_task = get_cpus_per_task(submit, config.data.num_workers)
+    environment = render_job_environment(submit, trainer.num_threads or cpus_per_task)
     return SlurmLauncherConfig(
         nodes=trainer.num_nodes,
         tasks_per_node=trainer.devices,
-        gpus_per_node=get_gpus_per_node(config) or None,
-        cpus_per_task=get_cpus_per_task(config),
+        gpus_per_node=get_gpus_per_node(submit, trainer) or None,
+        cpus_per_task=cpus_per_task,
         timeout_min=_convert_to_minutes(submit.time),
         partition=submit.partition,
         account=submit.account,
         qos=submit.qos,
         constraint=submit.constraint,
-        setup=["set -eo pipefail", *render_job_environment(config), *submit.setup],
+        setup=["set -eo pipefail", *environment, *submit.setup],
         additional_parameters=_make_sbatch_options(submit),
         # a failed rank ends all ranks; srun does not inherit --cpus-per-task from sbatch
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={get_cpus_per_task(config)}"],
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cpus_per_task}"],
     )
 
 

@@ -16,14 +16,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from lit_vlm.config.argument_errors import find_argument_errors
+from lit_vlm.config.callbacks import convert_to_list
+from lit_vlm.config.other_programs import format_key_remedy
 from lit_vlm.config.yaml_reader import quote_text
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, flatten
 
 SOURCES_KEY = "data/source@data.sources"
 CHECKPOINTING_ALIASES = {"true": "full", "false": "none"}  # former values -> levels
 _UNQUOTED_TEXT = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
 _RESERVED_WORDS = {"null", "true", "false", "inf", "nan", "none"}
-_FLAG_WITH_VALUE = re.compile(r"--(cfg|info|package|config-(dir|name|path)|experimental-rerun)=")
+HYDRA_FLAGS = set(
+    "--help -h --hydra-help --version --resolve --run -r --multirun -m --config-dir -cd".split()
+)  # flags without a value, and those that `parse_arguments` reads
+HYDRA_FLAGS_WITH_VALUE = set(
+    "--cfg -c --package -p --config-path -cp --config-name -cn --shell-completion -sc --experimental-rerun --info -i".split()
+)
+CONFIG_KINDS = ("job", "hydra", "all")  # values of --cfg
 
 
 class ConfigError(UserError):
@@ -48,8 +57,9 @@ def parse_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: lists every argument that is not an override.
     """
-    overrides, errors = [], []
-    for argument in _convert_config_dirs(arguments):
+    given, errors = find_argument_errors(_convert_config_dirs(arguments))
+    overrides = []
+    for argument in given:
         try:
             overrides += (
                 parse_json_overrides(argument) if argument.lstrip().startswith("{") else [_ensure_parsable(argument)]
@@ -71,13 +81,21 @@ def get_override_key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
+def split_sweep_values(override: str) -> list[str]:
+    """Split an override with a comma list into one override per value; return any other override unchanged."""
+    parsed_sweep = parse_override(override)
+    if not parsed_sweep.is_choice_sweep():
+        return [override]
+    return [f"{override.partition('=')[0]}={value}" for value in parsed_sweep.sweep_string_iterator()]
+
+
 def add_implied_overrides(overrides: list[str]) -> list[str]:
     """Add the overrides that the given ones imply, first, so that an explicit override wins.
 
     - `experiment=` selects one stage, so the task is train.
     - Ready sources are used alone unless `data=` is given. `data=` replaces the ready sources of an experiment.
     - `trainer.extra.*`, `data.share.kinds` and `submit.env` have keys that the schema does not list, so they get `++`.
-    - `image=photo.jpg` and `sync=runs/a` are lists with one item.
+    - `image=photo.jpg` and `sync=runs/a` are lists with one item; `callbacks={name: {argument: value}}` is a list as well.
     - Activation checkpointing may still be true or false instead of a level.
     - A value of a text setting is quoted if Hydra would parse it as a number.
     """
@@ -98,9 +116,22 @@ def _expand_override(override: str) -> str:
     key, _, value = override.partition("=")
     if key == "stage.activation_checkpointing" and value.lower() in CHECKPOINTING_ALIASES:
         return f"{key}={CHECKPOINTING_ALIASES[value.lower()]}"
+    if key == "callbacks" and "{" in value:
+        return _expand_callbacks(override)
     return (
         f"{key}=[{value}]" if key in ("image", "sync") and value and value[0] != "[" else override
     )  # one is a list of one
+
+
+def _expand_callbacks(override: str) -> str:
+    """Write {name: {argument: value}} as a list. A name that cannot stand in a list is left for the checks."""
+    values = [convert_to_list(parse_override(text).value()) for text in split_sweep_values(override)]
+    expanded = f"callbacks={','.join(map(quote_value, values))}"
+    try:
+        parse_override(expanded)
+    except HydraException:
+        return override
+    return expanded
 
 
 def parse_json_overrides(text: str) -> list[str]:
@@ -109,18 +140,9 @@ def parse_json_overrides(text: str) -> list[str]:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{text!r} begins like a JSON object of settings but is none: {error}.") from None
-    return [f"{key}={quote_value(value)}" for key, value in _flatten_settings(settings, "")]
-
-
-def _flatten_settings(settings: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    rows = []
-    for key, value in settings.items():
-        rows += (
-            _flatten_settings(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else [(prefix + key, value)]
-        )
-    return rows
+    if "callbacks" in settings:
+        settings["callbacks"] = convert_to_list(settings["callbacks"])
+    return [f"{key}={quote_value(value)}" for key, value in flatten(settings).items()]
 
 
 def quote_value(value: Any) -> str:
@@ -147,16 +169,7 @@ def quote_value(value: Any) -> str:
 
 def _ensure_parsable(argument: str) -> str:
     """The argument, quoted if only its quotes are missing."""
-    if argument.startswith("--") and "=" in argument:
-        raise UserError(
-            f"{argument}: settings are written without dashes: {argument.lstrip('-')}"
-            " (in a W&B sweep use ${args_json} or ${args_no_hyphens})."
-        )
-    key, equals, value = argument.partition("=")
-    if not equals and not argument.startswith("~"):
-        raise UserError(
-            f"{argument!r} is not a setting: write key=value, e.g. task={argument}. See python run.py --help."
-        )
+    key, _, value = argument.partition("=")
     for attempt in (argument, f"{key}={quote_value(value)}"):
         try:
             parse_override(attempt)
@@ -184,19 +197,36 @@ def _convert_config_dirs(arguments: list[str]) -> list[str]:
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's own flags (`--cfg job`, `-m`, `-sc`, ...) with their values, and the settings."""
+    """Split a command line into Hydra's own flags (`--cfg job`, `-m`, `-sc`, ...) with their values, and the settings."""
     flags: list[str] = []
     overrides: list[str] = []
     remaining = iter(arguments)
+    takes_value = False  # the argument before is a flag that a value may follow
     for argument in remaining:
+        name, equals, _ = argument.partition("=")
         if argument in ("--config-dir", "-cd"):
             overrides += [argument, next(remaining, "")]
-        elif argument.startswith("-") and (
-            not argument.startswith("--") or "=" not in argument or _FLAG_WITH_VALUE.match(argument)
-        ):
-            (overrides if argument.startswith("--config-dir=") else flags).append(argument)
-        elif "=" in argument or argument.startswith(("~", "{", "--")) or not flags:
-            overrides.append(argument)
+            takes_value = False
+        elif name in HYDRA_FLAGS | HYDRA_FLAGS_WITH_VALUE and name != "--config-dir":
+            flags.append(argument)
+            takes_value = not equals and (name in HYDRA_FLAGS_WITH_VALUE or name in ("--help", "-h"))
+        elif takes_value and not equals and not argument.startswith(("-", "~", "{")):
+            flags.append(argument)
+            takes_value = False
         else:
-            flags.append(argument)  # the value of the flag before it
+            overrides.append(argument)
+            takes_value = False
     return flags, overrides
+
+
+def ensure_known_config_kind(flags: list[str]) -> None:
+    """Raise ConfigError for `--cfg` or `-c` with a file: in other programs `-c` names a file of settings."""
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        name, _, given = flag.partition("=")
+        if name in ("--cfg", "-c") and (given or value) not in CONFIG_KINDS:
+            text = f"{flag} {value}".strip()
+            raise ConfigError(
+                [
+                    f"{text}: shows the settings of a command, and takes one of {', '.join(CONFIG_KINDS)}. {format_key_remedy('config', '')}."
+                ]
+            )

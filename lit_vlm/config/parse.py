@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lit_vlm.config.compose import compose_config, compute_defaults_list, list_groups
+from lit_vlm.config.compose import compose_config, compute_defaults_list, is_group_choice, list_groups
 from lit_vlm.config.key_validation import find_choice_errors, find_file_errors, find_override_errors
 from lit_vlm.config.overrides import (
     ConfigError,
@@ -21,14 +21,15 @@ from lit_vlm.config.overrides import (
     get_override_key,
     parse_arguments,
     parse_override,
+    split_sweep_values,
 )
 from lit_vlm.config.pipeline import build_stage_overrides, find_pipeline_errors
 from lit_vlm.config.recipe import SOURCE_TABLE_PREFIXES, get_experiment, is_pipeline, list_stages
 from lit_vlm.config.run_name import get_previous_stage_folder, get_run_name
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
 from lit_vlm.config.settings import list_settings
-from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep, split_sweep_values
-from lit_vlm.config.validation import find_config_errors
+from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep
+from lit_vlm.config.tasks import TASKS, find_config_errors
 from lit_vlm.redaction import find_secret_errors, find_typed_secret_errors
 from lit_vlm.types import UserError
 
@@ -106,7 +107,11 @@ def collect_override_errors(overrides: list[str], *, is_multirun: bool = False) 
         values = [value for text in overrides for value in split_sweep_values(text)]
         overrides = [text for text in values if not parse_override(text).is_sweep_override()]  # Hydra expands ranges
     own_groups = list_groups(overrides)
-    choices = [text for text in overrides if _is_group_choice(text, own_groups)]
+    choices = [
+        text
+        for text in overrides
+        if is_group_choice(text, own_groups) and not get_override_key(text).startswith(("hydra.", "hydra/"))
+    ]
     found = {text: list(find_choice_errors(parse_override(text), overrides)) for text in choices}
     folders = [text for text in overrides if get_override_key(text) == "hydra.searchpath"]
     # After an invalid choice the selected files are unknown; the other overrides are checked without them.
@@ -131,13 +136,6 @@ def _find_remaining_errors(overrides: list[str], override_errors: dict[str, list
     except ConfigError:
         return []
     return [error for error in find_config_errors(config) if "is not set" not in error]
-
-
-def _is_group_choice(override: str, own_groups: list[str]) -> bool:
-    key = get_override_key(override)
-    return not key.startswith(("hydra.", "hydra/")) and (
-        key.partition("@")[0] in own_groups or "/" in key or "@" in key
-    )
 
 
 def _keep_last_choices(choosing: list[str]) -> list[str]:
@@ -221,8 +219,10 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
 def _make_source_paths_absolute(source: SourceConfig) -> None:
     if source.path is not None and source.format not in (Format.builtin, Format.digits):
         source.path = _make_absolute(source.path)
-    if source.image_root is not None:
-        source.image_root = _make_absolute(source.image_root)
+    if isinstance(source.image_root, list):
+        source.image_root = [_make_absolute(root) if isinstance(root, str) else root for root in source.image_root]
+    elif isinstance(source.image_root, str | int):  # a folder may be called 5
+        source.image_root = _make_absolute(str(source.image_root))
 
 
 def resolve_model_name(name: str | None) -> str | None:
@@ -284,12 +284,8 @@ def _validate_stages(stages: list[str], given: list[str], task: Task) -> None:
 def _create_run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
     if is_pipeline(overrides):
         return Run(config, None, config.recipe, Path(config.run_dir) / config.recipe, given, config.init_from)
-    if config.task is Task.sweep:
-        name = config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
-        return Run(config, None, name, Path(config.run_dir) / name, given, None)
-    name = (
-        config.task.value if config.task in (Task.chat, Task.serve, Task.prefer, Task.sync) else get_run_name(overrides)
-    )
+    get_task_run_name = TASKS[config.task].get_run_name
+    name = get_run_name(overrides) if get_task_run_name is None else get_task_run_name(config)
     init_from = config.init_from
     if init_from == "previous":
         try:

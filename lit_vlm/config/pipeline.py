@@ -8,7 +8,7 @@ from lit_vlm.config.compose import compose_config
 from lit_vlm.config.overrides import ConfigError, add_implied_overrides, get_override_key, parse_override, quote_value
 from lit_vlm.config.recipe import filter_overrides_for_stage, get_previous_stage, list_recipes
 from lit_vlm.config.run_name import get_hf_folder, get_previous_stage_folder, is_same_folder
-from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.types import find_nearest, format_suggestion
 
 
 def find_pipeline_errors(overrides: list[str]) -> list[str]:

@@ -9,8 +9,7 @@ from omegaconf import DictConfig
 from lit_vlm.config.compose import compose_config, list_choices
 from lit_vlm.config.overrides import SOURCES_KEY, ConfigError, add_implied_overrides, get_override_key, parse_override
 from lit_vlm.config.schema import Format, StageName, Task
-from lit_vlm.config.settings import find_nearest, format_suggestion
-from lit_vlm.types import SampleKind
+from lit_vlm.types import SampleKind, find_nearest, format_suggestion
 
 _STAGE_SELECTION_KEYS = ("task", "recipe", "experiment")
 SOURCE_TABLE_PREFIXES = ("data.sources.", "data.validation.sources.")
@@ -63,8 +62,8 @@ def get_previous_stage(experiment: str, overrides: list[str] | tuple[str, ...] =
 
 def is_preference_source(source: DictConfig) -> bool:
     """Return True if a source is known to contain preference pairs."""
-    builtin = source.format is Format.builtin and source.path == SampleKind.preference.value
-    return source.format is Format.preference or source.kind == SampleKind.preference.value or builtin
+    builtin = source.format == Format.builtin and source.path == SampleKind.preference.value
+    return source.format == Format.preference or source.kind == SampleKind.preference.value or builtin
 
 
 def filter_overrides_for_stage(overrides: list[str], experiment: str) -> list[str]:

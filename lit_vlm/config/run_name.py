@@ -8,16 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from lit_vlm.config.compose import compose_config
 from lit_vlm.config.overrides import add_implied_overrides, get_override_key
 from lit_vlm.config.recipe import filter_overrides_for_stage, get_experiment, get_previous_stage
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, flatten
 
 NON_IDENTITY_KEYS = (
     "stage.activation_checkpointing",
@@ -49,6 +47,7 @@ NON_IDENTITY_KEYS = (
     "task",
     "recipe",
     "sync",
+    "runs",
     "image",
     "prompt",
     "max_new_tokens",
@@ -86,7 +85,7 @@ def compute_run_name(overrides: list[str]) -> str:
     default_config = compose_config(
         [text for text in overrides if get_override_key(text) in (base, "hydra.searchpath")]
     )
-    current, default = _flatten_config(config), _flatten_config(default_config)
+    current, default = (flatten(OmegaConf.to_container(one, enum_to_str=True)) for one in (config, default_config))
     changed = {
         key: current.get(key, "(taken away)")
         for key in current.keys() | default.keys()
@@ -153,15 +152,3 @@ def _make_relative(path: str, run_dir: str) -> str:
     """Make a path inside run_dir relative to it, so that a run name does not depend on the location of run_dir."""
     absolute, root = Path(path).expanduser().absolute(), Path(run_dir).expanduser().absolute()
     return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else path
-
-
-def _flatten_config(config: DictConfig) -> dict[str, Any]:
-    return dict(_iterate_config_leaves(OmegaConf.to_container(config, enum_to_str=True)))
-
-
-def _iterate_config_leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _iterate_config_leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, value

@@ -7,13 +7,14 @@ beside it (`lit_vlm/config/ranges.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass, field, replace
+from enum import Enum, StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.callbacks import list_default_callbacks
 from lit_vlm.config.mapping import MappingConfig
 from lit_vlm.config.ranges import (
     ABOVE_0,
@@ -37,6 +38,7 @@ from lit_vlm.config.ranges import (
     SIGNAL_SECONDS,
     ranged,
 )
+from lit_vlm.model.projectors import PROJECTORS
 from lit_vlm.types import Language, ModelPart
 
 # OmegaConf writes an enum by the name of its member, so every name equals its value.
@@ -52,15 +54,13 @@ class Task(Enum):
     prefer = "prefer"  # make preference pairs from the answers of a finished model
     export = "export"  # export the model folder from a run's checkpoint
     sync = "sync"  # upload offline runs, or the missing part of a run, to Weights & Biases
+    runs = "runs"  # list the runs below run_dir, and the settings in which they differ
     chat = "chat"  # chat with a finished model
     serve = "serve"  # serve a finished model with an OpenAI-compatible interface
 
 
-class ProjectorName(Enum):
-    """Architecture of the projector between the vision tower and the language model."""
-
-    mlp2x_gelu = "mlp2x_gelu"  # LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear
-    linear = "linear"  # LLaVA
+# Projector between the vision tower and the language model, from the registry.
+ProjectorName = StrEnum("ProjectorName", {name: name for name in PROJECTORS})  # type: ignore[misc]
 
 
 class StageName(Enum):
@@ -89,17 +89,22 @@ class ActivationCheckpointing(Enum):
     full = "full"  # keep only the input of each layer and recompute the layer: a third more time, least memory
 
 
-class Format(Enum):
+class Format(StrEnum):
     """Format of the records of a source."""
 
     auto = "auto"  # detected from the file extension and the keys of the first record
-    llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations
+    llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations (MiniCPM-V's role and content too)
     sharegpt = "sharegpt"  # ShareGPT: conversations of human and gpt, an images column, a system column
     messages = (
         "messages"  # Hugging Face messages or OpenAI content lists: JSONL, parquet, Arrow; images as paths or bytes
     )
-    preference = "preference"  # prompt, chosen, rejected (TRL's columns or LLaVA-NeXT's keys)
+    preference = "preference"  # prompt, chosen, rejected: of TRL, LLaVA-NeXT, LLaMA-Factory, ms-swift, RLAIF-V
     caption = "caption"  # an image and its caption or text, in two columns; the question comes from prompts
+    question_answer = "question_answer"  # columns image, question, answer
+    alpaca = "alpaca"  # instruction, input, output, history (LLaMA-Factory)
+    query_response = "query_response"  # query, response, history (ms-swift)
+    prompt_completion = "prompt_completion"  # prompt, completion, as text or messages (TRL)
+    cauldron = "cauldron"  # texts of user and assistant (The Cauldron, FineVision), or conversation (ms-swift)
     webdataset = "webdataset"  # tar files: images with a caption (.txt) or a record (.json) of the same key
     mapped = "mapped"  # labels of another structure, converted by data.sources.<name>.mapping (AIHub)
     builtin = "builtin"  # synthetic samples, generated on demand
@@ -189,6 +194,14 @@ class ScorerName(Enum):
     judge = "judge"  # score with prefer.judge
 
 
+class ContainerRuntime(Enum):
+    """Program that runs submit.container on the nodes."""
+
+    pyxis = "pyxis"  # Slurm's plugin with enroot: srun --container-image
+    apptainer = "apptainer"  # apptainer exec inside srun
+    singularity = "singularity"  # singularity exec inside srun
+
+
 class DebugMode(Enum):
     """Debug mode of a run."""
 
@@ -206,7 +219,7 @@ class ModelConfig:
 
     vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
-    projector: ProjectorName = ProjectorName.mlp2x_gelu
+    projector: ProjectorName = ProjectorName["mlp2x_gelu"]
     vision_feature_layer: int | None = ranged(
         None, LAYER
     )  # layer whose output goes to the projector; null: second to last; later layers are removed
@@ -226,18 +239,35 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ColumnsConfig:
+    """Names of a source's columns (keys of its records) whose names are not those of a known format."""
+
+    id: str | None = None  # column of the record's own id
+    image: str | None = None  # column of the image: a path, encoded bytes, {bytes, path}, or a list of these
+    question: str | None = None  # column of the question
+    answer: str | None = None  # column of the answer
+    caption: str | None = None  # column of the caption, for images without a question
+    system: str | None = None  # column of the system message
+    chosen: str | None = None  # column of the chosen answer, for stage=dpo
+    rejected: str | None = None  # column of the rejected answer, for stage=dpo
+    rejected_image: str | None = None  # column of the image of the rejected answer, for stage=dpo
+    messages: str | None = None  # column of a list of {role, content}
+    conversations: str | None = None  # column of a list of {from, value}
+    history: str | None = None  # column of earlier turns: a list of [question, answer]
+
+
+@dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """A data set."""
 
-    path: str | None = None  # file or folder; for format=builtin the kind of sample, e.g. "caption"
-    image_root: str | None = (
-        None  # folder that must contain all images, also in its zip files; null: the folder of `path`
-    )
+    path: str | None = None  # file, folder or pattern ("{00000..00012}.tar"); for format=builtin the kind of sample
+    image_root: Any = None  # folder, or list of folders, that must contain all images; null: the folder of `path`
     hub: str | None = None  # instead of path: id of a dataset on the Hugging Face hub, owner/name
     hub_config: str | None = None  # configuration of a hub dataset that has several
     split: str | None = None  # train, validation or test, from file names in a folder; null: train for a hub dataset
     revision: str | None = None  # commit, tag or branch of a hub dataset
-    format: Format = Format.auto
+    format: str = "auto"  # a format of docs/formats.md, or the import path of your own class: my_package.MySource
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     mapping: MappingConfig | None = None  # format=mapped: location of image, question and answer in a record
     prompts: list[str] = field(default_factory=list)  # questions for records without one; one is chosen by digest
     weight: float | None = ranged(
@@ -368,6 +398,25 @@ class StageConfig:
     cache_features: bool = False  # compute a frozen tower's features once before training, in data.index_dir; large
     parts: PartsConfig = field(default_factory=PartsConfig)
 
+    @property
+    def preference_losses(self) -> list[str]:
+        """Names of the preference losses; empty for a stage with next-token loss."""
+        return []
+
+    @property
+    def model_folders(self) -> list[str]:
+        """Folders or hub ids of models that the stage reads besides the one that it trains."""
+        return []
+
+    @property
+    def has_reference_model(self) -> bool:
+        """True if a reference model runs in each step."""
+        return False
+
+    def make_export_config(self) -> StageConfig:
+        """Make the settings of a stage that only builds the trained model: without caches and other models."""
+        return replace(self, cache_features=False)
+
 
 @dataclass(kw_only=True, slots=True)
 class DPOStageConfig(StageConfig):
@@ -388,6 +437,30 @@ class DPOStageConfig(StageConfig):
     cache_reference: bool = (
         False  # compute the reference log-probabilities once before training, in data.index_dir for other runs
     )
+
+    @property
+    def preference_losses(self) -> list[str]:
+        return self.loss_type
+
+    @property
+    def model_folders(self) -> list[str]:
+        return [self.reference] if self.reference else []
+
+    @property
+    def has_reference_model(self) -> bool:
+        return not self.cache_reference
+
+    def make_export_config(self) -> StageConfig:
+        return replace(self, cache_features=False, reference=None, cache_reference=True)
+
+
+# Config class of each stage; `config_class` of its class in `STAGES` is the same.
+STAGE_CONFIGS: dict[StageName, type[StageConfig]] = {
+    StageName.align: StageConfig,
+    StageName.sft: StageConfig,
+    StageName.highres: StageConfig,
+    StageName.dpo: DPOStageConfig,
+}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -457,7 +530,8 @@ class SubmitConfig:
     )  # GPUs per node; null: trainer.devices if these are GPUs; 0: submit.extra requests them
     cpus_per_task: int | None = ranged(None, COUNT)  # CPU cores per process; null: 1 + data.num_workers
     memory: str | None = None  # memory per node, e.g. 0 for all
-    container: str | None = None  # image for srun --container-image (pyxis and enroot)
+    container: str | None = None  # container image: for pyxis a .sqsh file or registry name, for Apptainer a .sif file
+    container_runtime: ContainerRuntime = ContainerRuntime.pyxis
     container_mounts: list[str] = field(default_factory=list)  # mounts, host_path:container_path
     setup: list[str] = field(default_factory=list)  # shell lines to run before the start: modules, environment, staging
     env: dict[str, str] = field(default_factory=dict)  # environment variables of all ranks
@@ -551,6 +625,13 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class RunsConfig:
+    """The list of task=runs."""
+
+    json: bool = False  # print one JSON object for each run instead of tables
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     """All settings of a run; the groups of the command line are its fields."""
 
@@ -564,9 +645,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
-    callbacks: list[str] = field(
-        default_factory=lambda: ["throughput", "language_loss", "guard", "samples", "report"]
-    )  # import paths of your own classes, added to the default; or default names, which exclude the others
+    callbacks: list[Any] = field(
+        default_factory=list_default_callbacks
+    )  # names or {name: {argument: value}}: your own classes by import path, added to the default; or some of the default
     export: bool = (
         True  # export the model to hf/; false: keep only the last checkpoint, from which task=export makes hf/
     )
@@ -585,6 +666,7 @@ class RunConfig:
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)
     sync: list[str] = field(default_factory=list)  # task=sync: run folders, which may be copies from other machines
+    runs: RunsConfig = field(default_factory=RunsConfig)
     image: list[str] = field(default_factory=list)  # task=chat: images of the conversation
     prompt: str | None = None  # task=chat: answer this prompt and exit; null: a conversation
     max_new_tokens: int = ranged(256, COUNT)  # task=chat: maximum tokens of an answer

@@ -1,4 +1,4 @@
-"""Table of all settings: key, type, default and help text of each, and the nearest valid key to an invalid one."""
+"""Table of all settings: key, type, default and help text of each, the nearest valid key, and the settings of a stored run."""
 
 from __future__ import annotations
 
@@ -7,33 +7,23 @@ import inspect
 import io
 import itertools
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING as REQUIRED
 from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lit_vlm.config import mapping, schema
+from lit_vlm.config.other_programs import KEY_ALIASES
 from lit_vlm.config.ranges import NumberRange
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
-
-# Names from other programs -> key of this schema.
-KEY_ALIASES = {
-    "lr": "stage.learning_rate",
-    "batch_size": "data.global_batch_size",
-    "bs": "data.global_batch_size",
-    "micro_batch_size": "data.tokens_per_micro_batch",
-    "epochs": "trainer.max_epochs",
-    "steps": "trainer.max_steps",
-    "gpus": "trainer.devices",
-    "wandb": "logger.wandb",
-    "output_dir": "run_dir",
-    "name": "run_name",
-    "ckpt_path": "init_from",
-    "checkpoint": "init_from",
-}
+from lit_vlm.types import UserError, find_nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +39,8 @@ class Setting:
 
 
 def get_stage_config_class(name: str | None) -> type[StageConfig]:
-    """Return the config dataclass of a stage; every stage except dpo has the plain one."""
-    return DPOStageConfig if name == schema.StageName.dpo.value else StageConfig
+    """Return the config dataclass of a stage; the plain one for an unknown name."""
+    return {stage.value: config_class for stage, config_class in schema.STAGE_CONFIGS.items()}.get(name, StageConfig)
 
 
 @cache
@@ -142,6 +132,8 @@ def describe_type(hint: Any) -> str:
     """Describe a type for users: "a number", "one of align, sft, highres, dpo", ..."""
     if get_origin(hint) in (UnionType, Union):
         return " or ".join(describe_type(option) for option in get_args(hint))
+    if hint == list[Any]:
+        return "a list"
     if get_origin(hint) is list:
         return f"a list, each {describe_type(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
@@ -159,18 +151,14 @@ def describe_type(hint: Any) -> str:
     return names.get(hint, "keys and values")
 
 
-def find_nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
-    """Find the choice that is most similar to a word; None if none is similar."""
-    matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
-    return matches[0] if matches else None
-
-
 def find_nearest_key(key: str, keys: list[str]) -> str | None:
     """Find the setting that was probably meant: by a known alias, by the last part of the key, or by similarity."""
     last = key.rpartition(".")[2]
     if key in KEY_ALIASES or last in KEY_ALIASES:
         return KEY_ALIASES.get(key) or KEY_ALIASES[last]
     same_name = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
+    if ".lora." in "".join(same_name) and not any(part in key for part in ("vision", "proje")):
+        same_name = [candidate for candidate in same_name if "language_model" in candidate]  # what LoRA is used for
     if same_name:
         return find_nearest(key, same_name) or min(same_name, key=len)
     matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
@@ -182,6 +170,62 @@ def find_nearest_key(key: str, keys: list[str]) -> str | None:
     )
 
 
-def format_suggestion(suggestion: str | None) -> str:
-    """Format a suggestion for the end of a message; empty without one."""
-    return f" Did you mean {suggestion}?" if suggestion else ""
+MODEL_KEYS = ("model", "stage", "seed", "run_dir")  # read as a whole; of `data` and `trainer` only single settings
+
+
+def read_model_config(settings: dict[str, Any], origin: str) -> RunConfig:
+    """Read the settings of a stored run that define its model and its trained parts; all others have their defaults.
+
+    Args:
+        settings: settings from a manifest, config.yaml or checkpoint.
+        origin: where the settings are stored, for the message.
+
+    Raises:
+        UserError: the settings do not match this version.
+    """
+    selected = {key: settings[key] for key in MODEL_KEYS if key in settings}
+    for group, names in {"data": ("tiling", "lock"), "trainer": ("precision",)}.items():
+        section = settings.get(group) or {}
+        selected[group] = {name: section[name] for name in names if name in section}
+    try:
+        expected = OmegaConf.structured(RunConfig)
+        expected.stage = OmegaConf.structured(get_stage_config_class((settings.get("stage") or {}).get("name")))
+        config = OmegaConf.to_object(OmegaConf.merge(expected, selected))
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{origin}: its settings are not those of this version ({reason}).") from None
+    assert isinstance(config, RunConfig)
+    return config
+
+
+ConfigClass = TypeVar("ConfigClass", bound=StageConfig)
+
+
+def build_stage_config(config_class: type[ConfigClass], settings: Mapping[str, Any]) -> ConfigClass:
+    """Build the config of a stage from plain keyword arguments of the same names; None is the default.
+
+    Activation checkpointing is off by default: `auto` needs the memory of a device. True means `full`, False `none`.
+
+    Raises:
+        UserError: an unknown name, or a value of another type.
+    """
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    values = {key: value for key, value in values.items() if value is not None}
+    level = values.get("activation_checkpointing", False)
+    values["activation_checkpointing"] = {True: "full", False: "none"}[level] if isinstance(level, bool) else level
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), values))
+    except OmegaConfBaseException as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"stage.{error.full_key}: {reason}. Names and types are those of {config_class.__name__}."
+        ) from None
+    assert isinstance(config, config_class)
+    config.adam_betas = (config.adam_betas[0], config.adam_betas[1])
+    return config
+
+
+def convert_to_plain(config: StageConfig) -> dict[str, Any]:
+    """Convert a stage's config to plain containers: its settings by name, without the name of the stage."""
+    plain: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return {key: value for key, value in plain.items() if key != "name"}

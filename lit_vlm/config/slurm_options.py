@@ -6,8 +6,8 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from lit_vlm.config.schema import RunConfig, SubmitConfig
-from lit_vlm.types import format_count
+from lit_vlm.config.schema import ContainerRuntime, RunConfig, SubmitConfig, TrainerConfig
+from lit_vlm.formatting import format_count
 
 _TIME_LIMIT = re.compile(
     r"(?:(?P<days>\d+)-(?P<dhours>\d+)(?::(?P<dminutes>\d+)(?::(?P<dseconds>\d+))?)?|\d+(?::\d+){0,2})\Z"
@@ -50,6 +50,19 @@ def find_submit_errors(config: RunConfig) -> Iterator[str]:
         yield f"submit.stage_to: is a folder on each node and must begin with / or a variable of it, found {submit.stage_to}."
     if submit.container_mounts and submit.container is None:
         yield "submit.container_mounts: there is no submit.container that something could be mounted into."
+    is_pyxis = submit.container_runtime is ContainerRuntime.pyxis
+    if submit.container is None and not is_pyxis:
+        yield f"submit.container_runtime={submit.container_runtime.value}: there is no submit.container to run with it."
+    if (
+        submit.container
+        and submit.container.endswith((".sif", ".sqsh"))
+        and is_pyxis is submit.container.endswith(".sif")
+    ):
+        remedy = "apptainer (or singularity)" if is_pyxis else "pyxis"
+        yield (
+            f"submit.container: {submit.container} is no image for {submit.container_runtime.value}; write"
+            f" submit.container_runtime={remedy}, or give another image."
+        )
     yield from _find_env_errors(submit)
     yield from _find_sbatch_option_errors(config)
 
@@ -66,7 +79,7 @@ def _find_sbatch_option_errors(config: RunConfig) -> Iterator[str]:
             )
         elif option in MANAGED_SBATCH_OPTIONS:
             yield f"submit.extra: {option} is not given here; it follows from {MANAGED_SBATCH_OPTIONS[option]}."
-        elif _is_gpu_option(line) and get_gpus_per_node(config):
+        elif _is_gpu_option(line) and get_gpus_per_node(config.submit, config.trainer):
             yield f"submit.extra: {line} and submit.gpus_per_node both ask for GPUs; add submit.gpus_per_node=0."
 
 
@@ -138,22 +151,21 @@ GPU_ACCELERATORS = ("gpu", "cuda")
 OFFLINE_VARIABLES = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
-def get_gpus_per_node(config: RunConfig) -> int:
+def get_gpus_per_node(submit: SubmitConfig, trainer: TrainerConfig) -> int:
     """Return the number of GPUs that the job requests for each node."""
-    if config.submit.gpus_per_node is not None:
-        return config.submit.gpus_per_node
-    return config.trainer.devices if config.trainer.accelerator in GPU_ACCELERATORS else 0
+    if submit.gpus_per_node is not None:
+        return submit.gpus_per_node
+    return trainer.devices if trainer.accelerator in GPU_ACCELERATORS else 0
 
 
-def get_cpus_per_task(config: RunConfig) -> int:
-    """Return the number of CPU cores for each process."""
-    return config.submit.cpus_per_task or 1 + config.data.num_workers
+def get_cpus_per_task(submit: SubmitConfig, num_workers: int) -> int:
+    """Return the number of CPU cores for each process. `num_workers` is data.num_workers."""
+    return submit.cpus_per_task or 1 + num_workers
 
 
-def render_job_environment(config: RunConfig) -> Iterator[str]:
+def render_job_environment(submit: SubmitConfig, num_threads: int) -> Iterator[str]:
     """Render the lines of the job script that set up the environment of all ranks."""
     yield "# Ranks find each other by Slurm's words: the first node's name, and a port made of the job's id."
     yield "unset MASTER_ADDR MASTER_PORT RANK LOCAL_RANK NODE_RANK WORLD_SIZE"
-    threads = config.trainer.num_threads or get_cpus_per_task(config)
-    for name, value in {"OMP_NUM_THREADS": str(threads), **OFFLINE_VARIABLES, **config.submit.env}.items():
+    for name, value in {"OMP_NUM_THREADS": str(num_threads), **OFFLINE_VARIABLES, **submit.env}.items():
         yield f"export {name}={shlex.quote(str(value))}"

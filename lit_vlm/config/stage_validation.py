@@ -8,18 +8,17 @@ from dataclasses import fields
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.mapping import MappingConfig, RegionTask
 from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, StrategyName
-from lit_vlm.config.settings import find_nearest, format_suggestion
-from lit_vlm.types import format_count
-
-# trl.DPOConfig.loss_type, TRL 1.16
-LOSS_TYPES = tuple(
-    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft"
-    " sigmoid_norm".split()
+from lit_vlm.formatting import format_count
+from lit_vlm.losses.loss_types import (
+    F_DIVERGENCE,
+    LABEL_SMOOTHING,
+    PREFERENCE_LOSSES,
+    find_sorting_losses,
+    list_losses_with,
 )
-SORTING_LOSS_TYPES = ("aot", "aot_unpaired")
-LABEL_SMOOTHING_LOSS_TYPES = ("exo_pair", "robust", "aot", "aot_unpaired")  # losses that use label_smoothing
+from lit_vlm.types import find_nearest, format_suggestion
+
 F_DIVERGENCE_TYPES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-F_DIVERGENCE_LOSS_TYPES = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
 def find_preference_loss_errors(stage: DPOStageConfig) -> Iterator[str]:
@@ -28,9 +27,9 @@ def find_preference_loss_errors(stage: DPOStageConfig) -> Iterator[str]:
     if not names:
         yield "stage.loss_type: is empty; name a loss, e.g. [sigmoid]."
     for name in names:
-        if name not in LOSS_TYPES:
-            detail = format_suggestion(find_nearest(name, LOSS_TYPES))
-            yield f"stage.loss_type: there is no loss {name}; there are {', '.join(LOSS_TYPES)}.{detail}"
+        if name not in PREFERENCE_LOSSES:
+            detail = format_suggestion(find_nearest(name, list(PREFERENCE_LOSSES)))
+            yield f"stage.loss_type: there is no loss {name}; there are {', '.join(PREFERENCE_LOSSES)}.{detail}"
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         yield f"stage.loss_type: names {', '.join(repeated)} twice; give it one weight in loss_weights."
     weights = stage.loss_weights
@@ -41,9 +40,10 @@ def find_preference_loss_errors(stage: DPOStageConfig) -> Iterator[str]:
         yield "stage.loss_weights: every weight is 0, so nothing would be learnt."
     if "exo_pair" in names and stage.label_smoothing == 0:
         yield "stage.label_smoothing: must be above 0 for loss_type=exo_pair, found 0; its paper takes 1e-3."
-    if stage.label_smoothing and not set(names) & set(LABEL_SMOOTHING_LOSS_TYPES):
+    smoothing_losses = list_losses_with(LABEL_SMOOTHING)
+    if stage.label_smoothing and not set(names) & set(smoothing_losses):
         yield (
-            f"stage.label_smoothing: has no effect on stage.loss_type={names}; in this TRL {', '.join(LABEL_SMOOTHING_LOSS_TYPES)} look at it."
+            f"stage.label_smoothing: has no effect on stage.loss_type={names}; in this TRL {', '.join(smoothing_losses)} look at it."
             " For a DPO loss with flipped labels take loss_type=[robust]."
         )
     yield from _find_divergence_errors(stage)
@@ -56,18 +56,24 @@ def _find_divergence_errors(stage: DPOStageConfig) -> Iterator[str]:
         suggestion = format_suggestion(find_nearest(divergence, F_DIVERGENCE_TYPES))
         yield f"stage.f_divergence_type: expected one of {', '.join(F_DIVERGENCE_TYPES)}, found {divergence}.{suggestion}"
         return
-    unsupported = [name for name in stage.loss_type if name in LOSS_TYPES and name not in F_DIVERGENCE_LOSS_TYPES]
+    supported = list_losses_with(F_DIVERGENCE)
+    unsupported = [name for name in stage.loss_type if name in PREFERENCE_LOSSES and name not in supported]
     if divergence != "reverse_kl" and unsupported:
         yield (
-            f"stage.f_divergence_type: {divergence} is defined for {', '.join(F_DIVERGENCE_LOSS_TYPES)}, not for {', '.join(unsupported)}."
+            f"stage.f_divergence_type: {divergence} is defined for {', '.join(supported)}, not for {', '.join(unsupported)}."
             " Leave it at reverse_kl, or take other losses."
         )
 
 
 def _find_weighting_errors(stage: DPOStageConfig) -> Iterator[str]:
+    own = [name for name in stage.loss_type if name in PREFERENCE_LOSSES and PREFERENCE_LOSSES[name].compute]
+    if own and stage.ld_alpha is not None:
+        yield f"stage.ld_alpha: applies to losses of TRL, not to {', '.join(own)}. Leave one of them out."
     if not stage.use_weighting:
         return
-    sorting = [name for name in stage.loss_type if name in SORTING_LOSS_TYPES]
+    if own:
+        yield f"stage.use_weighting: applies to losses of TRL, not to {', '.join(own)}. Leave one of them out."
+    sorting = find_sorting_losses(stage.loss_type)
     if sorting:
         yield (
             f"stage.use_weighting: WPO weights pairs, and {', '.join(sorting)} sorts the pairs' scores, so the weights would fall on"
@@ -94,6 +100,7 @@ _UNUSED_BY_FORMAT: dict[str, tuple[tuple[Format, ...], str]] = {
     "path": ((Format.digits,), "its pictures are scikit-learn's"),
     "image_root": ((*_GENERATED_FORMATS, Format.webdataset), "its pictures do not lie in files of their own"),
     "hub": ((*_GENERATED_FORMATS, Format.mapped, Format.webdataset), "it is read from path"),
+    "columns": ((*_GENERATED_FORMATS, Format.mapped), "its records have no columns of yours"),
     "hub_config": (_GENERATED_FORMATS, "its records are made"),
     "split": (_GENERATED_FORMATS, "it holds out records of its own"),
     "revision": (_GENERATED_FORMATS, "its records are made"),
@@ -148,13 +155,13 @@ def _find_unused_source_settings(key: str, source: SourceConfig, data: DataConfi
     }
     for setting, (formats, reason) in _UNUSED_BY_FORMAT.items():
         if setting in changed and source.format in formats:
-            yield _format_unused_setting(f"{key}.{setting}", f"format={source.format.value}: {reason}")
+            yield _format_unused_setting(f"{key}.{setting}", f"format={source.format}: {reason}")
     if source.hub is None and source.format not in _GENERATED_FORMATS:
         for setting in sorted({"hub_config", "revision"} & changed):
             yield _format_unused_setting(f"{key}.{setting}", "it is of a dataset of the hub, and hub is not set")
     if "max_tiles" in changed and data.tiling is Tiling.base:
         yield _format_unused_setting(f"{key}.max_tiles", "data.tiling=base cuts no picture into tiles")
-    mapping = source.mapping if source.format is Format.mapped else None
+    mapping = source.mapping if source.format == Format.mapped else None
     if mapping is None:
         return
     if mapping.labels is None and "image_root" in changed:

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lit_vlm.config.compose import compose_config, list_choices
-from lit_vlm.config.overrides import ConfigError, get_override_key, parse_override
+from lit_vlm.config.overrides import ConfigError, get_override_key, parse_override, split_sweep_values
 from lit_vlm.config.schema import RunConfig, Task
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.redaction import find_secret_errors
+from lit_vlm.types import find_nearest, format_suggestion
 
 OWN_SWEEP_KEYS = ("task", "sweep", "trials", "submit", "run_name", "overwrite")
 SHARED_KEYS = ("run_dir", "seed", "hydra.searchpath")  # used by the sweep and by its trials
@@ -54,14 +54,6 @@ def find_trial_errors(config: RunConfig) -> Iterator[str]:
     if trials.carry_to is not None and trials.carry_to not in list_choices("experiment"):
         suggestion = format_suggestion(find_nearest(trials.carry_to, list_choices("experiment")))
         yield f"trials.carry_to: there is no experiment {trials.carry_to}; name one of {', '.join(list_choices('experiment'))}.{suggestion}"
-
-
-def split_sweep_values(override: str) -> list[str]:
-    """Split an override with a comma list into one override per value; return any other override unchanged."""
-    parsed_sweep = parse_override(override)
-    if not parsed_sweep.is_choice_sweep():
-        return [override]
-    return [f"{override.partition('=')[0]}={value}" for value in parsed_sweep.sweep_string_iterator()]
 
 
 def validate_multirun(overrides: list[str]) -> None:

@@ -12,12 +12,10 @@ from pathlib import Path
 
 from lit_vlm.config.callbacks import find_callback_errors
 from lit_vlm.config.mapping import find_mapping_errors
-from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import (
     DataConfig,
     DPOStageConfig,
     Format,
-    LoggerConfig,
     Markup,
     PartConfig,
     RunConfig,
@@ -30,15 +28,15 @@ from lit_vlm.config.schema import (
     TrainerConfig,
     WeightUnit,
 )
-from lit_vlm.config.settings import find_nearest, format_suggestion, get_field_types
-from lit_vlm.config.slurm_options import find_submit_errors
+from lit_vlm.config.settings import get_field_types
 from lit_vlm.config.stage_validation import (
     find_preference_loss_errors,
     find_unused_data_settings,
     find_unused_stage_settings,
 )
-from lit_vlm.config.sweep_overrides import find_trial_errors
-from lit_vlm.types import ModelPart, SampleKind
+from lit_vlm.config.user_classes import is_class_path
+from lit_vlm.model.projectors import PROJECTORS, list_exportable_projectors
+from lit_vlm.types import ModelPart, SampleKind, find_nearest, format_suggestion
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
 SHARDED_PRECISIONS = (
@@ -67,38 +65,16 @@ MANAGED_TRAINER_ARGUMENTS = {
 }
 
 
-STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # tasks that use one stage and its data
-
-
-def find_config_errors(config: RunConfig) -> list[str]:
-    """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
-    errors = [*find_range_errors(config), *find_name_errors(config)]
-    if config.task is Task.prefer:
-        return [
-            *errors,
-            *find_prefer_errors(config),
-            *_find_data_errors(config.data),
-            *_find_prefer_data_errors(config.data),
-        ]
-    if config.task is Task.sweep:
-        return [*errors, *find_trial_errors(config)]
-    if config.task is Task.sync:
-        missing_sync = "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
-        return errors if config.sync else [*errors, missing_sync]
-    if config.task not in STAGE_TASKS:
-        return errors
-    return [
-        *errors,
-        *_find_stage_errors(config),
-        *_find_data_errors(config.data),
-        *_find_pair_errors(config),
-        *_find_trainer_errors(config.trainer),
-        *find_callback_errors(config.callbacks),
-        *find_unused_stage_settings(config),
-        *find_logger_errors(config.logger),
-        *_find_checkpoint_errors(config),
-        *(find_submit_errors(config) if config.task is Task.submit else []),
-    ]
+def find_other_task_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each setting that only another task reads: the run would do something else."""
+    for key, value, task in (
+        ("sweep", config.sweep, Task.sweep),
+        ("sync", config.sync, Task.sync),
+        ("trials.dry_run", config.trials.dry_run, Task.sweep),
+        ("submit.dry_run", config.submit.dry_run, Task.submit),
+    ):
+        if value and config.task is not task:
+            yield f"{key}: is read with task={task.value} only, and task is {config.task.value}. Write task={task.value}, or leave {key} out."
 
 
 def _find_stage_errors(config: RunConfig) -> Iterator[str]:
@@ -116,6 +92,15 @@ def _find_stage_errors(config: RunConfig) -> Iterator[str]:
         yield from find_preference_loss_errors(stage)
 
 
+def _find_projector_errors(config: RunConfig) -> Iterator[str]:
+    name = str(config.model.projector)
+    if config.export and config.init_from is None and not PROJECTORS[name].is_exportable:
+        yield (
+            f"export: a model with model.projector={name} cannot be exported, plain transformers has no such projector. Set"
+            f" export=false, or choose {list_exportable_projectors()}."
+        )
+
+
 def _find_part_errors(name: str, part: PartConfig, is_trainable: bool) -> Iterator[str]:
     key = f"stage.parts.{name}"
     if "lm_head" in part.lora.targets:
@@ -127,7 +112,8 @@ def _find_part_errors(name: str, part: PartConfig, is_trainable: bool) -> Iterat
         yield f"{key}.lora.rank: is {part.lora.rank}, but {name} does not train; add it to stage.trainable or set 0."
 
 
-def _find_data_errors(data: DataConfig) -> Iterator[str]:
+def _find_data_errors(config: RunConfig) -> Iterator[str]:
+    data = config.data
     if not data.sources:
         yield "data.sources: is empty; choose data=... or 'data/source@data.sources=[...]'."
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
@@ -139,23 +125,39 @@ def _find_data_errors(data: DataConfig) -> Iterator[str]:
 
 
 def _find_source_errors(key: str, source: SourceConfig) -> Iterator[str]:
-    if source.path is None and source.hub is None and source.format is not Format.digits:
+    is_own_class = is_class_path(source.format)
+    if source.format not in Format.__members__ and not is_own_class:
+        suggestion = format_suggestion(find_nearest(source.format, list(Format)))
+        reason = (
+            f"found {source.format!r}; a format is one of {', '.join(Format)}, or the import path of your own class"
+        )
+        yield f"{key}.format: {reason} (my_package.MySource).{suggestion}"
+    if source.path is None and source.hub is None and source.format != Format.digits and not is_own_class:
         yield f"{key}.path is not set: give the file or folder, {key}.path=..."
     if source.path is not None and source.hub is not None:
         yield f"{key}: both path and hub are given; one of them must go."
-    if source.format is Format.mapped and source.mapping is None:
+    if source.format == Format.mapped and source.mapping is None:
         yield f"{key}.mapping is not set: format=mapped needs it; conf/data/source/aihub_*.yaml show some."
-    if source.mapping is not None and source.format is not Format.mapped:
-        yield f"{key}.mapping: is read with format=mapped only, and format is {source.format.value}."
+    if source.mapping is not None and source.format != Format.mapped:
+        yield f"{key}.mapping: is read with format=mapped only, and format is {source.format}."
     elif source.mapping is not None:
         yield from find_mapping_errors(f"{key}.mapping", source.mapping)
         if source.markup is Markup.on:
             yield f"{key}.markup: format=mapped takes control tokens from mapping.regions, never from text; set auto."
+    yield from _find_image_root_errors(f"{key}.image_root", source)
     if source.repeat is not None and source.count is not None:
         yield f"{key}: both repeat and count are given; one of them must go."
     if source.kind is not None and source.kind not in list(SampleKind):
         suggestion = format_suggestion(find_nearest(source.kind, list(SampleKind)))
         yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(SampleKind)}.{suggestion}"
+
+
+def _find_image_root_errors(key: str, source: SourceConfig) -> Iterator[str]:
+    roots = source.image_root if isinstance(source.image_root, list) else [source.image_root]
+    if source.image_root is not None and not (roots and all(isinstance(root, str) and root for root in roots)):
+        yield f"{key}: expected a folder or a list of folders, found {source.image_root!r}."
+    elif len(roots) > 1 and source.format == Format.mapped:
+        yield f"{key}: format=mapped reads pictures from one folder, found {len(roots)}. Give the folder that holds them all."
 
 
 def _find_weight_errors(data: DataConfig) -> Iterator[str]:
@@ -191,11 +193,12 @@ def _find_share_errors(share: ShareConfig) -> Iterator[str]:
 
 def has_preference_pairs(source: SourceConfig) -> bool | None:
     """Return True if a source contains preference pairs; None if only the file can tell."""
-    if source.format is Format.preference or source.kind == SampleKind.preference:
+    if source.format == Format.preference or source.kind == SampleKind.preference:
         return True
-    if source.format is Format.builtin:
+    if source.format == Format.builtin:
         return source.path == SampleKind.preference
-    return None if source.format is Format.auto and source.kind is None else False
+    is_open = source.format == Format.auto or is_class_path(source.format)
+    return None if is_open and source.kind is None else False
 
 
 def _find_pair_errors(config: RunConfig) -> Iterator[str]:
@@ -209,13 +212,14 @@ def _find_pair_errors(config: RunConfig) -> Iterator[str]:
         yield f"data.sources: {names}: preference pairs, which stage={stage} cannot use; choose other data or dpo."
 
 
-def _find_prefer_data_errors(data: DataConfig) -> Iterator[str]:
-    names = ", ".join(name for name, source in data.sources.items() if has_preference_pairs(source))
+def _find_prefer_data_errors(config: RunConfig) -> Iterator[str]:
+    names = ", ".join(name for name, source in config.data.sources.items() if has_preference_pairs(source))
     if names:
         yield f"data.sources: {names}: preference pairs already; task=prefer makes them of conversations. Choose other data."
 
 
-def _find_trainer_errors(trainer: TrainerConfig) -> Iterator[str]:
+def _find_trainer_errors(config: RunConfig) -> Iterator[str]:
+    trainer = config.trainer
     batches = trainer.limit_val_batches
     if batches is not None and batches > 1 and batches % 1:
         yield f"trainer.limit_val_batches: above 1 it is a number of batches and must be whole, found {batches}."
@@ -328,11 +332,33 @@ def find_prefer_errors(config: RunConfig) -> Iterator[str]:
 ARTIFACTS = ("model", "lock", "report")
 
 
-def find_logger_errors(logger: LoggerConfig) -> Iterator[str]:
+def find_logger_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each unknown artifact, and for artifacts without W&B."""
+    logger = config.logger
     for name in logger.artifacts:
         if name not in ARTIFACTS:
             suggestion = format_suggestion(find_nearest(name, ARTIFACTS))
             yield f"logger.artifacts: there is no artifact {name}; there are {', '.join(ARTIFACTS)}.{suggestion}"
     if logger.artifacts and not logger.wandb:
         yield "logger.artifacts: are uploaded to Weights & Biases, and logger.wandb is false; choose logger=wandb."
+
+
+def find_sync_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message if task=sync has no folders."""
+    if not config.sync:
+        yield "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
+
+
+# Checks of the tasks that use one stage and its data, and of task=prefer; each takes the whole config.
+STAGE_CHECKS = (
+    _find_projector_errors,
+    _find_stage_errors,
+    _find_data_errors,
+    _find_pair_errors,
+    _find_trainer_errors,
+    lambda config: find_callback_errors(config.callbacks),
+    find_unused_stage_settings,
+    find_logger_errors,
+    _find_checkpoint_errors,
+)
+PREFER_CHECKS = (find_prefer_errors, _find_data_errors, _find_prefer_data_errors)

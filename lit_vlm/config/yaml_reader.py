@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import Enum
+from functools import lru_cache
 from inspect import isclass
 from pathlib import Path
 from types import UnionType
@@ -15,14 +16,12 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 from antlr4 import InputStream, Token
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra.core.plugins import Plugins
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
-from hydra.plugins.config_source import ConfigResult, ConfigSource
-from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import get_yaml_loader
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
 
+from lit_vlm.compat.hydra import BaseFileSource, get_yaml_loader, read_header, register_file_source
+from lit_vlm.config.callbacks import convert_to_list
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import get_setting_type
 
@@ -92,30 +91,40 @@ def is_text_setting(key: str, raw_value: str) -> bool:
 
 
 def read_settings(path: Path, package: str) -> Any:
-    """Read a file of settings that belong to `package`; None for an empty file."""
+    """Read a file of settings that belong to `package`; None for an empty file. The result is shared: do not change it."""
+    stat = path.stat()
+    return _read_settings_cached(path, package, (stat.st_mtime_ns, stat.st_size))
 
+
+@lru_cache(maxsize=256)
+def _read_settings_cached(path: Path, package: str, _stamp: tuple[int, int]) -> Any:
     def keep_text(keys: KeyPath, written: str) -> bool:
         return keys[:1] not in (("defaults",), ("hydra",)) and is_text_setting(
             ".".join(filter(None, (package, *keys))), written
         )
 
-    return read_yaml(path.read_text(encoding="utf-8"), keep_text, get_yaml_loader())
+    settings = read_yaml(path.read_text(encoding="utf-8"), keep_text, get_yaml_loader())
+    if not package and isinstance(settings, dict) and "callbacks" in settings:
+        settings["callbacks"] = convert_to_list(settings["callbacks"])
+    return settings
 
 
-class TextKeepingConfigSource(FileConfigSource):
+class TextKeepingConfigSource(BaseFileSource):
     """Config source for Hydra that reads YAML files by the types of the schema."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        path = Path(self.path) / self._normalize_file_name(config_path)
+        path = self.get_path(config_path)
+        if not path.is_file():
+            return super().load_config(config_path)
+        header = read_header(path.read_text(encoding="utf-8")[:512])
         try:
-            result = super().load_config(config_path)
-        except yaml.constructor.ConstructorError:  # also raised by a plain = or <<, which is text here
-            header = ConfigSource._get_header_dict(path.read_text(encoding="utf-8")[:512])
-            config = OmegaConf.create(read_settings(path, _find_package(config_path, header)))
-            return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, header)
-        if isinstance(result.config, DictConfig) and result.config:
-            result.config = OmegaConf.create(read_settings(path, _find_package(config_path, result.header)))
-        return result
+            settings = read_settings(path, _find_package(config_path, header))
+        except yaml.YAMLError:
+            super().load_config(config_path)  # raises an error that names the file
+            raise
+        if not (isinstance(settings, dict) and settings):
+            return super().load_config(config_path)
+        return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", OmegaConf.create(settings), header)
 
 
 def _find_package(config_path: str, header: dict[str, str | None]) -> str:
@@ -131,8 +140,7 @@ def _find_package(config_path: str, header: dict[str, str | None]) -> str:
 
 def register_yaml_source() -> None:
     """Make Hydra read its files through `TextKeepingConfigSource`."""
-    Plugins.instance()  # registers Hydra's own sources first
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = TextKeepingConfigSource
+    register_file_source(TextKeepingConfigSource)
 
 
 def quote_text(override: str) -> str:

@@ -322,10 +322,8 @@ def compute_tile_activation_bytes(shape: ModelShape, training: TrainingOptions) 
 
     A frozen tower stores nothing: its temporary tensors are freed before the language model begins.
     """
-    size, vision, hidden = training.precision.compute_bytes, shape.vision, shape.text.hidden_size
-    projector = vision.num_patches * (
-        size * (vision.hidden_size + 2 * hidden)
-    )  # two matrices' inputs and the activation's
+    size, vision = training.precision.compute_bytes, shape.vision
+    projector = vision.num_patches * size * shape.projector_activations
     if not training.trains_tower:
         return projector
     pixels = size * 3 * vision.image_size**2

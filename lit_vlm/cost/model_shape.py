@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lit_vlm.model.projectors import PROJECTORS, Projector, get_projector
+
 # Model types whose last layer is computed at loss positions only (`model/last_layer.py`).
 MODELS_WITH_PRUNED_LAST_LAYER = ("qwen2", "qwen3", "llama", "mistral", "granite", "hyperclovax")
 
@@ -59,15 +61,26 @@ class VisionShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of language model and vision tower."""
+    """Sizes of language model and vision tower, and the projector between them."""
 
     text: TextShape
     vision: VisionShape
+    projector: Projector = PROJECTORS["mlp2x_gelu"]
 
     @property
     def projector_parameters(self) -> int:
-        """Number of weights in the projector's two matrices."""
-        return self.vision.hidden_size * self.text.hidden_size + self.text.hidden_size**2
+        """Number of weights in the projector's matrices."""
+        return self.projector.count_parameters(self.vision.hidden_size, self.text.hidden_size)
+
+    @property
+    def projector_flops(self) -> int:
+        """FLOPs of the projector's forward pass for one patch."""
+        return self.projector.count_flops(self.vision.hidden_size, self.text.hidden_size)
+
+    @property
+    def projector_activations(self) -> int:
+        """Number of the projector's values of one patch that are kept for the backward pass."""
+        return self.projector.count_activations(self.vision.hidden_size, self.text.hidden_size)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
@@ -94,6 +107,7 @@ class ModelShape:
                 num_patches=patches,
                 num_positions=patches + (1 if vision.get("model_type") == "clip_vision_model" else 0),
             ),
+            get_projector(config),
         )
 
 
@@ -161,7 +175,7 @@ class Flops:
             per_square=2.0 * (3 + recomputed + reference_passes) * text.query_width * attention_layers,
             # the reference model reuses the features of a frozen vision tower
             per_tile=tower * (3 + recomputed + reference_passes if trains_tower else 1)
-            + 2.0 * (3 + reference_passes) * vision.num_patches * shape.projector_parameters,
+            + float((3 + reference_passes) * vision.num_patches * shape.projector_flops),
             per_supervised=2.0 * (passes - recomputed) * text.hidden_size * text.vocab_size
             + 2.0 * passes * loss_position_weights,
         )

@@ -1,4 +1,4 @@
-"""Training setup from which the strategy and the level of activation checkpointing are chosen."""
+"""Choice of the strategy and of the level of activation checkpointing, for training and for preflight."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import StrategyName
+from lit_vlm.config.schema import PreflightConfig, StageConfig, StrategyName, TrainerConfig
 from lit_vlm.cost.communication import (
     BytesPerValue,
     Cluster,
@@ -19,16 +19,19 @@ from lit_vlm.cost.communication import (
 )
 from lit_vlm.cost.layers import build_layer_costs
 from lit_vlm.cost.memory import (
+    DEVICES,
     Device,
     MemoryEstimate,
     MicroBatchSize,
     ParameterCounts,
+    Precision,
     Sharding,
     TrainingOptions,
     estimate_memory,
 )
 from lit_vlm.cost.model_shape import ModelShape
-from lit_vlm.types import format_count
+from lit_vlm.formatting import format_bytes, format_count
+from lit_vlm.types import ModelPart
 
 SHARDINGS = {
     StrategyName.single: Sharding.single,
@@ -156,6 +159,12 @@ MOSTLY_FROZEN_SHARE = 0.1  # below this share of trainable weights the cost of t
 MIN_SPEED_GAIN = 0.02  # share of the devices' speed: for a smaller gain, prefer the strategy with less network traffic
 MAX_HALVINGS = 8  # maximum halvings of a micro-batch that does not fit with any strategy
 CPU_REASON = "the trainer is on a CPU, whose memory nothing is compared with"
+DEVICES_PER_NODE = 8  # devices of a node, if the run has one device and preflight.world_size is larger
+CHECKPOINTING_LEVELS = (
+    Level.none,
+    Level.selective,
+    Level.full,
+)  # choices of `auto`, the fastest first
 MAX_DEVICES = 4096  # upper limit of the search for a sufficient number
 
 
@@ -195,7 +204,7 @@ def choose_strategy(setup: TrainingSetup) -> StrategyChoice:
             sizes = f"micro-batches of {smaller.micro_batch.tokens:,} tokens would fit, those of {setup.micro_batch.tokens:,} do not"
             return replace(choice, reason=f"{choice.reason}; {sizes}", fits=False)
     need = smallest.estimate_memory(StrategyName.deepspeed_zero3_offload).total
-    reason = f"nothing fits: a device needs {_format_bytes(need)} at the least"
+    reason = f"nothing fits: a device needs {format_bytes(need)} at the least"
     return StrategyChoice(StrategyName.deepspeed_zero3_offload, reason, fits=False, level=setup.candidate_levels[-1])
 
 
@@ -229,11 +238,102 @@ def describe_level(setup: TrainingSetup, strategy: StrategyName, level: Level) -
     if setup.device is None:
         return CPU_REASON
     need, name = setup.replace_level(level).estimate_memory(strategy).total, setup.device.name
-    text = f"a device needs about {_format_bytes(need)} of the {_format_bytes(setup.device.memory_bytes)} of {name}"
+    text = f"a device needs about {format_bytes(need)} of the {format_bytes(setup.device.memory_bytes)} of {name}"
     if level is setup.candidate_levels[0]:
         return text
     previous = setup.candidate_levels[setup.candidate_levels.index(level) - 1]
-    return f"{text}; with {previous.value} it would need {_format_bytes(setup.replace_level(previous).estimate_memory(strategy).total)}"
+    return f"{text}; with {previous.value} it would need {format_bytes(setup.replace_level(previous).estimate_memory(strategy).total)}"
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyDecision:
+    """Strategy and activation checkpointing level of a run, with reasons, and the choice of `auto`."""
+
+    strategy: StrategyName
+    reason: str  # for the choice of `auto`
+    level: Level
+    level_reason: str
+    advised: StrategyChoice
+
+
+def select_strategy(setup: TrainingSetup, requested: StrategyName) -> StrategyDecision:
+    """Select strategy and activation checkpointing level: as set, or chosen where the setting is `auto`."""
+    best = choose_strategy(setup)
+    strategy = best.strategy if requested is StrategyName.auto else requested
+    level = best.level if requested is StrategyName.auto else choose_level(setup, strategy)
+    return StrategyDecision(strategy, best.reason, level, describe_level(setup, strategy, level), best)
+
+
+def select_cpu_strategy(trainer: TrainerConfig, level: Level) -> StrategyDecision:
+    """Select the strategy on a CPU: full copies of the model without activation checkpointing, since memory is not compared."""
+    requested = trainer.strategy
+    strategy = StrategyName.ddp if trainer.devices * trainer.num_nodes > 1 else StrategyName.single
+    best = StrategyChoice(strategy, "the trainer is on a CPU")
+    return StrategyDecision(
+        strategy if requested is StrategyName.auto else requested,
+        best.reason,
+        best.level if level is Level.auto else level,
+        CPU_REASON,
+        best,
+    )
+
+
+def make_training_setup(
+    shape: ModelShape,
+    parameters: ParameterCounts,
+    micro_batch: MicroBatchSize,
+    *,
+    world_size: int,
+    num_micro_batches: int,
+    stage: StageConfig,
+    trainer: TrainerConfig,
+    preflight: PreflightConfig,
+    device: Device | None = None,
+) -> TrainingSetup:
+    """Make the setup that decides the strategy.
+
+    A trainer on a CPU has no memory limit: there every strategy fits.
+
+    Args:
+        micro_batch: the largest micro-batch of a device.
+        num_micro_batches: micro-batches of a device in an optimizer step.
+        device: the actual device; None: the one that `preflight.device` names.
+    """
+    if device is None and trainer.accelerator in ("gpu", "cuda"):
+        device = DEVICES[preflight.device]
+    return TrainingSetup(
+        shape=shape,
+        parameters=parameters,
+        training=describe_training(stage, trainer.precision, parameters),
+        micro_batch=micro_batch,
+        world_size=world_size,
+        devices_per_node=get_devices_per_node(trainer, world_size),
+        device=device,
+        utilisation=preflight.utilisation,
+        fabric=Fabric.from_gigabits(preflight.network),
+        shard_size=trainer.shard_size,
+        num_micro_batches=num_micro_batches,
+        allowed_levels=CHECKPOINTING_LEVELS if stage.activation_checkpointing is Level.auto else (),
+    )
+
+
+def get_devices_per_node(trainer: TrainerConfig, world_size: int) -> int:
+    """Return the devices of a node: those of the run, or `DEVICES_PER_NODE` if the run has one device and plans for more."""
+    alone = trainer.devices * trainer.num_nodes == 1
+    return min(world_size, DEVICES_PER_NODE if alone else trainer.devices)
+
+
+def describe_training(stage: StageConfig, precision: str, parameters: ParameterCounts) -> TrainingOptions:
+    """Describe the training for the cost model. `auto` counts as no activation checkpointing: the setup lists the levels to choose from."""
+    level = stage.activation_checkpointing
+    return TrainingOptions(
+        Precision.from_name(precision),
+        trains_language_model=ModelPart.language_model in stage.trainable,
+        trains_tower=ModelPart.vision_tower in stage.trainable,
+        checkpointing=Level.none if level is Level.auto else level,
+        reference_parameters=parameters.reference,
+        reference_matrices=parameters.reference_matrices,
+    )
 
 
 def _scale_micro_batch(setup: TrainingSetup, share: float) -> TrainingSetup:
@@ -265,7 +365,7 @@ def _choose_if_fits(setup: TrainingSetup, strategy: StrategyName, reason: str) -
 
 
 def _describe_ddp(setup: TrainingSetup) -> str:
-    sent = _format_bytes(setup.bytes_per_value.gradient * setup.parameters.trainable)
+    sent = format_bytes(setup.bytes_per_value.gradient * setup.parameters.trainable)
     if setup.parameters.trainable < MOSTLY_FROZEN_SHARE * setup.parameters.total:
         return f"frozen weights are copied to each device and not sent; a step sums {sent} of gradients"
     return f"the model and its optimizer fit on each device; a step sums {sent} of gradients and sends nothing else"
@@ -289,7 +389,7 @@ def _choose_across_nodes(setup: TrainingSetup) -> StrategyChoice | None:
         _choose_if_fits(setup, StrategyName.deepspeed_zero3, f"{size}, so all {setup.world_size} devices share one"),
     )  # fmt: skip
     if within_node is None and across_nodes is not None:
-        node_needs = _format_bytes(setup.estimate_memory(StrategyName.hsdp).total)
+        node_needs = format_bytes(setup.estimate_memory(StrategyName.hsdp).total)
         return replace(across_nodes, reason=f"{across_nodes.reason}, for within a node each would need {node_needs}")
     if within_node is None or across_nodes is None:
         return within_node
@@ -318,7 +418,7 @@ def estimate_break_even(setup: TrainingSetup) -> float | None:
 
 
 def _describe_copy_size(setup: TrainingSetup) -> str:
-    return f"a whole copy needs {_format_bytes(setup.estimate_memory(StrategyName.ddp).total)} on a device"
+    return f"a whole copy needs {format_bytes(setup.estimate_memory(StrategyName.ddp).total)} on a device"
 
 
 def find_min_devices(setup: TrainingSetup) -> int | None:
@@ -327,10 +427,3 @@ def find_min_devices(setup: TrainingSetup) -> int | None:
         if setup.can_fit(StrategyName.deepspeed_zero3, world_size=num_devices):
             return num_devices
     return None
-
-
-def _format_bytes(number: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if number >= unit:
-            return f"{number / unit:,.0f} {name}" if number >= 10 * unit else f"{number / unit:.1f} {name}"
-    return f"{number / 1e3:.1f} kB"

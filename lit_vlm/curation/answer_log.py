@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lit_vlm.data.packing.mixture_lock import TEMPLATE_DATE_KEY
 from lit_vlm.data.quarantine import BAD_RECORDS_FILE
-from lit_vlm.files import CorruptFileError, append_line, atomic_write, handle_write_errors, read_json
+from lit_vlm.files import CorruptFileError, append_line, atomic_write, handle_write_errors, read_json, read_json_lines
 from lit_vlm.types import UserError
 
 MANIFEST, ANSWERS, IMAGES = "manifest.json", "answers.jsonl", "images"
@@ -72,7 +71,8 @@ class AnswerLog:
             )
         log.replaces_existing = overwrite and bool(manifest) and (bool(differences) or is_finished)
         if manifest and not log.replaces_existing:
-            log.lines, log.is_finished = {line["key"]: line for line in _read_lines(log.folder)}, is_finished
+            rows = read_json_lines(log.folder / ANSWERS)  # the prompt of an incomplete line is processed again
+            log.lines, log.is_finished = {row["key"]: row for row in rows if "key" in row}, is_finished
         return log
 
     def start(self) -> None:
@@ -136,19 +136,6 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     if manifest is not None and not (isinstance(manifest.get("question"), dict) and "status" in manifest):
         raise CorruptFileError(f"{folder / MANIFEST} is damaged: it lacks what every one has. {remedy}")
     return manifest
-
-
-def _read_lines(folder: Path) -> Iterator[dict[str, Any]]:
-    """Read the complete lines; the prompt of an incomplete line, cut by the end of its process, is processed again."""
-    file = folder / ANSWERS
-    text = file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
-    for line in text.split("\n"):  # not splitlines(): answers may hold Unicode line separators
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "key" in record:
-            yield record
 
 
 def _find_differences(known: dict[str, Any], requested: dict[str, Any]) -> list[str]:

@@ -96,7 +96,7 @@ class PairImages:
     def resolve_path(self, image: LazyImage, origin: str) -> str:
         """Return the path of an image, relative to `root` where possible. An image without a file is saved first."""
         if isinstance(image, FileImage):
-            location = resolve_original_path(resolve_image_path(image.path, image.root, origin))
+            location = resolve_original_path(resolve_image_path(image.path, image.root, origin, image.more_roots))
             if location.is_relative_to(self.root):
                 return location.relative_to(self.root).as_posix()
             return location.as_posix()

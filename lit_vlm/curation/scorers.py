@@ -9,11 +9,12 @@ from typing import Protocol
 
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.config.callbacks import instantiate
+from lit_vlm.config.user_classes import instantiate
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.generation import format_prompt, generate_answers
 from lit_vlm.evaluation.metrics import compute_score
-from lit_vlm.types import ContentPart, ImagePlaceholder, Language, Message, Role, Sample, UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import ContentPart, ImagePlaceholder, Language, Message, Role, Sample, UserError
 
 GradeRequest = tuple[Sample, str]  # a sample, whose last message is the reference answer, and the answer to grade
 

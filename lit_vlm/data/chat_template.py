@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lit_vlm.data.template_date import freeze_date, is_date_dependent, validate_determinism
-from lit_vlm.types import IMAGE_TOKEN, ControlToken, ImagePlaceholder, Message, Role, UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import IMAGE_TOKEN, ControlToken, ImagePlaceholder, Message, Role, UserError
 
 SENTINEL_START, SENTINEL_END = (
     "\ue000",

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from lit_vlm.anyres import TileLayout
+from lit_vlm.compat.torch import allocate_shared
 from lit_vlm.data.chat_template import TokenSequence
 from lit_vlm.data.decoding import REMEDY
 from lit_vlm.data.processor import Processor
@@ -176,5 +177,5 @@ def _allocate(*shape: int) -> torch.Tensor:
     """Allocate a uint8 tensor; in a DataLoader worker in memory shared with the trainer, which saves a copy of the batch."""
     if get_worker_info() is None or not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does
+    storage = allocate_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

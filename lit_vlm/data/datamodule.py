@@ -16,6 +16,7 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lit_vlm.compat.lightning import has_distributed_sampler, set_num_steps
 from lit_vlm.config.schema import OnOverlong
 from lit_vlm.cost import Flops
 from lit_vlm.data.index.build import build_index
@@ -214,11 +215,11 @@ class DataModule(L.LightningDataModule):
                 self.max_steps = self.trainer.max_steps
             plan = self.make_plan(self.trainer.world_size)
             self.trainer.accumulate_grad_batches = plan.accumulate_grad_batches
-            self.trainer.fit_loop.epoch_loop.max_steps = plan.num_steps
+            set_num_steps(self.trainer, plan.num_steps)
 
     def _validate_sampler(self) -> None:
         """Refuse Lightning's distributed sampler: it would split the plan's micro-batches over the ranks a second time."""
-        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+        if self.trainer.world_size > 1 and has_distributed_sampler(self.trainer):
             raise UserError(
                 "On several devices give the Trainer use_distributed_sampler=False: the plan deals to the ranks."
             )

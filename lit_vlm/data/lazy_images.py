@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import io
 import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -155,19 +156,23 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class FileImage(EncodedImage):
-    """Image file inside `root`; `path` is as the dataset writes it, `origin` is the record that names it."""
+    """Image file inside `root` or one of `more_roots`.
+
+    `path` is as the dataset writes it, `origin` is the record that names it.
+    """
 
     path: str
     root: Path
     origin: str
     max_pixels: int
+    more_roots: tuple[Path, ...] = ()
 
     @property
     def _description(self) -> str:  # type: ignore[override]
         return f"image {format_untrusted(self.path)}"
 
     def _open(self) -> BinaryIO:
-        found = resolve_image_path(self.path, self.root, self.origin)
+        found = resolve_image_path(self.path, self.root, self.origin, self.more_roots)
         try:
             return open(found, "rb")
         except OSError as error:
@@ -229,46 +234,62 @@ def _is_encodable(path: str) -> bool:
     return True
 
 
-def resolve_image_path(path: str, root: Path, origin: str) -> Path:
-    """Resolve an image path to the regular file inside `root`; symbolic links are followed.
+def resolve_image_path(path: str, root: Path, origin: str, more_roots: Sequence[Path] = ()) -> Path:
+    """Resolve an image path to the regular file inside one of the roots; symbolic links are followed into these only.
 
     If a name does not exist as written, other Unicode normal forms are tried: macOS stores Hangul decomposed (NFD),
     datasets write it composed (NFC), and on Linux these are different names.
 
     Raises:
-        RecordError: an URL, a path that leads out of the root, a missing file, or not a regular file.
+        RecordError: an URL, a path that leads out of all roots, a missing file, not a regular file, or files of different
+            content below two roots.
     """
     validate_image_path(path, origin)
     try:
-        real_root = root.resolve()
-        # Checked before any lookup, so that the error does not reveal whether a file outside of the root exists.
-        found = _resolve_inside(real_root / path, real_root, path, origin)
-        if not found.exists():
-            found = _resolve_inside(_find_other_spelling(real_root, path), real_root, path, origin)
-        status = found.stat()
+        roots = [folder.resolve() for folder in (root, *more_roots)]
+        # Checked before any lookup, so that the error does not reveal whether a file outside of the roots exists.
+        candidates = [_resolve_inside(folder / path, roots, path, origin) for folder in roots]
+        found = [candidate for candidate in candidates if candidate.exists()]
+        if not found:
+            spellings = [_find_other_spelling(folder, path) for folder in roots]
+            candidates = [_resolve_inside(spelling, roots, path, origin) for spelling in spellings]
+            found = [candidate for candidate in candidates if candidate.exists()] or candidates[:1]
+        status = found[0].stat()
+        other = next((file for file in found[1:] if not _is_same_content(found[0], file)), None)
     except (FileNotFoundError, NotADirectoryError):
         remedy = "Set data.sources.<name>.image_root=... to the folder that the paths start from, or fix the record"
+        where = " or ".join(map(str, (root, *more_roots)))
         raise RecordError(
-            origin, f"image {format_untrusted(path)} not found in {root}", remedy, Fault.missing
+            origin, f"image {format_untrusted(path)} not found in {where}", remedy, Fault.missing
         ) from None
     except (OSError, RuntimeError, ValueError) as error:  # link loops, long names, lone surrogates, no permission
         if isinstance(error, RecordError):
             raise
         reason = f"image {format_untrusted(path)} cannot be reached: {describe_error(error)}"
         raise RecordError(origin, reason, REMEDY, Fault.unreadable) from error
+    if other is not None:
+        reason = f"image {format_untrusted(path)} is two different files, {found[0]} and {other}"
+        remedy = "Take one of them away, or name the image by a path that only one folder of image_root has"
+        raise RecordError(origin, reason, remedy, Fault.unreadable)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would block for ever
         raise RecordError(origin, f"image {format_untrusted(path)} is not a regular file", REMEDY, Fault.unreadable)
-    return found
+    return found[0]
 
 
-def _resolve_inside(candidate: Path, root: Path, path: str, origin: str) -> Path:
-    """Resolve symbolic links; raise RecordError if the result is outside of `root`."""
+def _is_same_content(file: Path, other: Path) -> bool:
+    """Return True if both are one file, or regular files of the same bytes (compared once per size and time of change)."""
+    both_regular = file.is_file() and other.is_file()
+    return file == other or (both_regular and filecmp.cmp(file, other, shallow=False))
+
+
+def _resolve_inside(candidate: Path, roots: Sequence[Path], path: str, origin: str) -> Path:
+    """Resolve symbolic links; raise RecordError if the result is outside of all roots."""
     resolved = candidate.resolve()
-    if not resolved.is_relative_to(root):
-        remedy = (
-            "Set data.sources.<name>.image_root=... to a folder that holds all images of the source, or fix the record"
-        )
-        raise RecordError(origin, f"image {format_untrusted(path)} leads out of {root}", remedy, Fault.outside)
+    if not any(resolved.is_relative_to(root) for root in roots):
+        where = " and ".join(map(str, roots))
+        remedy = "Set data.sources.<name>.image_root=... to a folder that holds all images of the source"
+        remedy += ", or to the list of such folders, or fix the record"
+        raise RecordError(origin, f"image {format_untrusted(path)} leads out of {where}", remedy, Fault.outside)
     return resolved
 
 

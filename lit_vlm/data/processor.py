@@ -17,18 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from lit_vlm.anyres import ImageSettings, TileLayout
 from lit_vlm.data.chat_template import ChatTemplate, TokenSequence
 from lit_vlm.data.tiling import load_tiles
-from lit_vlm.types import (
-    Fault,
-    ImagePlaceholder,
-    Message,
-    PreferencePair,
-    Record,
-    RecordError,
-    Role,
-    Sample,
-    UserError,
-    format_count,
-)
+from lit_vlm.formatting import format_count
+from lit_vlm.types import Fault, ImagePlaceholder, Message, PreferencePair, Record, RecordError, Role, Sample, UserError
 
 _COST_VERSION = 2  # increase it when the same records get other counts; it is part of the digest
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.config.schema import OnBadRecord
+from lit_vlm.config.schema import OnBadRecord, SourceConfig
 from lit_vlm.data.index.sample_index import SampleIndex
-from lit_vlm.files import append_line, atomic_write
+from lit_vlm.files import append_line, atomic_write, read_json_lines
 from lit_vlm.types import Fault, RecordError, UserError
 
 
@@ -54,17 +55,14 @@ class Ledger:
         """
         path = Path(path)
         try:
-            text = path.read_bytes().decode("utf-8", "replace")
-        except FileNotFoundError:
-            text = ""
+            rows = read_json_lines(path)
         except OSError as error:
             raise UserError(
                 f"{path} cannot be read: {error.strerror or error}. The samples that this run leaves out are listed there: "
                 "mend it, or remove it, and a sample that is still bad is met and entered again."
             ) from error
-        # splitlines() would also split at other Unicode line separators
-        found = (_parse_entry(line) for line in text.split("\n"))
-        return cls(path, [entry for entry in found if entry is not None])
+        names = [item.name for item in fields(LedgerEntry)]
+        return cls(path, [LedgerEntry(**{name: row[name] for name in names}) for row in rows if row.keys() >= {*names}])
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -110,15 +108,11 @@ class Ledger:
         return np.sort(np.concatenate(found))
 
 
-def _parse_entry(line: str) -> LedgerEntry | None:
-    """Parse a line; return None if it is incomplete or malformed."""
-    try:
-        values = json.loads(line)
-        return LedgerEntry(**{item.name: values[item.name] for item in fields(LedgerEntry)})
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
+NEARLY_ALL = 0.9  # share of a source's images above which their folder is wrong
+MIN_MISSING = 3  # missing images of a source, unless it has fewer records
+MAX_MISSING_SHOWN = 3  # missing images that a message names
+MAX_SEARCHED_FOLDERS = 200  # folders beside the searched one in which an image is looked for
+_MISSING_IMAGE = re.compile(r"image (['\"])(.+)\1 (?:not found in|leads out of) (.+)\Z")
 MAX_SHOWN = 10  # errors that a message lists; the file lists all
 BAD_RECORDS_FILE = "bad_records.jsonl"
 
@@ -197,6 +191,74 @@ class Quarantine:
             )
         lines.append(f"All are listed in {path}. Fix them, or allow more with data.max_quarantined=<share>.")
         return "\n".join(lines)
+
+
+def find_missing_image_errors(
+    indexes: Sequence[SampleIndex], configs: Mapping[str, SourceConfig], table: str = "data.sources"
+) -> dict[str, str]:
+    """Find the sources of which all or nearly all images are missing: their folder is wrong, not their records.
+
+    Args:
+        indexes: parts of one index with the same sources, such as training and held-out samples.
+        configs: settings of the sources by name.
+        table: key of the sources' settings.
+
+    Returns:
+        One error message by the name of the source.
+    """
+    messages = dict[str, str]()
+    for number, source in enumerate(indexes[0].sources):
+        errors = {
+            error.origin: error
+            for index in indexes
+            for name, error in index.errors
+            if name == source.name and error.fault in (Fault.missing, Fault.outside)
+        }
+        found = sum(int((index.images[index.find_source_samples(number)] > 0).sum()) for index in indexes)
+        total = len(errors) + found
+        if len(errors) >= min(MIN_MISSING, len(source)) and len(errors) >= NEARLY_ALL * total:
+            key = f"{table}.{source.name}.image_root"
+            messages[source.name] = _format_missing_images(key, list(errors.values()), total, configs.get(source.name))
+    return messages
+
+
+def _format_missing_images(key: str, errors: list[RecordError], total: int, config: SourceConfig | None) -> str:
+    """Format the message for missing images: the first of them, the setting, and the folder where they are, if it is near."""
+    first = "; ".join(f"{error.origin}: {error.reason}" for error in errors[:MAX_MISSING_SHOWN])
+    many = f"; and {len(errors) - MAX_MISSING_SHOWN:,} more" if len(errors) > MAX_MISSING_SHOWN else ""
+    match = _MISSING_IMAGE.search(errors[0].reason)
+    folder = find_image_root(match[2], match[3], config.path if config else None) if match else None
+    remedy = f"Set {key} to the folder that these paths start from"
+    if folder is not None:
+        remedy = f"They are below {folder}: set {key}={folder}"
+    return f"{key}: {len(errors):,} of {total:,} records name images that are not there: {first}{many}. {remedy}."
+
+
+def find_image_root(image: str, root: str, data_path: str | None) -> Path | None:
+    """Find a folder from which the path of an image leads to a file: near the root that was searched, or near the data file."""
+    bases = [Path(root), *([Path(data_path).parent] if data_path else [])]
+    candidates = dict.fromkeys(
+        folder
+        for base in bases
+        for near in (base, base.parent)
+        if near.is_dir()
+        for folder in (near, *_list_subfolders(near))
+    )
+    return next((folder for folder in candidates if folder != Path(root) and _is_file(folder / image)), None)
+
+
+def _list_subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(child for child in folder.iterdir() if child.is_dir())[:MAX_SEARCHED_FOLDERS]
+    except OSError:
+        return []
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def format_unused_keys(name: str, unused_keys: Mapping[str, int]) -> str:

@@ -6,7 +6,6 @@ be used is a `RecordError` of `source[index]`; the other records stay usable.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import unicodedata
@@ -14,23 +13,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
-from lit_vlm.data.readers.context import ReaderSettings, RecordContext
+from lit_vlm.config.user_classes import is_class_path
+from lit_vlm.data.readers.columns import check_columns, get_columns, rename_columns
+from lit_vlm.data.readers.context import ReaderSettings, RecordContext, find_mark
 from lit_vlm.data.readers.formats import FORMATS, RecordReader, read_any_format
+from lit_vlm.data.readers.own_source import open_own_source
 from lit_vlm.data.readers.record_files import (
     check_file_split,
     detect_format,
+    find_pattern_files,
+    find_pattern_folder,
     find_record_files,
     format_suggestion,
+    is_pattern,
+    list_identity_files,
     load_hub_rows,
     open_row_files,
     resolve_source_path,
 )
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import get_file_identity
-from lit_vlm.data.readers.unsupported_keys import find_mark
-from lit_vlm.data.staging import resolve_original_path
 from lit_vlm.data.subsets import SourceSubset, TileLimitedSource
-from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError
 
 # By the names of config's Format, and formats that only `auto` finds.
 READERS: dict[str, RecordReader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_any_format}
@@ -65,7 +70,10 @@ class FileSource:
             raise IndexError(index)
         place = RecordContext(self._rows.get_origin(index), self._settings)
         try:
-            return self._read(self._rows[index], place)
+            row = self._rows[index]
+            if self._settings.columns:
+                row = rename_columns(row, self._settings.columns)
+            return self._read(row, place)
         except RecursionError:
             raise place.make_error("it is nested too deeply to be read") from None
 
@@ -109,9 +117,13 @@ def open_source(
         raise UserError(f"data.sources.{name}.fraction={config.fraction}: above 0 and at most 1, or null for all.")
     kind = _parse_kind(name, config.kind)
     split = config.split or (None if held_out else "train")  # the split that records may name
-    if config.format in (Format.builtin, Format.digits):
+    source: Source
+    if is_class_path(config.format):
+        settings = _build_settings(name, config, kind, max_image_pixels, config.format, Path(config.path or "."), split)
+        source = open_own_source(name, config, settings)
+    elif config.format in (Format.builtin, Format.digits):
         source = _make_source(name, config, kind, seed, held_out)
-    elif config.format is Format.mapped:
+    elif config.format == Format.mapped:
         source = _open_mapped(name, config, kind, max_image_pixels, split)
     else:
         source = _open_files(name, config, kind, max_image_pixels, split, cache)
@@ -136,20 +148,23 @@ def _open_files(
     if not len(rows):
         where = f"hub={config.hub}" if config.hub else f"path={config.path}"
         raise UserError(f"data.sources.{name}.{where}: no records in it. Give a file that has some.")
+    columns = get_columns(config.columns)
+    check_columns(name, columns, rows)
     archive = files[0].suffix.lower() == ".tar"
-    if config.format is Format.webdataset and not archive:
+    if config.format == Format.webdataset and not archive:
         raise UserError(f"data.sources.{name}.format=webdataset reads .tar files; found {files[0].name}.")
     if archive and config.image_root is not None:
         raise UserError(
             f"data.sources.{name}.image_root has no effect: the pictures are those of {files[0].name}. Take it away."
         )
-    if config.format is not Format.auto:
-        source_format = config.format.name
+    if config.format != Format.auto:
+        source_format = str(config.format)
     else:
-        source_format = "webdataset" if archive else detect_format(name, rows)
+        source_format = "webdataset" if archive else detect_format(name, rows, columns)
     settings = _build_settings(name, config, kind, max_image_pixels, source_format, root, split)
     limit = config.num_samples if config.fraction is None else None  # else it limits the selected records
-    return FileSource(name, rows, READERS[source_format], settings, limit, _compute_digest(files, settings, limit))
+    digest = _compute_digest(list_identity_files(files), settings, limit)
+    return FileSource(name, rows, READERS[source_format], settings, limit, digest)
 
 
 def _open_rows(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, list[Path], Path]:
@@ -160,7 +175,19 @@ def _open_rows(name: str, config: SourceConfig, cache: Path | None) -> tuple[Row
         rows, files = load_hub_rows(name, config)
         local = Path(config.hub).expanduser()
         return rows, files, local if local.is_dir() else (files or [local])[0].parent
-    path, files = find_record_files(name, resolve_source_path(name, "path", config.path, config), config.split)
+    if config.path is not None and is_pattern(config.path):
+        files = find_pattern_files(name, config.path)
+        folder = find_pattern_folder(config.path)
+        rows = open_row_files(name, folder, files, cache)
+        if config.split is not None:
+            check_file_split(name, rows, files[0], config.split)
+        return rows, files, folder
+    path, files = find_record_files(
+        name,
+        resolve_source_path(name, "path", config.path, config),
+        config.split,
+        only_tars=config.format == Format.webdataset,
+    )
     rows = open_row_files(name, path, files, cache)
     if config.split is not None and path.is_file():
         check_file_split(name, rows, path, config.split)
@@ -195,11 +222,13 @@ def _build_settings(
     Args:
         root: folder of relative image paths, unless image_root is set.
     """
-    own_root = config.image_root
+    given = config.image_root if isinstance(config.image_root, list) else [config.image_root]
+    own_roots = [resolve_source_path(name, "image_root", folder, config) for folder in given if folder is not None]
+    image_root, *more_image_roots = [folder.resolve() for folder in own_roots or [root]]
     return ReaderSettings(
         source=name,
         format=source_format,
-        image_root=(root if own_root is None else resolve_source_path(name, "image_root", own_root, config)).resolve(),
+        image_root=image_root,
         max_pixels=max_image_pixels,
         language=Language[config.language.name],
         kind=kind,
@@ -209,14 +238,16 @@ def _build_settings(
         split=split,
         counts_markup=config.markup is Markup.auto,
         marks_are_text=config.marks is MarkerMeaning.text,
+        more_image_roots=tuple(more_image_roots),
+        columns=get_columns(config.columns),
     )
 
 
 def _make_source(name: str, config: SourceConfig, kind: SampleKind | None, seed: int, held_out: bool) -> Source:
     """Make a source of generated data (builtin) or of data bundled with a library (digits)."""
     if config.prompts:
-        raise UserError(f"data.sources.{name}.prompts: not for format={config.format.name}, whose records ask already.")
-    make = _make_digits_source if config.format is Format.digits else _make_builtin_source
+        raise UserError(f"data.sources.{name}.prompts: not for format={config.format}, whose records ask already.")
+    make = _make_digits_source if config.format == Format.digits else _make_builtin_source
     source = make(name, config, Language[config.language.name], kind, seed, held_out)
     return source if config.max_tiles is None else TileLimitedSource(source, config.max_tiles)
 
@@ -272,10 +303,7 @@ def _parse_prompts(name: str, prompts: Sequence[str], marks_are_text: bool) -> t
 
 def _dump_reader_settings(settings: ReaderSettings) -> str:
     """Dump the settings that determine how a row is read; the source's name does not."""
-    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    del fields["source"]
-    fields["image_root"] = resolve_original_path(settings.image_root)
-    return json.dumps([_READER_VERSION, fields], sort_keys=True, default=str)
+    return json.dumps([_READER_VERSION, settings.describe()], sort_keys=True, default=str)
 
 
 def _compute_digest(files: Sequence[Path], settings: ReaderSettings, limit: int | None) -> str:

@@ -10,7 +10,6 @@ and the modification time of their originals, to the nanosecond.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -20,12 +19,13 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lit_vlm.types import UserError, format_count
+from lit_vlm.files import TEMPORARY_NAME, replace_file
+from lit_vlm.formatting import format_count
+from lit_vlm.types import UserError
 
 STAGING_VARIABLE = "LIT_VLM_STAGED"
 NUM_COPY_THREADS = 8  # parallel copies; for small images the latency of the server dominates
 SPARE_BYTES = 1 << 30  # kept free on the disk
-_TEMPORARY_NAME = re.compile(r"\.(.+)\.\d+\Z")
 
 
 def resolve_staged_path(path: Path) -> Path:
@@ -108,7 +108,7 @@ def _remove_stale(root: Path, folder: Path) -> None:
         return
     for copy in _walk_files(copies):
         file = root / copy.relative_to(copies)
-        temporary = _TEMPORARY_NAME.match(file.name)  # another job of this node may be copying it now
+        temporary = TEMPORARY_NAME.fullmatch(file.name)  # another job of this node may be copying it now
         if not os.path.lexists(file) and not (temporary and os.path.lexists(file.with_name(temporary[1]))):
             copy.unlink(missing_ok=True)
 
@@ -129,20 +129,18 @@ def _is_same(file: Path, copy: Path) -> bool:
 
 def _copy_file(file: Path, copy: Path) -> None:
     """Copy a file or symbolic link through a temporary name, with its modification time."""
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}")
-    copy.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if file.is_symlink():
-            temporary.symlink_to(os.readlink(file))
-        elif file.is_file():
-            shutil.copyfile(file, temporary)
-            status = file.stat()
-            os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
-        else:
+        if not file.is_symlink() and not file.is_file():
             return  # pipes and sockets are not copied
-        os.replace(temporary, copy)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(copy, durable=False) as temporary:
+            if file.is_symlink():
+                temporary.symlink_to(os.readlink(file))
+            else:
+                shutil.copyfile(file, temporary)
+                status = file.stat()
+                os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         what = f"{file} cannot be copied to {copy.parent} of {socket.gethostname()}: {error.strerror}"
         raise UserError(f"{what}. Choose another submit.stage_to, or none.") from error
 

@@ -19,7 +19,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lit_vlm.distributed.engine_state import FSDPShardedState, get_local_rows, reshard
+from lit_vlm.compat.lightning import set_mesh_shape
+from lit_vlm.compat.torch import allocate_on_device, get_local_rows
+from lit_vlm.distributed.sharded_state import FSDPShardedState, reshard
 from lit_vlm.model.skeleton import defer_weights, read_initial_values
 from lit_vlm.types import UserError
 
@@ -57,8 +59,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.hybrid, self.shard_size = hybrid, shard_size
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.world_size  # Lightning's own mesh, which only its samplers use
-        self._tensor_parallel_size = 1
+        set_mesh_shape(self, data_parallel=self.world_size, tensor_parallel=1)  # only Lightning's samplers use it
         groups = self._count_groups()
         super().setup_environment()
         kind = self.root_device.type
@@ -175,7 +176,7 @@ def load_local_weights(model: LlavaOnevisionForConditionalGeneration, device: to
     In addition, it needs memory for this rank's rows of one weight at a time.
     """
     uninitialized = {name for name, parameter in model.named_parameters() if parameter.is_meta}
-    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    allocate_on_device(model, device)
     for name, parameter in model.named_parameters():
         if name in uninitialized:
             local_rows, start = get_local_rows(parameter)

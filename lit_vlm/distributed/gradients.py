@@ -8,6 +8,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_vlm.compat.deepspeed import get_zero_engine, skip_next_update
+from lit_vlm.compat.torch import compute_norms
+
 
 def compute_grad_square_sum(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
     """Compute this rank's part of the squared gradient norm, [] float64. The sum over ranks is the squared norm of the step.
@@ -17,7 +20,7 @@ def compute_grad_square_sum(trainer: L.Trainer, optimizer: torch.optim.Optimizer
     """
     total = torch.zeros((), dtype=torch.float64, device=trainer.strategy.root_device)
     for replicas, gradients in _group_by_replicas(trainer, optimizer).items():
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norms = compute_norms(gradients)
         total += torch.stack([norm.to(total.device) for norm in norms]).double().square().sum() / replicas
     return total
 
@@ -29,9 +32,9 @@ def get_local_gradients(trainer: L.Trainer, optimizer: torch.optim.Optimizer) ->
 
 def skip_update(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
     """Skip the next update: weights, moments and the optimizer's step count stay as they are."""
-    engine = _get_deepspeed_engine(trainer)
+    engine = get_zero_engine(trainer.strategy.model)
     if engine is not None:
-        _skip_zero_update(engine)
+        skip_next_update(engine)
         return
     for parameter in _get_parameters(optimizer):
         parameter.grad = None  # PyTorch's optimizers skip a parameter without a gradient
@@ -60,39 +63,3 @@ def _group_by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> 
 
 def _get_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _get_deepspeed_engine(trainer: L.Trainer) -> Any:
-    """Return DeepSpeed's engine if its ZeRO optimizer holds the gradients, else None."""
-    engine = trainer.strategy.model
-    zero = getattr(engine, "optimizer", None)
-    return engine if hasattr(zero, "averaged_gradients") else None
-
-
-def _skip_zero_update(engine: Any) -> None:
-    """Skip one step under ZeRO: DeepSpeed skips a step with an overflow, so report an overflow for one step."""
-    zero = engine.optimizer
-
-    def mark_overflow(*_: Any, **__: Any) -> None:
-        zero.overflow = True
-
-    patches = {
-        "check_grad_overflow": True,
-        "check_overflow": mark_overflow,
-        "_overflow_check_and_loss_scale_update": mark_overflow,
-    }
-
-    def step(closure: Any = None) -> None:
-        del zero.step  # restores the method of the class
-        before = {name: zero.__dict__[name] for name in patches if name in zero.__dict__}
-        zero.__dict__.update(patches)
-        try:
-            zero.step()
-        finally:
-            for name in patches:
-                del zero.__dict__[name]
-            zero.__dict__.update(before)
-        if engine.lr_scheduler is not None:  # the learning-rate schedule follows the step number
-            engine.lr_scheduler.step()
-
-    zero.step = step

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from lit_vlm.types import UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import UserError
 
 _FIRST_RESERVED_STEP = (
     0xFFFFFFF0  # step ids from here on are reserved by Slurm: batch script, interactive shell, extern

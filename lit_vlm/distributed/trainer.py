@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_vlm.config.schema import RunConfig, StrategyName, TrainerConfig
+from lit_vlm.config.schema import StrategyName, TrainerConfig
 from lit_vlm.distributed.ranks import make_cluster_plugins
 from lit_vlm.types import UserError
 
@@ -74,10 +74,15 @@ DEBUG_FAST_STEPS = 4  # debug=fast
 DEBUG_PROFILE_STEPS = 6  # debug=profile: three warm-up steps and three profiled steps
 
 
-def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Callback]) -> L.Trainer:
-    """Make the Trainer. The plan defines its steps: one epoch of known length."""
+def make_trainer(
+    trainer: TrainerConfig, loggers: list[Logger], callbacks: list[L.Callback], *, validate_every_steps: int | None
+) -> L.Trainer:
+    """Make the Trainer. The plan defines its steps: one epoch of known length.
+
+    Args:
+        validate_every_steps: optimizer steps between two validations; None: one validation, at the end.
+    """
     disable_library_warnings()
-    trainer = config.trainer
     if trainer.num_threads:
         torch.set_num_threads(trainer.num_threads)
     torch.set_flush_denormal(True)  # numbers below 1e-38 do not change a loss, but they slow a CPU down
@@ -103,8 +108,8 @@ def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Cal
         "plugins": make_cluster_plugins(trainer.devices, trainer.num_nodes),
         **trainer.extra,
     }
-    if config.data.validation.every_steps:
-        options |= {"val_check_interval": config.data.validation.every_steps, "check_val_every_n_epoch": None}
+    if validate_every_steps:
+        options |= {"val_check_interval": validate_every_steps, "check_val_every_n_epoch": None}
     try:
         return L.Trainer(**options)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:

@@ -11,12 +11,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from lit_vlm.distributed.engine_state import ZeroShardedState
+from lit_vlm.compat.deepspeed import BaseZeroStrategy, ParameterPartitioner
+from lit_vlm.compat.lightning import should_accumulate
 from lit_vlm.distributed.fsdp import get_stage_models
-from lit_vlm.distributed.sharded_state import TensorShard
+from lit_vlm.distributed.sharded_state import TensorShard, ZeroShardedState
 from lit_vlm.model.hub import set_deepspeed_accelerator
 from lit_vlm.model.skeleton import defer_weights, move_buffers, read_initial_values, replace_parameters
 
@@ -43,22 +43,18 @@ def load_partitioned_weights(
         config: DeepSpeed's configuration.
         dtype: compute dtype of the weights.
     """
-    import deepspeed
-
-    converter = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)  # not entered: torch stays unpatched
+    partitioner = ParameterPartitioner(config, dtype)
 
     def make_parameter(name: str, old: nn.Parameter) -> nn.Parameter:
         values = torch.empty(old.shape, dtype=dtype, device=device) if old.is_meta else old.detach().to(device, dtype)
-        new: Any = nn.Parameter(values, requires_grad=old.requires_grad)
+        new = nn.Parameter(values, requires_grad=old.requires_grad)
         del values
-        converter._convert_to_deepspeed_param(new)
-        new.partition()
+        own_slice, offset = partitioner.partition(new)
         if old.is_meta:
-            size = new.ds_tensor.numel()
-            start = min(size * new.ds_zero_partition_rank, old.numel())
-            stop = min(start + size, old.numel())
-            new.ds_tensor[: stop - start].copy_(read_initial_values(model, name, old.shape, start, stop))
-            new.ds_tensor[stop - start :].zero_()
+            start = min(offset, old.numel())
+            stop = min(start + own_slice.numel(), old.numel())
+            own_slice[: stop - start].copy_(read_initial_values(model, name, old.shape, start, stop))
+            own_slice[stop - start :].zero_()
         return new
 
     replace_parameters(model, make_parameter)
@@ -71,7 +67,7 @@ PERSISTENCE_THRESHOLD = (
 )
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(BaseZeroStrategy):
     """ZeRO-2 or ZeRO-3 on GPUs, and on CPU processes with gloo.
 
     `bf16-mixed` computes in bfloat16 and keeps masters and moments in float32; gradients are summed over micro-batches and
@@ -108,35 +104,20 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     # ---- processes
 
-    def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)  # Lightning's own method refuses CPUs
-
     def setup_distributed(self) -> None:
         warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor` is deprecated.*")
-        if self.root_device.type == "cuda":
-            return super().setup_distributed()
-        import deepspeed
-
-        # an extension for inference, which is compiled at once and prints to the terminal
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
-
-    @property
-    def root_device(self) -> torch.device:
-        device = super().root_device
-        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed needs an index
+        super().setup_distributed()
 
     # ---- the models
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Wrap the stage's `configure_model`: it builds model skeletons, then this rank's part of the weights is loaded."""
-        self._init_config_if_needed()
+        self.complete_config()
         self._use_float32_gradient_sums()
         with defer_weights():
             yield
-        dtype, device = self.precision_plugin._desired_dtype, self.root_device
+        dtype, device = self.compute_dtype, self.root_device
         for model in get_stage_models(self.lightning_module):
             if not any(parameter.is_meta for parameter in model.parameters()):
                 continue  # built already, with all weights
@@ -147,7 +128,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             self._initialized_models.append(model)
 
     def setup(self, trainer: L.Trainer) -> None:
-        self._init_config_if_needed()
+        self.complete_config()
         self._use_float32_gradient_sums()
         module = trainer.lightning_module
         masters = self._get_initial_masters(get_trained_model(module)) if trainer.training else None
@@ -181,17 +162,6 @@ class ZeroStrategy(DeepSpeedStrategy):
             return None
         return lambda shard: weights[shard.name].flatten()[shard.start : shard.start + len(shard.values)]
 
-    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        """Keep the model's own forward hooks: Lightning removes all hooks, because an earlier fit may have left DeepSpeed's."""
-        own_hooks = {
-            module: [hook for hook in module._forward_hooks.values() if not _is_deepspeed_hook(hook)]
-            for module in model.modules()
-        }
-        super()._initialize_deepspeed_inference(model)
-        for module, hooks in own_hooks.items():
-            for hook in hooks:
-                module.register_forward_hook(hook)
-
     def get_sharded_state(self, module: L.LightningModule) -> ZeroShardedState:
         """Return this rank's part of the state of `module.model`, once training is set up."""
         return ZeroShardedState(get_trained_model(module), self.deepspeed_engine.optimizer)
@@ -223,7 +193,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         return contextlib.nullcontext()  # ZeRO reduces the gradients of each micro-batch into its slices and sums those
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        accumulates = self.lightning_module.trainer.fit_loop._should_accumulate()
+        accumulates = should_accumulate(self.lightning_module.trainer)
         self.deepspeed_engine.set_gradient_accumulation_boundary(not accumulates)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -278,8 +248,3 @@ def get_trained_model(module: L.LightningModule) -> nn.Module:
     """Return the module that is trained and saved: the `model` of a stage, or any other module itself."""
     model = getattr(module, "model", None)
     return model if isinstance(model, nn.Module) else module
-
-
-def _is_deepspeed_hook(hook: Any) -> bool:
-    function = getattr(hook, "func", hook)  # the function of a partial
-    return str(getattr(function, "__module__", "")).startswith("deepspeed")

@@ -1,10 +1,20 @@
-"""Scores of an answer against its reference, by kind of sample, from 0 to 1. The metric is the mean over samples."""
+"""Metrics of an answer against its references, from 0 to 1. The score of a run is the mean over samples.
+
+`METRICS` is the one place where a metric is registered: `Samples`, metrics.csv, W&B, the reports and the checks of a sweep
+read it. All functions get texts from `normalize_answer`: in NFC a Hangul syllable is one character.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from rapidfuzz.distance import LCSseq, Levenshtein
 
 from lit_vlm.data.markup import parse_mentions
 from lit_vlm.types import Box, SampleKind
@@ -12,10 +22,40 @@ from lit_vlm.types import Box, SampleKind
 MIN_IOU = 0.5  # minimum overlap with the true box for a text line to count as found
 
 _END = re.compile(r"(?:\s|<\|im_end\|>)+$")
+# One token: a Hangul syllable or letter, a Chinese character or kana alone, or a word of letters and digits of another script
+_SYLLABLE = "\uac00-\ud7a3\u1100-\u11ff\u3131-\u318e\u4e00-\u9fff\u3400-\u4dbf\u3041-\u30ff"
+_TOKEN = re.compile(rf"[{_SYLLABLE}]|[^\W_{_SYLLABLE}]+")
+
+MetricFunction = Callable[[str, Sequence[str]], float]  # of an answer and its references
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMetric:
+    """Metric of answers.
+
+    Args:
+        title: heading in reports.
+        compute: function of an answer and its references, both normalised.
+        kinds: kinds of samples whose answers it scores.
+        is_main: it gives the one score of its kinds, `score/<kind>_<language>`. Each kind has one main metric. The others
+            are logged as `score/<metric>/<kind>_<language>`.
+        higher_is_better: direction, for the best value of several runs.
+    """
+
+    title: str
+    compute: MetricFunction
+    kinds: tuple[SampleKind, ...]
+    is_main: bool = False
+    higher_is_better: bool = True
+
+
+def take_best(compute_one: Callable[[str, str], float]) -> MetricFunction:
+    """Make a metric of several references from a function of one: the best reference counts; 0 without references."""
+    return lambda answer, references: max((compute_one(answer, reference) for reference in references), default=0.0)
 
 
 def compute_score(kind: SampleKind, prediction: str, reference: str) -> float:
-    """Compute the score of an answer, 0 to 1, with the metric of its kind.
+    """Compute the score of an answer, 0 to 1, with the main metric of its kind.
 
     - `grounding`: `compute_boxes_match`, 0 or 1.
     - `ocr`: `compute_text_line_f1`, between 0 and 1.
@@ -25,12 +65,31 @@ def compute_score(kind: SampleKind, prediction: str, reference: str) -> float:
     differ. A prediction whose markup cannot be parsed scores 0. A reference without valid markup needs an exact match, for
     every kind.
     """
-    prediction, reference = normalize_answer(prediction), normalize_answer(reference)
-    if kind is SampleKind.grounding and parse_mentions(reference):
-        return compute_boxes_match(prediction, reference)
-    if kind is SampleKind.ocr and _find_text_lines(reference):
-        return compute_text_line_f1(prediction, reference)
-    return float(prediction == reference)
+    metric = METRICS[get_main_metric(kind)]
+    return metric.compute(normalize_answer(prediction), [normalize_answer(reference)])
+
+
+def compute_text_scores(kind: SampleKind, prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """Compute the scores of an answer with all metrics of its kind beside the main metric: name -> score, 0 to 1."""
+    prediction, references = normalize_answer(prediction), [normalize_answer(reference) for reference in references]
+    return {name: METRICS[name].compute(prediction, references) for name in list_text_metrics(kind)}
+
+
+def get_main_metric(kind: SampleKind) -> str:
+    """Return the name of the metric that gives the score of a kind."""
+    return next(name for name, metric in METRICS.items() if metric.is_main and kind in metric.kinds)
+
+
+def list_text_metrics(kind: SampleKind) -> list[str]:
+    """List the names of the metrics that score a kind beside its main metric."""
+    return [name for name, metric in METRICS.items() if not metric.is_main and kind in metric.kinds]
+
+
+def list_score_names(languages: Sequence[str] = ("ko", "en")) -> list[str]:
+    """List the names under which scores are logged: `score/word_ko`, `score/anls/word_ko`, ..."""
+    prefixes = [(kind, "") for kind in SampleKind]
+    prefixes += [(kind, f"{name}/") for kind in SampleKind for name in list_text_metrics(kind)]
+    return [f"score/{prefix}{kind.value}_{language}" for kind, prefix in prefixes for language in languages]
 
 
 def normalize_answer(text: str) -> str:
@@ -38,19 +97,89 @@ def normalize_answer(text: str) -> str:
     return _END.sub("", unicodedata.normalize("NFC", text)).strip()
 
 
+# ---- text
+
+
+def compute_exact_match(answer: str, reference: str) -> float:
+    """Compute an exact match, 0 or 1."""
+    return float(answer == reference)
+
+
+def compute_chrf(answer: str, references: Sequence[str]) -> float:
+    """Compute chrF2 of a sentence with sacrebleu's defaults: F-score (beta 2) of the character n-grams up to n = 6.
+
+    White space does not count, case does. Orders that a short text does not have are left out (sacrebleu's "effective
+    order"), so a perfect answer of one syllable scores 1. The best of several references counts.
+    """
+    if answer in references:
+        return 1.0  # also if both are empty
+    return float(_load_chrf().sentence_score(answer, list(references)).score) / 100 if references else 0.0
+
+
+@cache
+def _load_chrf() -> Any:
+    from sacrebleu.metrics import CHRF
+
+    return CHRF()
+
+
+def compute_rouge_l(answer: str, reference: str) -> float:
+    """Compute ROUGE-L: F1 (beta 1) of the longest common subsequence of tokens (`split_tokens`).
+
+    A text without tokens, such as "!", matches only itself.
+    """
+    found, expected = split_tokens(answer), split_tokens(reference)
+    if not found or not expected:
+        return float(answer == reference)
+    return 2 * LCSseq.similarity(found, expected) / (len(found) + len(expected))
+
+
+def split_tokens(text: str) -> list[str]:
+    """Split a text into tokens for ROUGE-L, in lower case.
+
+    A Hangul syllable is a token, so that a changed particle or space costs little: "원이" and "원은" share one of two tokens.
+    So is a Chinese character. In other scripts a token is a word of letters and digits, as in the original ROUGE-L.
+    Punctuation is dropped.
+    """
+    return _TOKEN.findall(text.lower())
+
+
+def compute_anls(answer: str, reference: str) -> float:
+    """Compute the normalised Levenshtein similarity of ANLS (arXiv 1905.13648), on characters in lower case.
+
+    It is 1 - distance / length of the longer text, and 0 if that distance is half of the length or more. Several spaces
+    count as one.
+    """
+    answer, reference = (" ".join(text.lower().split()) for text in (answer, reference))
+    length = max(len(answer), len(reference))
+    distance = Levenshtein.distance(answer, reference)
+    if not length:
+        return 1.0
+    return 1 - distance / length if 2 * distance < length else 0.0
+
+
+# ---- boxes
+
+
 def compute_boxes_match(prediction: str, reference: str) -> float:
     """Compute an exact match of phrases and boxes: 1 if both texts have the same phrases with boxes that are equal after
     rounding to tenths, else 0.
 
     The words around the mentions, the order of the mentions and the order of one phrase's boxes do not matter. A missing
-    or an additional mention is wrong.
+    or an additional mention is wrong. A reference without mentions needs an exact match of the text.
     """
-    return float(_extract_rounded_mentions(prediction) == _extract_rounded_mentions(reference))
+    expected = _extract_rounded_mentions(reference)
+    return float(_extract_rounded_mentions(prediction) == expected if expected else prediction == reference)
 
 
 def compute_text_line_f1(prediction: str, reference: str) -> float:
-    """Compute F1 over text lines (`<char>` mentions): lines match one to one, with equal text and IoU >= 0.5."""
+    """Compute F1 over text lines (`<char>` mentions): lines match one to one, with equal text and IoU >= 0.5.
+
+    A reference without text lines needs an exact match of the text.
+    """
     predicted, expected = _find_text_lines(prediction), _find_text_lines(reference)
+    if not expected:
+        return float(prediction == reference)
     overlaps = [
         (compute_iou(box, true_box), i, j)
         for i, (phrase, box) in enumerate(predicted)
@@ -64,7 +193,7 @@ def compute_text_line_f1(prediction: str, reference: str) -> float:
         if overlap >= MIN_IOU and i not in matched_predicted and j not in matched_expected:
             matched_predicted.add(i)
             matched_expected.add(j)
-    return 2 * len(matched_predicted) / (len(predicted) + len(expected)) if predicted or expected else 0.0
+    return 2 * len(matched_predicted) / (len(predicted) + len(expected))
 
 
 def compute_iou(a: Box, b: Box) -> float:
@@ -95,3 +224,41 @@ def _extract_rounded_mentions(text: str) -> list[tuple[str, str, list[tuple[int,
 def _convert_to_tenths(box: Box) -> tuple[int, ...]:
     # Halves round up; Python's own round() rounds them to the even neighbour.
     return tuple(math.floor(10 * value + 0.5) for value in (box.x1, box.y1, box.x2, box.y2))
+
+
+# ---- the registry
+
+_BOX_KINDS = (SampleKind.grounding, SampleKind.ocr)
+# Numbers have none of the metrics below: 470 instead of 47 is wrong, and not nearly right.
+_FREE_TEXT = (
+    SampleKind.caption,
+    SampleKind.image_only,
+    SampleKind.instruction,
+    SampleKind.multi_image,
+    SampleKind.text,
+    SampleKind.preference,
+    SampleKind.other,
+)
+# Instructions are long answers or the short ones of VQA, so both groups have them.
+_SHORT_ANSWERS = (
+    SampleKind.word,
+    SampleKind.document,
+    SampleKind.table,
+    SampleKind.chart,
+    SampleKind.referring,
+    SampleKind.instruction,
+    SampleKind.multi_image,
+)
+METRICS: dict[str, AnswerMetric] = {
+    "exact": AnswerMetric(
+        title="exact match",
+        compute=take_best(compute_exact_match),
+        kinds=tuple(kind for kind in SampleKind if kind not in _BOX_KINDS),
+        is_main=True,
+    ),
+    "boxes": AnswerMetric("boxes", take_best(compute_boxes_match), (SampleKind.grounding,), is_main=True),
+    "text_lines": AnswerMetric("text lines", take_best(compute_text_line_f1), (SampleKind.ocr,), is_main=True),
+    "chrf": AnswerMetric("chrF", compute_chrf, _FREE_TEXT),
+    "rouge_l": AnswerMetric("ROUGE-L", take_best(compute_rouge_l), _FREE_TEXT),
+    "anls": AnswerMetric("ANLS", take_best(compute_anls), _SHORT_ANSWERS),
+}

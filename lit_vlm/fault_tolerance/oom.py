@@ -6,13 +6,13 @@ same: the step is packed into more micro-batches.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_vlm.files import write_json
-from lit_vlm.types import UserError, format_count
+from lit_vlm.files import read_json_or_none, write_json
+from lit_vlm.formatting import format_count
+from lit_vlm.types import UserError
 
 if TYPE_CHECKING:
     from lit_vlm.data.datamodule import DataModule
@@ -46,8 +46,8 @@ class MicroBatchBudget:
         """Read the limits of an earlier start; if there are none, or the settings have changed, return those of the settings."""
         settings = (datamodule.max_tokens, datamodule.max_tiles)
         try:
-            found = cls(**json.loads((run_dir / BUDGET_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            found = cls(**read_json_or_none(run_dir / BUDGET_FILE))
+        except TypeError:
             return cls(*settings, *settings, 0)
         if not all(type(value) is int and value >= 0 for value in asdict(found).values()):
             return cls(*settings, *settings, 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 
-from lit_vlm.checkpoint import compute_plan_digest
+from lit_vlm.checkpoint.index import compute_plan_digest
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import RunConfig, StrategyName
+from lit_vlm.config.schema import StrategyName
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.runs.run_folder import get_package_versions, to_plain
-from lit_vlm.types import UserError, format_count
+from lit_vlm.distributed.collectives import gather_objects
+from lit_vlm.formatting import format_count
+from lit_vlm.runs.run_folder import get_package_versions
+from lit_vlm.types import UserError, flatten
 
 # Settings that may differ between machines. All others, also those of `config/elsewhere.py`, must be equal on all ranks.
 MACHINE_SETTINGS = (
@@ -34,27 +35,31 @@ MAX_LISTED = 8  # maximum number of ranks, and of settings, in a message
 
 
 class RankConsistencyCheck(L.Callback):
-    """Callback that compares all ranks once the process group exists: UserError on rank 0, exit status 1 on all ranks."""
+    """Callback that compares all ranks once the process group exists: UserError on rank 0, exit status 1 on all ranks.
 
-    def __init__(self, config: RunConfig, datamodule: DataModule) -> None:
-        self.config, self.datamodule = config, datamodule
+    Args:
+        settings: all settings of the run, see `to_plain`.
+    """
+
+    def __init__(self, settings: dict[str, Any], datamodule: DataModule) -> None:
+        self.settings, self.datamodule = settings, datamodule
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compare all ranks before training."""
         if stage == "fit" and trainer.world_size > 1:
             level = getattr(pl_module, "level", Level.none)
-            facts = collect_rank_facts(self.config, self.datamodule, trainer.strategy, level)
+            facts = collect_rank_facts(self.settings, self.datamodule, trainer.strategy, level)
             require_equal_facts(facts, trainer.strategy.root_device)
 
 
 def collect_rank_facts(
-    config: RunConfig, datamodule: DataModule, strategy: LightningStrategy, level: Level = Level.none
+    settings: dict[str, Any], datamodule: DataModule, strategy: LightningStrategy, level: Level = Level.none
 ) -> dict[str, Any]:
     """Collect what must be equal on all ranks, keyed by its name in the error message."""
     plan, index = datamodule.plan, datamodule.index
     assert plan is not None and index is not None
     return {
-        "settings": collect_rank_settings(config, strategy, level),
+        "settings": collect_rank_settings(settings, strategy, level),
         "code": compute_code_digest(),
         "packages": get_package_versions(),
         "data": index.compute_digest(),
@@ -64,17 +69,19 @@ def collect_rank_facts(
     }
 
 
-def collect_rank_settings(config: RunConfig, strategy: LightningStrategy, level: Level = Level.none) -> dict[str, Any]:
+def collect_rank_settings(
+    settings: dict[str, Any], strategy: LightningStrategy, level: Level = Level.none
+) -> dict[str, Any]:
     """Collect all settings by their full keys.
 
     For `auto`, the chosen strategy and level of activation checkpointing are added: unequal devices may choose differently.
     """
-    settings = _flatten_settings(to_plain(asdict(config)))
-    if config.trainer.strategy is StrategyName.auto:
-        settings["trainer.strategy"] = f"auto, here {getattr(strategy, 'setting', type(strategy).__name__)}"
-    if config.stage.activation_checkpointing is Level.auto:
-        settings["stage.activation_checkpointing"] = f"auto, here {level.value}"
-    return settings
+    flat = {key: value for key, value in flatten(settings).items() if not set(key.split(".")) & set(MACHINE_SETTINGS)}
+    if flat["trainer.strategy"] == StrategyName.auto.name:
+        flat["trainer.strategy"] = f"auto, here {getattr(strategy, 'setting', type(strategy).__name__)}"
+    if flat["stage.activation_checkpointing"] == Level.auto.name:
+        flat["stage.activation_checkpointing"] = f"auto, here {level.value}"
+    return flat
 
 
 def compute_code_digest() -> str:
@@ -101,8 +108,7 @@ def require_equal_facts(facts: dict[str, Any], device: torch.device) -> None:
     equal = torch.stack([(other == gathered[0]).all(dim=1) for other in gathered]).tolist()  # [ranks, facts]
     if all(map(all, equal)):
         return
-    rank_settings: list[Any] = [None] * world
-    torch.distributed.all_gather_object(rank_settings, (socket.gethostname(), facts["settings"]))
+    rank_settings = gather_objects((socket.gethostname(), facts["settings"]), world)
     if torch.distributed.get_rank():
         raise UserError("")
     differences = []
@@ -133,14 +139,3 @@ def _describe_differences(
         )
         return [f"settings: {changed}", *(name for name in names if name in ("code", "packages"))]
     return names
-
-
-def _flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        return {
-            key: leaf
-            for name, item in value.items()
-            if name not in MACHINE_SETTINGS
-            for key, leaf in _flatten_settings(item, f"{prefix}{name}.").items()
-        }
-    return {prefix.rstrip("."): value}

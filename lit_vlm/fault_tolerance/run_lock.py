@@ -6,7 +6,6 @@ ranks.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_vlm.files import write_json
+from lit_vlm.files import read_json_or_none, write_json
 from lit_vlm.runs.run_folder import is_rank_zero
 from lit_vlm.types import UserError
 
@@ -90,21 +89,19 @@ def _acquire_lock(lock: FileLock, folder: Path) -> None:
             lock.acquire()
             return
         except Timeout:
-            if _is_alive(_read_holder(folder)) or time.monotonic() > deadline:
+            if is_holder_alive(read_holder(folder)) or time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
 
 
-def _read_holder(folder: Path) -> dict[str, Any]:
+def read_holder(folder: Path) -> dict[str, Any]:
     """Read the holder of the lock; {} if it is unknown, e.g. because the file is damaged."""
-    with suppress(OSError, ValueError, RecursionError):
-        found = json.loads((folder / HOLDER_FILE).read_text(encoding="utf-8"))
-        if isinstance(found, dict) and type(found.get("process")) is int and isinstance(found.get("host"), str):
-            return found
-    return {}
+    found = read_json_or_none(folder / HOLDER_FILE)
+    is_known = isinstance(found, dict) and type(found.get("process")) is int and isinstance(found.get("host"), str)
+    return found if is_known else {}
 
 
-def _is_alive(holder: dict[str, Any]) -> bool:
+def is_holder_alive(holder: dict[str, Any]) -> bool:
     """Return whether the holder process exists. A process on another host is assumed to exist."""
     if not holder or holder.get("host") != socket.gethostname():
         return True
@@ -112,7 +109,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
 
 
 def _format_holder(folder: Path) -> str:
-    holder = _read_holder(folder)
+    holder = read_holder(folder)
     since = str(holder.get("since", ""))[:19].replace("T", " ")
     owner = f"process {holder['process']} on {holder['host']}, since {since} UTC" if holder else "another process"
     return f"{folder}: this run is under way already, in {owner}."

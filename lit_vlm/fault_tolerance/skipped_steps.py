@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lit_vlm.files import append_line
+from lit_vlm.files import append_line, parse_json_line, read_lines
 from lit_vlm.types import UserError
 
 SKIPPED_STEPS_FILE = "skipped.jsonl"
@@ -39,16 +39,13 @@ def read_skipped(run_dir: Path) -> dict[int, SkippedStep]:
     """
     file, rows = run_dir / SKIPPED_STEPS_FILE, {}
     try:
-        text = file.read_bytes().decode("utf-8", "replace")
-    except FileNotFoundError:
-        return {}
+        lines = read_lines(file)
     except OSError as error:
         raise UserError(
             f"{file} cannot be read: {error.strerror or error}. The steps that this run leaves out are listed there: "
             "mend it, or remove it, and these steps are computed again."
         ) from error
-    # not splitlines(), which also splits at Unicode separators
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         row = _read_row(line)
         if row is not None:
             rows[row.step] = row
@@ -63,8 +60,8 @@ def read_skipped(run_dir: Path) -> dict[int, SkippedStep]:
 def _read_row(line: str) -> SkippedStep | None:
     """Parse a line; None if it is not a valid row."""
     try:
-        row = SkippedStep(**json.loads(line))
-    except (ValueError, TypeError, RecursionError):
+        row = SkippedStep(**parse_json_line(line))
+    except TypeError:
         return None
     return row if type(row.step) is int and row.step >= 0 else None
 

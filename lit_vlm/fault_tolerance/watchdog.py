@@ -5,7 +5,6 @@ The main thread sets its activity. The watchdog thread (`watch_thread.py`) write
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -19,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import lightning as L
 
-from lit_vlm.files import write_json
+from lit_vlm.files import read_json_or_none, write_json
 
 Item = TypeVar("Item")
 
@@ -152,10 +151,8 @@ def write_heartbeat(run_dir: Path, heartbeat: RankHeartbeat) -> None:
 def read_heartbeat(run_dir: Path, rank: int) -> RankHeartbeat | None:
     """Read the heartbeat of a rank; None if there is none or it is damaged."""
     try:
-        return RankHeartbeat(
-            **json.loads((run_dir / HEARTBEAT_FOLDER / f"rank-{rank}.json").read_text(encoding="utf-8"))
-        )
-    except (OSError, ValueError, TypeError):
+        return RankHeartbeat(**read_json_or_none(run_dir / HEARTBEAT_FOLDER / f"rank-{rank}.json"))
+    except TypeError:
         return None
 
 

@@ -38,7 +38,7 @@ from lit_vlm.fault_tolerance.watchdog import (
     read_start_time,
 )
 from lit_vlm.fault_tolerance.watchdog import write_heartbeat as write
-from lit_vlm.files import get_temporary_path
+from lit_vlm.files import create_file
 
 STUCK_FOLDER, EXIT_NOTICE_FILE = "stuck", "leave.json"
 CHECK_SECONDS = 2.0  # seconds between two checks
@@ -81,7 +81,7 @@ class ExitNotice:
         folder = run_dir / STUCK_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _create_whole_file(folder / EXIT_NOTICE_FILE, json.dumps(asdict(self), ensure_ascii=False))
+            create_file(folder / EXIT_NOTICE_FILE, json.dumps(asdict(self), ensure_ascii=False))
         except FileExistsError:
             return False
         return True
@@ -243,23 +243,6 @@ class Watchdog(threading.Thread):
             faulthandler.dump_traceback(file, all_threads=True)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _create_whole_file(path: Path, text: str) -> None:
-    """Create a file atomically. Raise FileExistsError if another process was first."""
-    draft = get_temporary_path(path)
-    draft.write_text(text, encoding="utf-8")
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        # 2 links: the file is ours, as NFS repeats a request after a lost answer
-        if draft.stat().st_nlink == 1:
-            raise
-    except OSError:  # file system without hard links
-        with path.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-    finally:
-        draft.unlink()
 
 
 def make_stuck_notice(heartbeats: list[RankHeartbeat], timeout_seconds: float, run_dir: Path) -> ExitNotice:

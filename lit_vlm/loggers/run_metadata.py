@@ -13,9 +13,17 @@ import yaml
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.redaction import redact, redact_text
 from lit_vlm.runs.run_folder import RunFolder, read_manifest_or_empty
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, flatten
 
 ID_LETTERS = string.ascii_lowercase + string.digits  # eight of them make an id, as in the client's own ids
+
+EXIT_CODES = {  # status of an ended W&B run -> exit code of its client
+    "finished": 0,
+    "stopped early": 0,
+    "preempted": 75,
+    "interrupted": 255,
+    "failed": 1,
+}  # 255: W&B's "killed"
 
 
 def get_run_record(folder: RunFolder, logger: LoggerConfig, experiment: str | None) -> dict[str, Any]:
@@ -75,13 +83,7 @@ def build_summary(manifest: dict[str, Any], status: str) -> dict[str, Any]:
     plan = manifest.get("plan") or {}
     digest = {"weights_digest": manifest["weights_digest"]} if manifest.get("weights_digest") else {}
     figures = {"steps": plan.get("steps"), **(manifest.get("figures") or {}), **digest, "status": status}
-    return redact(_flatten(figures))
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {key: leaf for name, item in value.items() for key, leaf in _flatten(item, f"{prefix}{name}/").items()}
-    return {prefix.rstrip("/"): value}
+    return redact({name: value for name, value in flatten(figures, "/").items() if value != {}})
 
 
 def read_sweep_values() -> dict[str, Any]:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from lightning.pytorch.loggers import Logger
+from typing import TYPE_CHECKING, Any
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.distributed.ranks import is_in_sweep
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED, CoordinatedExit, EarlyStoppingExit
 from lit_vlm.fault_tolerance.signals import get_signal_handler
 from lit_vlm.loggers import run_metadata, wandb_client
-from lit_vlm.loggers.metrics_csv import MetricsCsv
-from lit_vlm.loggers.tensorboard import make_tensorboard_logger
-from lit_vlm.loggers.wandb_logger import EXIT_CODES, WandbRun
+from lit_vlm.loggers.run_metadata import EXIT_CODES
 from lit_vlm.redaction import redact_text
 from lit_vlm.runs.run_folder import RunFolder, is_rank_zero
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, find_nearest, format_suggestion
+
+if TYPE_CHECKING:  # the loggers import Lightning, which a finished run does not need
+    from lightning.pytorch.loggers import Logger
+
+    from lit_vlm.loggers.wandb_logger import WandbRun
 
 
 class RunTracker:
@@ -43,8 +43,11 @@ class RunTracker:
         timeout_seconds: float | None = None,
     ) -> None:
         self.logger, self.run_dir, self.experiment = logger, run_dir, experiment
-        wanted = wandb_client.is_enabled(logger) and is_rank_zero()
-        self.wandb = WandbRun(logger, run_dir, say, timeout_seconds) if wanted else None
+        self.wandb: WandbRun | None = None
+        if wandb_client.is_enabled(logger) and is_rank_zero():
+            from lit_vlm.loggers.wandb_logger import WandbRun
+
+            self.wandb = WandbRun(logger, run_dir, say, timeout_seconds)
         self._folder: RunFolder | None = None
 
     def check(self, folder: RunFolder) -> None:
@@ -56,6 +59,8 @@ class RunTracker:
         if not is_rank_zero():
             return
         if self.logger.tensorboard:
+            from lit_vlm.loggers.file_loggers import make_tensorboard_logger
+
             make_tensorboard_logger(self.run_dir)
         if self.wandb is not None:
             run_metadata.require_sweep_values(folder.manifest["config"])
@@ -63,6 +68,8 @@ class RunTracker:
 
     def make_loggers(self) -> list[Logger]:
         """Make the loggers of one start. The CSV logger comes first: the others replay the rows that it keeps."""
+        from lit_vlm.loggers.file_loggers import MetricsCsv, make_tensorboard_logger
+
         table: list[Logger] = [MetricsCsv(self.run_dir)]
         table += [make_tensorboard_logger(self.run_dir)] if self.logger.tensorboard else []
         return table + ([self.wandb] if self.wandb is not None else [])
@@ -87,6 +94,8 @@ class RunTracker:
             UserError: names the nearest metric that was logged.
         """
         if self.logger.metric and is_rank_zero():
+            from lit_vlm.loggers.file_loggers import MetricsCsv
+
             require_logged_metric(
                 self.logger.metric,
                 {*MetricsCsv(self.run_dir).read_metric_names(), *run_metadata.build_summary({"figures": figures}, "")},

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shlex
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lit_vlm.compat.wandb import is_run_stopped
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.distributed.ranks import is_in_sweep
+from lit_vlm.files import read_json_lines
 from lit_vlm.redaction import redact, redact_text
 from lit_vlm.types import UserError
 
@@ -69,29 +69,23 @@ MAX_IMAGES = 4  # image columns; further images of a sample are in samples.jsonl
 
 def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
     """Read the rows of one phase from `samples.jsonl`. Incomplete lines are skipped, as in the code that writes them."""
-    file, rows = run_dir / "samples.jsonl", []
-    # not splitlines(): answers may hold U+2028
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.get("phase") == phase]
+    return [row for row in read_json_lines(run_dir / "samples.jsonl") if row.get("phase") == phase]
 
 
 def build_table(run_dir: Path, rows: list[dict[str, Any]]) -> Any:
-    """Build a `wandb.Table` with one row for each sample."""
+    """Build a `wandb.Table` with one row for each sample and one column for each metric."""
     import wandb
 
     num_images = min(MAX_IMAGES, max((len(row["images"]) for row in rows), default=0))
     names = [f"picture{f'_{number + 1}' if number else ''}" for number in range(num_images)]
-    cells = [[row[name] for name in COLUMNS] + _make_image_cells(run_dir, row, num_images) for row in rows]
-    return wandb.Table(columns=[*COLUMNS, *names], data=cells)
-
-
-def encode_table(run: Any, name: str, table: Any, step: int) -> Any:
-    """Encode a table as the value of a history row. This copies its files to the run folder and starts their upload."""
-    from wandb.sdk.data_types.utils import val_to_json
-
-    return val_to_json(run, name, table, namespace=step)
+    metrics = list(dict.fromkeys(name for row in rows for name in row.get("text_scores") or {}))
+    cells = [
+        [row[name] for name in COLUMNS]
+        + [(row.get("text_scores") or {}).get(name) for name in metrics]
+        + _make_image_cells(run_dir, row, num_images)
+        for row in rows
+    ]
+    return wandb.Table(columns=[*COLUMNS, *metrics, *names], data=cells)
 
 
 def list_sample_images(run_dir: Path) -> list[str]:
@@ -289,17 +283,8 @@ def format_sync_command(run_dir: Path) -> str:
 def is_stop_requested(entity: str, project: str, run_id: str) -> bool:
     """Ask the server directly whether this run should stop: the client learns it with the next rows only. Returns False
     when the server does not answer."""
-    import wandb
-
-    query = (
-        "query RunStoppedStatus($entityName: String, $projectName: String, $runId: String!)"
-        " { project(name: $projectName, entityName: $entityName) { run(name: $runId) { stopped } } }"
-    )
-    variables = {"entityName": entity, "projectName": project, "runId": run_id}
     try:
-        api = wandb.Api(timeout=ANSWER_SECONDS)
-        data: Any = api._service_api.execute_graphql(query, variables=variables, timeout=ANSWER_SECONDS)
-        return bool(data["project"]["run"]["stopped"])
+        return is_run_stopped(entity, project, run_id, ANSWER_SECONDS)
     except Exception:  # another version of the client, or no answer: no stop was requested
         return False
 

@@ -17,11 +17,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lit_vlm.compat.wandb import encode_table
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.fault_tolerance.signals import StopRequest, get_signal_handler
 from lit_vlm.loggers import run_metadata, wandb_client
-from lit_vlm.loggers.metrics_csv import MetricsCsv
-from lit_vlm.loggers.wandb_client import LoginRefusedError, build_table, call_with_timeout, encode_table, read_samples
+from lit_vlm.loggers.file_loggers import MetricsCsv
+from lit_vlm.loggers.run_metadata import EXIT_CODES
+from lit_vlm.loggers.wandb_client import LoginRefusedError, build_table, call_with_timeout, read_samples
 from lit_vlm.redaction import redact_text
 from lit_vlm.runs.run_folder import RunFolder
 from lit_vlm.types import UserError
@@ -95,13 +97,6 @@ class BackgroundCaller:
 
 
 GRACE_SECONDS = 10  # for the client itself, on top of its own timeout
-EXIT_CODES = {
-    "finished": 0,
-    "stopped early": 0,
-    "preempted": 75,
-    "interrupted": 255,
-    "failed": 1,
-}  # 255: W&B's "killed"
 
 
 class WandbRun(Logger):

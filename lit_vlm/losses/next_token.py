@@ -24,6 +24,16 @@ from lit_vlm.types import LOGITS_CHUNK_TOKENS
 TokenScores: TypeAlias = tuple[Tensor, ...]
 
 
+def compute_next_token_loss(token_losses: Tensor, num_step_tokens: int) -> Tensor:
+    """Compute a micro-batch's part of the next-token loss, [] nats: cross_entropy, a mean over the optimizer step's tokens.
+
+    Args:
+        token_losses: [R], `F.cross_entropy(..., reduction="none")`: the negative of `compute_token_log_probs`.
+        num_step_tokens: supervised tokens of the whole step, on all ranks.
+    """
+    return token_losses.sum() / max(1, num_step_tokens)
+
+
 def compute_token_log_probs(
     hidden: Tensor,
     weight: Tensor,

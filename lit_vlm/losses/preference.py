@@ -1,39 +1,33 @@
-"""Preference loss (DPO and relatives): TRL's own code, run on our forward pass.
+"""Preference loss (DPO and relatives): TRL's own code, run on our forward pass, and losses that TRL lacks.
 
-TRL has no public loss function: all of it is in `DPOTrainer._compute_loss` (trl 1.16). That method reads about twelve
-attributes of its trainer and calls the model once. `PreferenceLoss` supplies those attributes and a "model" that
-returns the scores that we computed, so that an image is encoded once and no Trainer, process group or dataset of TRL's
-is created. trl is pinned, and a contract test compares this adapter with a real DPOTrainer, loss by loss.
+`lit_vlm/compat/trl.py` calls TRL's code with the scores that we computed, so that an image is encoded once. trl is pinned,
+and `test_dpo_loss_gradients_and_metrics_equal_those_of_trl` compares each loss with a real DPOTrainer.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_vlm.compat import trl
 from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import DPOStageConfig
-from lit_vlm.config.stage_validation import LOSS_TYPES, SORTING_LOSS_TYPES, find_preference_loss_errors
+from lit_vlm.config.stage_validation import find_preference_loss_errors
+from lit_vlm.losses.loss_types import PREFERENCE_LOSSES, PairLogProbs
 from lit_vlm.types import UserError
 
-__all__ = [
-    "LOSS_TYPES",
-    "SORTING_LOSS_TYPES",
-    "AnswerScores",
-    "PreferenceLoss",
-    "PreferenceOutput",
-    "make_answer_mask",
-    "pad_answer_scores",
-]
+TRL_OPTIONS = (
+    "beta",
+    "label_smoothing",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "ld_alpha",
+    "use_weighting",
+)  # settings that TRL's trainer holds as attributes
 
 # Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised tokens.
 
@@ -82,53 +76,31 @@ class PreferenceOutput:
 
 
 class PreferenceLoss:
-    """TRL's preference losses as a function of scores. Names and meanings are those of `trl.DPOConfig`.
+    """Preference loss as a function of scores: TRL's losses by TRL's code, others by their entry in `PREFERENCE_LOSSES`.
 
     Args:
-        loss_type: one or more of `LOSSES`.
-        loss_weights: one per loss type; None: 1 each.
+        config: settings of the stage. Names and meanings are those of `trl.DPOConfig`.
+        settings: or fields of `DPOStageConfig` as keyword arguments: loss_type, loss_weights, beta, label_smoothing, ...
 
     Raises:
-        UserError: options that TRL's own trainer refuses, a loss that it does not have, numbers that its formulas
-            cannot use.
+        UserError: settings that TRL's own trainer refuses, an unknown loss, numbers that the formulas cannot use.
     """
 
-    def __init__(
-        self,
-        loss_type: list[str],
-        loss_weights: list[float] | None = None,
-        *,
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
-        f_divergence_type: str = "reverse_kl",
-        f_alpha_divergence_coef: float = 0.5,
-        discopop_tau: float = 0.05,
-        ld_alpha: float | None = None,
-        use_weighting: bool = False,
-    ) -> None:
-        weights = loss_weights or [1.0] * len(loss_type)
-        options: dict[str, Any] = {
-            "beta": beta,
-            "label_smoothing": label_smoothing,
-            "f_divergence_type": f_divergence_type,
-            "f_alpha_divergence_coef": f_alpha_divergence_coef,
-            "ld_alpha": ld_alpha,
-            "use_weighting": use_weighting,
-        }
-        stage = DPOStageConfig(
-            loss_type=list(loss_type), loss_weights=loss_weights, discopop_tau=discopop_tau, **options
-        )
+    def __init__(self, config: DPOStageConfig | None = None, **settings: Any) -> None:
+        self.settings = stage = config or DPOStageConfig(**settings)
         for error in (*find_range_errors(stage, "stage."), *find_preference_loss_errors(stage)):
             raise UserError(error)
-        self.beta, self.loss_type, self.label_smoothing = beta, list(loss_type), label_smoothing
-        self.use_weighting = use_weighting
-        pair_losses = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name != "sft"]
-        token_losses = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
+        self.loss_weights = dict(zip(stage.loss_type, stage.loss_weights or [1.0] * len(stage.loss_type), strict=True))
+        types = {name: PREFERENCE_LOSSES[name] for name in stage.loss_type}
+        token_losses = [(name, weight) for name, weight in self.loss_weights.items() if types[name].is_token_mean]
+        pair_losses = [(name, weight) for name, weight in self.loss_weights.items() if not types[name].is_token_mean]
+        self._own_losses = [(types[name], weight) for name, weight in pair_losses if types[name].compute]
+        trl_losses = [(name, weight) for name, weight in pair_losses if not types[name].compute]
+        options = {name: getattr(stage, name) for name in TRL_OPTIONS}
         # `sft` is a mean over tokens and the others are means over pairs: TRL computes the two apart, so that
-        # several micro-batches add up to the loss of one batch
-        self._pair_trainer = _make_trl_trainer(pair_losses, discopop_tau, options) if pair_losses else None
-        self._token_trainer = _make_trl_trainer(token_losses, discopop_tau, options) if token_losses else None
-        self.loss_weights = dict(zip(loss_type, weights, strict=True))
+        # several micro-batches add up to the loss of one batch. Without a loss of its own, TRL computes the metrics.
+        self._pair_trainer = trl.make_trainer(trl_losses, stage.discopop_tau, options) if pair_losses else None
+        self._token_trainer = trl.make_trainer(token_losses, stage.discopop_tau, options) if token_losses else None
 
     def __call__(
         self,
@@ -150,11 +122,12 @@ class PreferenceLoss:
             token_share: fraction of the optimizer step's tokens of chosen answers that are in this micro-batch.
         """
         mask = make_answer_mask(lengths, policy.log_probs.device)
-        inputs = _make_trl_inputs(mask)
         output = None
         for trainer, share in ((self._token_trainer, token_share), (self._pair_trainer, pair_share)):
             if trainer is not None:
-                part, rewards, metrics = _run_trl_loss(trainer, policy, reference, inputs, training)
+                part, rewards, metrics = trl.run_loss(trainer, policy, reference, mask, training)
+                if trainer is self._pair_trainer and self._own_losses:
+                    part = part + self._compute_own_losses(policy, reference)
                 loss = part * share if output is None else output.loss + part * share
                 output = PreferenceOutput(
                     loss, part.detach() if trainer is self._pair_trainer else None, rewards, metrics
@@ -162,92 +135,28 @@ class PreferenceLoss:
         assert output is not None  # there is at least one loss
         return output
 
+    def _compute_own_losses(self, policy: AnswerScores, reference: AnswerScores) -> Tensor:
+        """Compute the weighted sum of the losses that TRL lacks, [], a mean over pairs."""
+        sums = [log_prob_sum for scores in (policy, reference) for log_prob_sum in scores.log_probs.sum(dim=1).chunk(2)]
+        pairs = PairLogProbs(*sums)
+        losses = [(loss.compute, weight) for loss, weight in self._own_losses]
+        return torch.stack(
+            [weight * compute(pairs, self.settings).mean() for compute, weight in losses if compute]
+        ).sum()
+
     def compute_loss_at_zero_margin(self) -> float | None:
         """Compute the `pair_loss` that the first step must have, while policy and reference model are equal.
 
         None where that depends on the data.
         """
-        values = {
-            "sigmoid": math.log(2),
-            "sigmoid_norm": math.log(2),
-            "hinge": 1.0,
-            "ipo": 1 / (4 * self.beta**2),
-            "robust": math.log(2),
-            "nca_pair": 2 * math.log(2),
-            "bco_pair": 2 * math.log(2),
-            "sppo_hard": 0.5 / self.beta**2,
-            "aot_unpaired": math.log(2),
-            "aot": math.log(2),
-            "apo_zero": 1.0,
-            "apo_down": 1.0,
-            "discopop": 0.5 * math.log(2) + 0.5,
-        }
-        if "exo_pair" in self.loss_weights:
-            smooth = self.label_smoothing
-            values["exo_pair"] = math.log(0.5) - 0.5 * (math.log(1 - smooth) + math.log(smooth))
-        if self.use_weighting or self._pair_trainer is None:
+        if self.settings.use_weighting or self._pair_trainer is None:
             return None
-        return sum(values[name] * weight for name, weight in self.loss_weights.items() if name != "sft")
-
-
-def _run_trl_loss(
-    trainer: Any, policy: AnswerScores, reference: AnswerScores, inputs: dict, training: bool
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Run TRL's `_compute_loss`; return loss [], rewards [2P] and metrics."""
-    from trl.trainer.dpo_trainer import DPOTrainer
-
-    trainer.model.training = training
-    gathered: list[Tensor] = []
-
-    def gather(values: Tensor) -> Tensor:
-        gathered.append(values)
-        return values
-
-    trainer.accelerator.gather = gather
-    trainer.accelerator.device = policy.log_probs.device
-    trainer.ref_model = lambda **_: reference
-    try:
-        loss = DPOTrainer._compute_loss(trainer, lambda **_: policy, inputs, False)
-    except (AttributeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"trl {version('trl')} computes its preference losses in another way than the release this adapter was written for "
-            f"({error}). Install that one: pip install 'trl==1.16.0'."
-        ) from error
-    recorded = trainer._metrics["train" if training else "eval"]
-    metrics = {name: values[-1] for name, values in recorded.items() if name != "num_tokens"}
-    recorded.clear()
-    return loss, torch.cat(gathered[:2]), metrics  # TRL first gathers the rewards of chosen and rejected
-
-
-def _make_trl_inputs(mask: Tensor) -> dict[str, Tensor]:
-    """Make TRL's batch, reduced to the answers: one position before each, which predicts its first token."""
-    completion = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1).long()
-    return {"input_ids": torch.zeros_like(completion), "attention_mask": completion, "completion_mask": completion}
-
-
-def _make_trl_trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict[str, Any]) -> Any:
-    """Make an object with the attributes that `DPOTrainer._compute_loss` of trl 1.16 reads from its trainer."""
-    model: Any = nn.Module()
-    model.is_gradient_checkpointing = False
-    accelerator = SimpleNamespace(
-        device=None,
-        gather=None,
-        gather_for_metrics=lambda x: x,
-        unwrap_model=lambda m, *_, **__: m,
-        autocast=contextlib.nullcontext,
-    )
-    return SimpleNamespace(
-        **options,
-        model=model,
-        ref_model=None,
-        accelerator=accelerator,
-        args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=discopop_tau),
-        aux_loss_enabled=False,
-        router_aux_loss_coef=0.0,
-        precompute_ref_logps=False,
-        loss_types=[name for name, _ in losses],
-        loss_weights=[weight for _, weight in losses],
-        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
+        total = 0.0
+        for name, weight in self.loss_weights.items():
+            loss = PREFERENCE_LOSSES[name]
+            if loss.is_token_mean:
+                continue
+            if loss.compute_zero_margin is None:
+                return None
+            total += loss.compute_zero_margin(self.settings) * weight
+        return total

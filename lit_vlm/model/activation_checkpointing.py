@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
 
+from lit_vlm.compat.torch import GROUPED_MM, get_argument_names
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.types import UserError
 
 MATMUL_OPERAND_INDICES = {
     torch.ops.aten.mm.default: (0, 1),
     torch.ops.aten.addmm.default: (1, 2),
-    torch.ops.aten._grouped_mm.default: (0, 1),  # of experts
+    GROUPED_MM: (0, 1),
 }  # operation -> indices of its two factors among its arguments
 ATTENTION_OPS = {
     "aten::_scaled_dot_product_flash_attention",
@@ -33,18 +33,6 @@ ATTENTION_OPS = {
     "torch_attn::_varlen_attn",
 }
 ADAPTER_WIDTH_RATIO = 2  # a product over at most 1/2 of the layer's width is one of an adapter
-
-
-def parse_checkpointing_level(value: str | bool) -> Level:
-    """Parse an activation checkpointing level by name; True is `full` and False is `none`.
-
-    Raises:
-        UserError: there is no level of that name.
-    """
-    level = {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
-    if level not in ("none", "selective", "full"):
-        raise UserError(f"activation_checkpointing={value}: it is none, selective or full.")
-    return Level[level]
 
 
 def enable_activation_checkpointing(model: LlavaOnevisionForConditionalGeneration, level: Level) -> None:
@@ -96,5 +84,4 @@ def _has_dropout(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
     It is recomputed then, so that all later random numbers of the layer are the same again.
     """
-    names = [argument.name for argument in operation._schema.arguments]
-    return bool((dict(zip(names, args, strict=False)) | kwargs).get("dropout_p"))
+    return bool((dict(zip(get_argument_names(operation), args, strict=False)) | kwargs).get("dropout_p"))

@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from lit_vlm.anyres import ImageSettings
-from lit_vlm.files import move_into_place
+from lit_vlm.compat.transformers import set_weight_conversions
+from lit_vlm.files import atomic_folder
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
-from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, read_initial_values
+from lit_vlm.model.projectors import get_projector, list_exportable_projectors
+from lit_vlm.model.skeleton import EMBEDDINGS, build_on_meta, read_initial_values
+from lit_vlm.model.spec import OWN_SETTINGS_FILE
 from lit_vlm.model.tensor_files import MAX_SHARD_SIZE, split_into_files, write_index
+from lit_vlm.model.vocabulary import HEAD
+from lit_vlm.types import UserError
 
 
 class MergedStateDict:
@@ -145,9 +149,8 @@ def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
     LLaVA-OneVision checkpoints have it, and servers (vLLM) support only those names.
     """
     rules = get_model_conversion_mapping(model, add_legacy=False)
-    model._weight_conversions = [
-        rule for rule in rules if not isinstance(rule, PrefixChange) or rule.scope_prefix == "vision_tower"
-    ]
+    own_rules = [rule for rule in rules if not isinstance(rule, PrefixChange) or rule.scope_prefix == "vision_tower"]
+    set_weight_conversions(model, own_rules)
 
 
 def _list_adapters(layer: Any) -> list[str]:
@@ -157,7 +160,6 @@ def _list_adapters(layer: Any) -> list[str]:
 
 _PATH_KEY = re.compile(r"(^|_)(name_or_path|file|path|dir|folder)$")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-OWN_SETTINGS_FILE = "lit_vlm.json"  # settings that transformers has no field for; only `tiling` is read back
 
 
 def export_model(
@@ -188,7 +190,11 @@ def export_model(
         before_each_weight: called before each weight, on every rank that calls this function, to report progress. It
             may also be used to synchronise the other ranks with the writer.
         max_shard_size: weights are split into files of at most this size.
+
+    Raises:
+        UserError: transformers' classes cannot hold the model's projector.
     """
+    require_exportable_projector(model)
     state_dict = MergedStateDict(model, gather_weight)
     files = split_into_files(state_dict.tensors, max_shard_size)
     if not is_writer:
@@ -196,21 +202,21 @@ def export_model(
             for name in _iterate_with_hook(file.tensors, before_each_weight):
                 state_dict.gather(name)
         return
-    temporary = folder.with_name(f".{folder.name}-unfinished")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(folder, replace=True) as temporary:
         for file in files:
             file.write(temporary, map(state_dict.compute_value, _iterate_with_hook(file.tensors, before_each_weight)))
         write_index(temporary, files, state_dict.num_parameters)
         _write_settings(temporary, model, state_dict, tokenizer, images)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        shutil.rmtree(folder)
-    move_into_place(temporary, folder)
+
+
+def require_exportable_projector(model: LlavaOnevisionForConditionalGeneration) -> None:
+    """Raise UserError for a projector that transformers' classes do not have: they would initialise it at random."""
+    projector = get_projector(model.config)
+    if not projector.is_exportable:
+        raise UserError(
+            f"The projector {projector.name} is none of transformers, whose LLaVA-OneVision class would load the model with a random "
+            f"projector, so it is not exported. Set export=false, or choose another model.projector: {list_exportable_projectors()}."
+        )
 
 
 def _iterate_with_hook(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:

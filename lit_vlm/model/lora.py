@@ -6,13 +6,14 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
+import peft
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lit_vlm.config.schema import LoraConfig
 from lit_vlm.model.parts import get_modules, iter_parameters
 from lit_vlm.types import ModelPart, UserError
 
@@ -23,22 +24,7 @@ MODULE_PATTERNS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LoraOptions:
-    """LoRA options of one part: low-rank adapters (arXiv 2106.09685).
-
-    Attributes:
-        targets: LoRA targets, the names of linear modules, e.g. ["q_proj", "v_proj"]; empty: all linear layers of the
-            part except the head.
-    """
-
-    rank: int
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: list[str] = field(default_factory=list)
-
-
-def add_lora(model: nn.Module, part: ModelPart, lora: LoraOptions, seed: int = 0) -> None:
+def add_lora(model: nn.Module, part: ModelPart, lora: LoraConfig, seed: int = 0) -> None:
     """Add LoRA adapters to a part's linear layers, initialised from `seed`, and freeze the rest of the part.
 
     Raises:
@@ -57,7 +43,7 @@ def add_lora(model: nn.Module, part: ModelPart, lora: LoraOptions, seed: int = 0
             f"stage.parts.{part}.lora.targets: {', '.join(unknown)} is no linear layer of the {part}; it has {', '.join(sorted(linear))}."
         )
     names = "|".join(lora.targets or sorted(linear))
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_vlm.compat.torch import TorchDispatchMode
 
 MATMUL_OPS = (
     "mm",

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lit_vlm.model.projectors import get_projector
 from lit_vlm.types import ModelPart, UserError
 
 PARTS_BY_PREFIX = {
@@ -59,9 +60,8 @@ def freeze_except(model: nn.Module, trainable: Iterable[ModelPart]) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(get_part(name) in trainable_parts and not UNUSED_PARAMETERS.match(name))
     inner: Any = model.model  # transformers' class; nn.Module types an attribute only as tensor or module
-    projector = inner.multi_modal_projector
-    if getattr(model.config, "projector_hidden_act", "") == "linear":  # a linear projector is W then the identity
-        projector.linear_2.requires_grad_(False)
+    for parameter in get_projector(model.config).list_fixed_parameters(inner.multi_modal_projector):
+        parameter.requires_grad_(False)
 
 
 def get_modules(model: nn.Module, part: ModelPart) -> list[nn.Module]:

@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,20 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     PreTrainedModel,
 )
-from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 
+from lit_vlm.compat.transformers import mark_as_initialized
+from lit_vlm.formatting import format_count
 from lit_vlm.model import families
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import init_adapter
 from lit_vlm.model.packed_forward import LogProbHead
-from lit_vlm.model.vocabulary import extend_embeddings, resolve_weight_tying
-from lit_vlm.model.weights import InitialWeights, find_tensor_locations
-from lit_vlm.types import UserError, format_count
+from lit_vlm.model.projectors import get_projector
+from lit_vlm.model.spec import ModelSpec
+from lit_vlm.model.vocabulary import HEAD, extend_embeddings
+from lit_vlm.model.weights import InitialWeights, find_tensor_locations, resolve_weight_tying
+from lit_vlm.types import UserError
 
-if TYPE_CHECKING:
-    from lit_vlm.model.build import ModelSpec
-
-
-EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS = "model.language_model.embed_tokens.weight"
 
 _is_deferring: ContextVar[bool] = ContextVar("defer_weights", default=False)
 
@@ -57,7 +56,16 @@ def is_deferring_weights() -> bool:
 def build_on_meta(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
     """Build the model on `meta`: shapes and counts at full size, without memory."""
     with torch.device("meta"):
-        return LlavaOnevisionForConditionalGeneration(config)
+        return build_model_class(config)
+
+
+def build_model_class(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
+    """Build transformers' model with random weights, and with the projector that its config names."""
+    model = LlavaOnevisionForConditionalGeneration(config)
+    projector = get_projector(config)
+    if not projector.is_exportable:  # an exportable one is what transformers' class builds
+        model.model.multi_modal_projector = projector.build(config)
+    return model
 
 
 def make_skeleton(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
@@ -110,37 +118,30 @@ def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.
     """Replace each parameter; one that stands in several places (tied tables) stays one."""
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        for leaf, old in module._parameters.items():
-            if old is not None:
-                if old not in replaced:
-                    replaced[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
-                module._parameters[leaf] = replaced[old]
+        for leaf, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if old not in replaced:
+                replaced[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
+            setattr(module, leaf, replaced[old])
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Move all buffers to a device."""
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, buffer.to(device))
 
 
-def init_projector(
-    config: LlavaOnevisionConfig, dtype: torch.dtype, seed: int
-) -> tuple[LlavaOnevisionMultiModalProjector, Tensor]:
+def init_projector(config: LlavaOnevisionConfig, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Tensor]:
     """Initialise a new projector from `seed`, and the newline's features [D] that end each row of tiles."""
+    projector = get_projector(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with torch.device("meta"):
-            projector = LlavaOnevisionMultiModalProjector(config)
-        projector = projector.to_empty(device="cpu").to(dtype)
-        for layer in (projector.linear_1, projector.linear_2):
-            layer.reset_parameters()
-        if config.projector_hidden_act == "linear":
-            nn.init.eye_(projector.linear_2.weight)
-            nn.init.zeros_(projector.linear_2.bias)
+            module = projector.build(config)
+        module = module.to_empty(device="cpu").to(dtype)
+        projector.init_weights(module)
         width = config.text_config.hidden_size
-        return projector, torch.randn(width, dtype=dtype) * width**-0.5
+        return module, torch.randn(width, dtype=dtype) * width**-0.5
 
 
 def share_config(part: nn.Module, config: Any) -> None:
@@ -215,9 +216,9 @@ def _make_buffers(model: PreTrainedModel) -> None:
     """Make the buffers that no file holds (rotary frequencies, position ids), as `from_pretrained` does."""
     for name, buffer in model.named_non_persistent_buffers():
         parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        setattr(model.get_submodule(parent), leaf, torch.empty_like(buffer, device="cpu"))
     for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+        mark_as_initialized(tensor)
     model.initialize_weights()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -104,14 +103,3 @@ def write_index(folder: Path, files: list[SafetensorsFile], num_parameters: int)
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / INDEX_FILE).write_text(text, encoding="utf-8")
-
-
-def compute_weights_digest(folder: Path) -> str:
-    """Compute the sha256 of the names and contents of a model folder's weight files."""
-    hasher = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        hasher.update(file.name.encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                hasher.update(chunk)
-    return hasher.hexdigest()

@@ -6,8 +6,6 @@ They are ordinary folders: the code that reads Qwen2.5 and SigLIP from disk read
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from lit_vlm.files import move_into_place
+from lit_vlm.files import atomic_folder
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.model.vocabulary import CHATML
@@ -117,20 +115,12 @@ def _call_with_seed(seed: int, make: Callable):
 
 
 def _make_once(path: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder under a temporary name and move it into place, so that no process sees an incomplete one.
+    """Make a folder atomically, unless it exists.
 
     Raises:
         OSError: it cannot be written.
     """
     if path.is_dir():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        with raise_os_errors():
-            make(temporary)
-        move_into_place(temporary, path)
-    except OSError:
-        shutil.rmtree(temporary)
-        if not path.is_dir():  # else another process was faster
-            raise
+    with atomic_folder(path) as temporary, raise_os_errors():
+        make(temporary)

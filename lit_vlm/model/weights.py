@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
+from lit_vlm.compat.transformers import can_tie
+from lit_vlm.formatting import format_count
 from lit_vlm.model.parts import UNUSED_PARAMETERS
-from lit_vlm.model.vocabulary import describe_missing_table
-from lit_vlm.types import UserError, format_count
+from lit_vlm.model.spec import ModelSpec
+from lit_vlm.model.vocabulary import HEAD, untie_embeddings
+from lit_vlm.types import UserError
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
+TABLES = (HEAD, "embed_tokens.weight")
 
 
 class NotShardLoadableError(UserError):
@@ -137,13 +141,27 @@ def require_all_weights(name: str, missing: Iterable[str], mismatched: Iterable[
     ]
     absent = sorted([*missing, *mismatched])
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    if len(missing) == len(absent) and (description := describe_missing_table(name, missing, tied)):
+    if len(missing) == len(absent) and (description := _describe_missing_table(name, missing, tied)):
         raise UserError(description)
     if absent:
         raise UserError(
             f"{name}: {format_count(len(absent), 'weight is', 'weights are')} missing or of another shape there, "
             f"{', '.join(absent[:3])} among them. The folder holds another model than its config.json says, or half of one."
         )
+
+
+def _describe_missing_table(name: str, missing: Collection[str], tied: bool) -> str | None:
+    """Describe the error of files that lack a table; None when they lack other weights."""
+    if not missing or not all(key.endswith(TABLES) for key in missing):
+        return None
+    if tied:
+        return f"{name}: its files hold neither embeddings nor head ({', '.join(sorted(missing))}): half of a model."
+    missing_table = "head" if any(key.endswith(HEAD) for key in missing) else "embeddings"
+    return (
+        f"{name}: its files hold no {missing_table} ({', '.join(sorted(missing))}), and its config.json does not tie head and "
+        "embeddings. If they are one table, set tie_word_embeddings to true in its config.json (in text_config, too, where "
+        "it has one); else the folder holds half of a model."
+    )
 
 
 def _find_files(name: str, revision: str | None) -> list[str]:
@@ -218,6 +236,29 @@ def _rename_to_memory(
         if memory_name in expected:
             renamed[memory_name] = location
     return renamed
+
+
+def resolve_weight_tying(
+    model: LlavaOnevisionForConditionalGeneration, loaded: PreTrainedModel, spec: ModelSpec, name: str
+) -> None:
+    """Untie the tables of a model whose files hold two different ones, and add a note to the spec's remarks.
+
+    peft writes such folders: `modules_to_save=["lm_head"]` on a tied model, merged and saved, leaves two tables and a
+    `text_config` that ties them.
+
+    Args:
+        loaded: the model that was read from `name`: the model itself, or the language model that became a part of it.
+            Loading removes a pair of different tables from its `all_tied_weights_keys`.
+    """
+    tied_by_config = getattr(loaded.config, "tie_word_embeddings", False)
+    if not tied_by_config or not can_tie(loaded, HEAD) or HEAD in loaded.all_tied_weights_keys:
+        return
+    untie_embeddings(model)
+    spec.config.tie_word_embeddings = spec.config.text_config.tie_word_embeddings = False
+    spec.remarks.append(
+        f"{name}: its config.json ties head and embeddings, and its files hold two different tables. Both are kept; "
+        "what is exported says tie_word_embeddings=false."
+    )
 
 
 def _resolve_ties(model: PreTrainedModel, found: dict[str, TensorLocation]) -> None:

@@ -1,4 +1,4 @@
-"""Line charts as SVG, written by hand: the page's style sheet sets the colours, so they follow its light and dark mode."""
+"""Charts as SVG: scales, ticks, line charts and histograms. The style sheets of the pages set the colours."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
 
+from lit_vlm.formatting import format_count, format_tick
+from lit_vlm.reports.preflight.facts import Histogram
 from lit_vlm.reports.run_record import Points
 
-WIDTH, HEIGHT = 480, 250  # of the drawing; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 30
 MAX_POINTS = 400  # of one line; more points are averaged in groups
 MIN_LOG_RATIO = 12  # from this ratio of largest to smallest value on, the scale is logarithmic
 
@@ -45,6 +45,48 @@ class AxisScale:
         return math.log10(value) if self.log else value
 
 
+@dataclass(frozen=True, slots=True)
+class ChartFrame:
+    """Size of a drawing and the margins of its plot area, in SVG units; the page scales the drawing."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+    @property
+    def right_end(self) -> int:
+        """Right end of the plot area."""
+        return self.width - self.right
+
+    @property
+    def floor(self) -> int:
+        """Lower end of the plot area."""
+        return self.height - self.bottom
+
+    def draw(self, body: str, label: str, style: str = "") -> str:
+        """Draw the <svg> element around a body. `label` is a description for screen readers."""
+        start = f'<svg class="{style}"' if style else "<svg"
+        box = f'viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(label, quote=True)}"'
+        return f"{start} {box}>{body}</svg>"
+
+    def draw_grid_line(self, y: float, text: str, style: str) -> str:
+        """Draw a horizontal grid line with its number at the left."""
+        line = f'<line class="grid" x1="{self.left}" x2="{self.right_end}" y1="{y}" y2="{y}"/>'
+        return f'{line}<text class="{style}" x="{self.left - 6}" y="{y + 4}">{text}</text>'
+
+    def draw_floor(self) -> str:
+        """Draw the horizontal axis."""
+        return f'<line class="axis" x1="{self.left}" x2="{self.right_end}" y1="{self.floor}" y2="{self.floor}"/>'
+
+
+LINE_FRAME = ChartFrame(480, 250, left=44, right=14, top=12, bottom=30)
+HISTOGRAM_FRAME = ChartFrame(480, 190, left=46, right=12, top=26, bottom=40)
+HISTOGRAM_STYLES = ("main", "second", "third")  # classes of the style sheet, one for each series
+
+
 def draw_line_chart(
     lines: Sequence[ChartLine],
     *,
@@ -69,10 +111,9 @@ def draw_line_chart(
     log = allow_log and bottom > 0 and top / bottom > MIN_LOG_RATIO
     if not log and low is None:
         bottom = max(0.0, bottom - 0.05 * (top - bottom)) if bottom >= 0 else bottom
-    x = AxisScale(0, 1 + max(step for step, _ in points), LEFT, WIDTH - RIGHT)
-    y = AxisScale(bottom, top if top > bottom else bottom + 1, HEIGHT - BOTTOM, TOP, log)
-    body = _draw_axes(x, y) + "".join(_draw_line(line, x, y) for line in lines)
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">{body}</svg>'
+    x = AxisScale(0, 1 + max(step for step, _ in points), LINE_FRAME.left, LINE_FRAME.right_end)
+    y = AxisScale(bottom, top if top > bottom else bottom + 1, LINE_FRAME.floor, LINE_FRAME.top, log)
+    return LINE_FRAME.draw(_draw_axes(x, y) + "".join(_draw_line(line, x, y) for line in lines), label)
 
 
 def smooth(points: Points, share: float = 0.04) -> Points:
@@ -117,19 +158,15 @@ def compute_log_ticks(low: float, high: float) -> list[float]:
 
 
 def _draw_axes(x: AxisScale, y: AxisScale) -> str:
-    parts = []
-    for value in compute_log_ticks(y.low, y.high) if y.log else compute_ticks(y.low, y.high):
-        position = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{position}" y2="{position}"/>')
-        parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{position + 4}">{value:g}</text>')
-    floor = HEIGHT - BOTTOM
+    frame = LINE_FRAME
+    values = compute_log_ticks(y.low, y.high) if y.log else compute_ticks(y.low, y.high)
+    parts = [frame.draw_grid_line(y(value), f"{value:g}", "tick end") for value in values]
     for value in compute_ticks(x.low, x.high):
-        if x(value) < WIDTH - RIGHT - 90:  # the corner is reserved for the last step
-            parts.append(f'<text class="tick middle" x="{x(value)}" y="{floor + 17}">{_format_thousands(value)}</text>')
-    corner = f'x="{WIDTH - RIGHT}" y="{floor + 17}"'
-    parts.append(f'<text class="tick end" {corner}>{_format_thousands(x.high)} steps</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
-    return "".join(parts)
+        if x(value) < frame.right_end - 90:  # the corner is reserved for the last step
+            parts.append(f'<text class="tick middle" x="{x(value)}" y="{frame.floor + 17}">{format_tick(value)}</text>')
+    corner = f'x="{frame.right_end}" y="{frame.floor + 17}"'
+    parts.append(f'<text class="tick end" {corner}>{format_tick(x.high)} steps</text>')
+    return "".join(parts) + frame.draw_floor()
 
 
 def _draw_line(line: ChartLine, x: Callable[[float], float], y: Callable[[float], float]) -> str:
@@ -143,5 +180,63 @@ def _draw_line(line: ChartLine, x: Callable[[float], float], y: Callable[[float]
     return svg
 
 
-def _format_thousands(value: float) -> str:
-    return f"{value / 1000:.4g}k" if value >= 10_000 else f"{value:g}"
+def draw_histogram(histogram: Histogram) -> str:
+    """Draw a histogram as an <svg>: stacked bars, a mark at the median and one at the micro-batch limit."""
+    edges, cap = histogram.edges, histogram.cap
+    high = max(edges[-1], cap or 0)
+    low = max(edges[0], 1e-9) if histogram.log else edges[0]
+    frame = HISTOGRAM_FRAME
+    x = AxisScale(low, high, frame.left, frame.right_end, histogram.log)
+    totals = [sum(counts) for counts in zip(*histogram.series.values(), strict=True)]
+    y = AxisScale(0, max(max(totals, default=0), 1), frame.floor, frame.top)
+    body = _draw_histogram_axes(x, y, histogram.unit) + _draw_bars(histogram, x, y)
+    body += _draw_mark(x(histogram.spread.median), "median", "median")
+    if cap is not None:
+        body += _draw_mark(x(cap), "cap", "cap", end=True)
+    label = f"{histogram.title}: median {histogram.spread.median:g}, at most {histogram.spread.most:g}"
+    return frame.draw(body, label)
+
+
+def _draw_bars(histogram: Histogram, x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    parts = []
+    base = [0] * (len(histogram.edges) - 1)
+    for style, (name, counts) in zip(HISTOGRAM_STYLES, histogram.series.items(), strict=False):
+        for number, count in enumerate(counts):
+            if not count:
+                continue
+            left, right = x(histogram.edges[number]), x(histogram.edges[number + 1])
+            upper, lower = y(base[number] + count), y(base[number])
+            span = _format_bin(histogram, number)
+            title = f"<title>{escape(name)}, {span}: {format_count(count, 'sample')}</title>"
+            width = max(right - left - 0.8, 0.6)
+            parts.append(
+                f'<rect class="{style}" x="{left + 0.4:.1f}" y="{upper}" width="{width:.1f}" height="{max(lower - upper, 0.5):.1f}">{title}</rect>'
+            )
+            base[number] += count
+    return "".join(parts)
+
+
+def _format_bin(histogram: Histogram, bin_index: int) -> str:
+    low, high = histogram.edges[bin_index], histogram.edges[bin_index + 1]
+    first, last = math.ceil(low), math.ceil(high) - 1
+    return f"{first:,} {histogram.unit}" if first == last else f"{first:,} to {last:,} {histogram.unit}"
+
+
+def _draw_mark(position: float, style: str, text: str, *, end: bool = False) -> str:
+    frame = HISTOGRAM_FRAME
+    line = f'<line class="mark {style}" x1="{position}" x2="{position}" y1="{frame.top - 8}" y2="{frame.floor}"/>'
+    right = end or position > frame.width - 90
+    anchor, side = (" end", position + 4) if right else ("", position - 4)
+    return line + f'<text class="tick{anchor}" x="{side}" y="{frame.top - 12}">{text}</text>'
+
+
+def _draw_histogram_axes(x: AxisScale, y: AxisScale, unit: str) -> str:
+    frame = HISTOGRAM_FRAME
+    counts = [value for value in compute_ticks(0, y.high, 3) if value == int(value)]
+    parts = [frame.draw_grid_line(y(value), format_tick(value), "tick end") for value in counts]
+    for value in compute_log_ticks(x.low, x.high) if x.log else compute_ticks(x.low, x.high, 6):
+        if value == int(value) and frame.left - 1 <= x(value) <= frame.right_end - 4:
+            parts.append(f'<text class="tick middle" x="{x(value)}" y="{frame.floor + 16}">{format_tick(value)}</text>')
+    corner = f'x="{frame.right_end}" y="{frame.floor + 34}"'
+    parts.append(f'<text class="tick end" {corner}>{unit}{", log" if x.log else ""}</text>')
+    return "".join(parts) + frame.draw_floor()

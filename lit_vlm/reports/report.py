@@ -14,15 +14,18 @@ from markupsafe import Markup
 from PIL import Image
 from rich.table import Table
 
+from lit_vlm.evaluation.metrics import METRICS
+from lit_vlm.formatting import format_change, format_count, format_duration, format_short
 from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
-from lit_vlm.reports.run_record import RunRecord, format_change, format_duration, format_short, read_run, split_group
+from lit_vlm.reports.run_record import RunRecord, read_run, split_group
 from lit_vlm.reports.templates import PageTemplate, write_page
-from lit_vlm.types import SPECIAL_TOKENS, format_count
+from lit_vlm.types import SPECIAL_TOKENS
 
 HEADINGS = ("stage", "trained", "samples", "tokens", "tokens/s", "loss", "held-out score")
 MAX_INLINE_BYTES = 60_000  # of a PNG; a larger one is embedded as JPEG
 SAMPLES_SINGLE_RUN, SAMPLES_SEVERAL_RUNS = 4, 1  # samples for each kind and language
 IMAGE_PLACEHOLDER = re.compile(r"<image>\s?")  # removed, since the images are shown above the prompt
+MAX_TABLE_POINTS = 2  # of a curve; so few values are a table
 MAX_DOTS = 60  # of a curve; with more points it has no dots
 CONTROL_TOKEN = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 _PAGE = PageTemplate("report_page.html", short=format_short, percent=lambda share: f"{100 * share:.1f} %")
@@ -139,9 +142,11 @@ def _collect_stage(record: RunRecord, num_samples: int) -> dict[str, Any]:
         "facts": _collect_facts(record),
         "charts": _draw_charts(record),
         "scores": _collect_scores(record),
+        "text_scores": _collect_text_scores(record),
         "mixture": _prepare_mixture(mixture),
         "languages": _format_languages(mixture),
         "groups": _group_samples(record, num_samples),
+        "nothing_held_out": record.data.get("num_held_out") == 0,
         "quarantined": _summarize_quarantine(record),
         "unread": record.data.get("unread") or {},
         "settings": record.settings,
@@ -177,7 +182,7 @@ def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
     lines = [ChartLine("training loss", loss, "raw"), ChartLine("training loss, smoothed", smooth(loss), "main")]
     lines.append(ChartLine("held-out loss", held_out, "second", dots=len(held_out) <= MAX_DOTS))
     svg = draw_line_chart(lines, label=f"loss of {record.name} by step", allow_log=True)
-    charts = [{"title": "Loss", "svg": Markup(svg), "legend": _make_legend(lines), "note": _format_loss_note(record)}]
+    charts = [_make_chart("Loss", svg, lines, _format_loss_note(record))]
     accuracy, margin = metrics.get("train/rewards/accuracies", []), metrics.get("train/rewards/margins", [])
     held_out = metrics.get("val/rewards/accuracies", [])
     name = "of training pairs"
@@ -185,8 +190,24 @@ def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
     lines.append(ChartLine("of held-out pairs", held_out, "second", dots=len(held_out) <= MAX_DOTS))
     svg = draw_line_chart(lines, label=f"reward accuracy of {record.name} by step", low=0.0, high=1.0)
     note = f"margin of the rewards {format_change(margin[0][1], margin[-1][1], '.3f')}" if margin else ""
-    charts.append({"title": "Reward accuracy", "svg": Markup(svg), "legend": _make_legend(lines), "note": note})
-    return [chart for chart in charts if chart["svg"]]
+    charts.append(_make_chart("Reward accuracy", svg, lines, note))
+    return [chart for chart in charts if chart["svg"] or chart["rows"]]
+
+
+def _make_chart(title: str, svg: str, lines: list[ChartLine], note: str) -> dict[str, Any]:
+    """Make a chart of the page: a curve, or a table of its values if no line has more than `MAX_TABLE_POINTS` points."""
+    shown = [line for line in lines if line.points and line.style != "raw"]
+    if not shown or max(len(line.points) for line in shown) > MAX_TABLE_POINTS:
+        return {"title": title, "svg": Markup(svg), "legend": _make_legend(lines), "rows": [], "note": note}
+    steps = sorted({step for line in shown for step, _ in line.points})
+    rows = [
+        (
+            line.name.removesuffix(", smoothed"),
+            [f"{dict(line.points)[step]:.4g}" if step in dict(line.points) else "" for step in steps],
+        )
+        for line in shown
+    ]
+    return {"title": title, "svg": "", "legend": [], "steps": [step + 1 for step in steps], "rows": rows, "note": note}
 
 
 def _make_legend(lines: list[ChartLine]) -> list[tuple[str, str]]:
@@ -219,6 +240,35 @@ def _collect_scores(record: RunRecord) -> list[dict[str, Any]]:
             }
         )
     return [{"kind": kind, "languages": rows} for kind, rows in kinds.items()]
+
+
+def _collect_text_scores(record: RunRecord) -> dict[str, Any]:
+    """Collect chrF, ROUGE-L and ANLS: one row for each kind and language, one column for each metric."""
+    before, after = record.get_text_scores("before"), record.get_text_scores("after")
+    names = list(dict.fromkeys([*after, *before]))
+    groups = dict.fromkeys(group for phase in (after, before) for scores in phase.values() for group in scores)
+    rows = [
+        {
+            "kind": kind,
+            "language": language,
+            "cells": [
+                format_change((before.get(name) or {}).get(group), (after.get(name) or {}).get(group)) for name in names
+            ],
+        }
+        for group in groups
+        for kind, language in [split_group(group)]
+    ]
+    return {"titles": [_get_metric_title(name) for name in names], "rows": rows}
+
+
+def _get_metric_title(name: str) -> str:
+    """Return the title of a metric; the name itself for one that this version does not know."""
+    return METRICS[name].title if name in METRICS else name
+
+
+def _format_text_scores(scores: Any) -> str:
+    """Format the scores of one answer: "chrF 0.81, ROUGE-L 0.70"."""
+    return ", ".join(f"{_get_metric_title(name)} {value:.2f}" for name, value in (scores or {}).items())
 
 
 def _collect_stage_scores(records: list[RunRecord]) -> dict[str, Any]:
@@ -280,7 +330,12 @@ def _make_card(folder: Path, phases: list[dict[str, Any]]) -> SampleCard:
     first = phases[0]
     keys = ("phase", "score")
     answers = [
-        {key: row.get(key) for key in keys} | {"pieces": _split_control_tokens(row.get("prediction"))} for row in phases
+        {key: row.get(key) for key in keys}
+        | {
+            "pieces": _split_control_tokens(row.get("prediction")),
+            "text_scores": _format_text_scores(row.get("text_scores")),
+        }
+        for row in phases
     ]
     pictures: dict[str, str] = {}  # an image without boxes is the same in both phases
     for row in phases:

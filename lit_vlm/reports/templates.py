@@ -14,8 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_vlm.files import write_text_atomically
+from lit_vlm.formatting import format_count
 from lit_vlm.redaction import redact_text
-from lit_vlm.types import escape_control_characters, format_count
+from lit_vlm.types import escape_control_characters
 
 TEMPLATE_FOLDER = Path(
     __file__

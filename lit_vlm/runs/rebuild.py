@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
-from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, CorruptCheckpointError, read_index
-from lit_vlm.model.tensor_files import compute_weights_digest
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex, CorruptCheckpointError
+from lit_vlm.checkpoint.resume import read_index
+from lit_vlm.files import compute_weights_digest
 
 CONFIG_FILE = "config.yaml"
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +17,7 @@ from typing import Any
 from lit_vlm.config.run_name import is_non_identity_key
 from lit_vlm.distributed.ranks import get_global_rank
 from lit_vlm.files import CorruptFileError, handle_write_errors, read_json, write_json
-from lit_vlm.model.tensor_files import compute_weights_digest
+from lit_vlm.files import compute_weights_digest
 from lit_vlm.redaction import is_same_when_redacted, redact, redact_arguments
 from lit_vlm.types import Source, UserError
 
@@ -79,7 +79,13 @@ class RunFolder:
 
 
 def open_run_folder(
-    path: Path, config: Any, *, name: str, overwrite: bool, data_digest: str, parent: dict[str, str] | None
+    path: Path,
+    settings: dict[str, Any],
+    *,
+    name: str,
+    overwrite: bool,
+    data_digest: str,
+    parent: dict[str, str] | None,
 ) -> RunFolder:
     """Open the folder of a run, which is new, interrupted (it resumes) or finished. Nothing is written before the first `update`.
 
@@ -87,6 +93,7 @@ def open_run_folder(
     because a requeued job starts with the same overrides.
 
     Args:
+        settings: all settings of the run, see `to_plain`.
         name: name of the run, for the manifest.
         data_digest: digest of the data sources.
         parent: path and digest of the starting model, see `describe_parent`.
@@ -94,7 +101,7 @@ def open_run_folder(
     Raises:
         UserError: the folder holds a run with another config, other data or another parent.
     """
-    plain = redact(to_plain(asdict(config)))
+    plain = redact(settings)
     known, rebuilt = read_or_rebuild_manifest(path, name)
     differences = _find_differences(known, plain, data_digest, parent) if known else []
     is_finished = bool(known) and known.get("status") == "finished"
@@ -204,6 +211,7 @@ def describe_parent(init_from: str | None) -> dict[str, str] | None:
     folder = Path(init_from)
     if not folder.is_dir():
         return {"path": init_from, "digest": ""}
+
     digest = read_manifest_or_empty(folder.parent).get("weights_digest")
     # if the manifest is lost, hash the weights themselves
     return {"path": init_from, "digest": digest or compute_weights_digest(folder)}

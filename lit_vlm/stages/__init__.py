@@ -4,6 +4,6 @@ from lit_vlm.stages.base import Stage
 from lit_vlm.stages.dpo import DPOStage
 from lit_vlm.stages.next_token import AlignStage, HighresStage, SFTStage
 
-STAGES: dict[str, type[Stage]] = {"align": AlignStage, "sft": SFTStage, "highres": HighresStage, "dpo": DPOStage}
+STAGES: dict[str, type[Stage]] = {stage.name.value: stage for stage in (AlignStage, SFTStage, HighresStage, DPOStage)}
 
 __all__ = ["STAGES", "AlignStage", "DPOStage", "HighresStage", "SFTStage", "Stage"]

@@ -6,8 +6,9 @@ no config.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ from torchmetrics import MeanMetric
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.compat.lightning import get_batch_index, get_trainer, set_hparams
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing, parse_checkpointing_level
-from lit_vlm.model.build import ModelSpec
+from lit_vlm.config.schema import StageConfig, StageName
+from lit_vlm.config.settings import build_stage_config, convert_to_plain
+from lit_vlm.formatting import format_count
+from lit_vlm.losses.next_token import compute_next_token_loss
+from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import add_lora
 from lit_vlm.model.matmul_dtypes import MatmulDtypeCounter, warn_about_float32_matmuls
 from lit_vlm.model.parts import PartSummary, freeze_except, set_train_modes, summarize_parts
 from lit_vlm.model.skeleton import defer_weights, fill_skeleton, is_deferring_weights, read_exact_values
+from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import TrainableTokens
 from lit_vlm.model.weights import NotShardLoadableError
 from lit_vlm.stages.caches import FeatureCache, build_feature_cache
@@ -41,8 +47,8 @@ from lit_vlm.stages.model_init import (
     require_images,
     resolve_model,
 )
-from lit_vlm.stages.optimizer import make_optimizer, make_optimizer_options, make_scheduler
-from lit_vlm.types import Batch, ModelPart, UserError, format_count
+from lit_vlm.stages.optimizer import get_lora, make_optimizer, make_scheduler
+from lit_vlm.types import Batch, ModelPart, UserError
 
 
 class Stage(L.LightningModule):
@@ -51,22 +57,19 @@ class Stage(L.LightningModule):
     Args:
         model: a folder or hub id of a LLaVA-OneVision-class model, a `ModelSpec` of parts, or a built model; None only
             where `load_from_checkpoint` restores it.
-        trainable: parts that train; the others are frozen.
-        learning_rate: peak; parts may have their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
-        weight_decay, warmup, schedule, min_learning_rate, adam_betas, adam_eps: see `OptimizerOptions`.
-        activation_checkpointing: "none", "selective" or "full": which activations of the layers are recomputed in the
-            backward pass (`model/checkpointing.py`); True is "full".
-        cache_features: compute the features of a frozen vision tower in one pass before training, and keep them in the
-            data module's store.
-        parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`,
-            `targets`.
+        config: settings of the stage, of its class `config_class`; None: `settings`.
+        settings: the fields of `config_class` as keyword arguments of plain values, e.g. `learning_rate=1e-5`,
+            `trainable=["projector"]`, `activation_checkpointing="full"`, or for one part
+            `parts={"vision_tower": {"learning_rate": 2e-6, "lora": {"rank": 8}}}`. The schema explains each.
         tiling: how images are tiled; must be equal to the data's.
         dtype: of the weights, "float32" or "bfloat16".
-        frozen_dtype: "bfloat16" under bf16-mixed: of frozen matrices that are read from files (`model/frozen.py`);
+        frozen_dtype: "bfloat16" under bf16-mixed: of frozen matrices that are read from files (`model/skeleton.py`);
             None: the same as `dtype`.
         seed: for new parameters and for dropout.
     """
 
+    name = StageName.sft
+    config_class: type[StageConfig] = StageConfig
     default_trainable: tuple[ModelPart, ...] = tuple(ModelPart)
     default_learning_rate = 1e-5
     trains_special_tokens = True  # under LoRA
@@ -76,47 +79,41 @@ class Stage(L.LightningModule):
     def __init__(
         self,
         model: ModelLike | None = None,
+        config: StageConfig | None = None,
         *,
-        trainable: Sequence[ModelPart | str] | None = None,
-        learning_rate: float | None = None,
-        weight_decay: float = 0.0,
-        warmup: float = 0.03,
-        schedule: str = "cosine",
-        min_learning_rate: float = 0.0,
-        adam_betas: tuple[float, float] = (0.9, 0.999),
-        adam_eps: float = 1e-8,
-        activation_checkpointing: str | bool = "none",
-        cache_features: bool = False,
-        parts: dict[str, dict[str, Any]] | None = None,
         tiling: str = "anyres",
         dtype: str = "float32",
         frozen_dtype: str | None = None,
         seed: int = 0,
-        **own: Any,
+        **settings: Any,
     ) -> None:
         super().__init__()
-        arguments = {key: value for key, value in locals().items() if key not in ("self", "own", "__class__")} | own
-        self._model_source = arguments.pop("model")
-        arguments["trainable"] = [str(part) for part in trainable or self.default_trainable]
-        arguments["learning_rate"] = learning_rate or self.default_learning_rate
-        arguments["activation_checkpointing"] = parse_checkpointing_level(activation_checkpointing).value
-        self.hparams.update(arguments)  # plain containers only, so that load_from_checkpoint needs no trust
-        self._set_hparams(dict(self.hparams))
-        self._log_hyperparams = False  # the run folder's config.yaml has them, and more
-        self.trainable = [ModelPart(name) for name in arguments["trainable"]]
-        self.optimizer_options = make_optimizer_options(arguments)
+        self._model_source = model
+        self.config = copy.deepcopy(config) if config is not None else self._build_config(settings)
+        build = {"tiling": tiling, "dtype": dtype, "frozen_dtype": frozen_dtype, "seed": seed}
+        # plain containers only, so that load_from_checkpoint needs no trust
+        self.hparams.update(convert_to_plain(self.config) | build)
+        set_hparams(self, dict(self.hparams))  # not to the logger: the run folder's config.yaml has them, and more
+        self.trainable = [ModelPart(name) for name in self.config.trainable]
         self.tiling = Tiling(tiling)
         self.model: LlavaOnevisionForConditionalGeneration | None = None
         self.part_methods: dict[ModelPart, str] = {}
         self.val_loss = MeanMetric()
         self.feature_cache: FeatureCache | None = None
         self.say: Callable[[str], None] = lambda text: None  # reports the progress of a pass before training
-        if cache_features:
+        if self.config.cache_features:
             require_frozen_tower(self.trainable)
         self._gradients_checked, self._step_tiles = False, 0
         self._matmul_dtypes_checked = False  # True after the first forward pass
         self._has_rounded_weights = False  # frozen matrices are in the compute dtype
         self.gradients_discarded = False  # a callback discarded this step's gradients: there is nothing to check
+
+    @classmethod
+    def _build_config(cls, settings: dict[str, Any]) -> StageConfig:
+        """Build the config from keyword arguments, with the trained parts and the learning rate of this class."""
+        defaults = {"name": cls.name, "trainable": cls.default_trainable, "learning_rate": cls.default_learning_rate}
+        given = {name: value for name, value in settings.items() if value is not None}
+        return build_stage_config(cls.config_class, defaults | given)
 
     # ---- the model
 
@@ -167,7 +164,7 @@ class Stage(L.LightningModule):
         assert model is not None
         freeze_except(model, self.trainable)
         for part in self.trainable:
-            lora = getattr(self.optimizer_options.parts.get(part), "lora", None)
+            lora = get_lora(self.config, part)
             if lora is not None:
                 add_lora(model, part, lora, self.hparams["seed"])
                 self.part_methods[part] = f"LoRA rank {lora.rank}"
@@ -190,8 +187,7 @@ class Stage(L.LightningModule):
         assert self.model is not None
         if self.model.get_input_embeddings().weight.requires_grad:
             return []
-        has_lora = getattr(self.optimizer_options.parts.get(ModelPart.language_model), "lora", None) is not None
-        if has_lora:
+        if get_lora(self.config, ModelPart.language_model) is not None:
             return self._special_ids if self.trains_special_tokens else []
         return self._new_ids
 
@@ -201,8 +197,9 @@ class Stage(L.LightningModule):
 
     @property
     def level(self) -> Level:
-        """Level of activation checkpointing."""
-        return parse_checkpointing_level(self.hparams["activation_checkpointing"])
+        """Level of activation checkpointing; `auto` is none until it is resolved."""
+        level = self.config.activation_checkpointing
+        return Level.none if level is Level.auto else level
 
     @property
     def part_summary(self) -> list[PartSummary]:
@@ -223,7 +220,7 @@ class Stage(L.LightningModule):
 
     def prepare(self) -> None:
         """Compute, once, what needs the run's initial weights; called before the weights of a checkpoint are loaded."""
-        if self.hparams["cache_features"] and self.feature_cache is None:
+        if self.config.cache_features and self.feature_cache is None:
             weights = getattr(self._model_source, "whole", None) or getattr(self._model_source, "vision_tower", None)
             self.feature_cache = build_feature_cache(
                 self.trainer, self.model, weights, self.say, dtype=self.hparams["dtype"]
@@ -280,7 +277,7 @@ class Stage(L.LightningModule):
 
         The parts of all micro-batches and ranks add up to the loss of the step.
         """
-        return self.compute_token_losses(batch).sum() / max(1, batch.step_supervised_tokens)
+        return compute_next_token_loss(self.compute_token_losses(batch), batch.step_supervised_tokens)
 
     def compute_token_losses(self, batch: Batch) -> Tensor:
         """Compute the cross-entropy loss of each supervised token, [R] nats."""
@@ -301,11 +298,11 @@ class Stage(L.LightningModule):
 
     def _compute_gradient_sums(self) -> dict[str, float]:
         assert self.model is not None
-        return compute_gradient_sums(self.model, getattr(self._trainer, "strategy", None))
+        return compute_gradient_sums(self.model, getattr(get_trainer(self), "strategy", None))
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
         """Sum the loss over micro-batches and log it at the last one as `train/loss`."""
-        micro_batch = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
+        micro_batch = get_batch_index(self.trainer) % self.trainer.accumulate_grad_batches
         self._accumulated_loss = loss if micro_batch == 0 else self._accumulated_loss + loss
         self._step_tiles = batch.step_tiles
         if micro_batch == self.trainer.accumulate_grad_batches - 1:
@@ -313,11 +310,11 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make AdamW and the learning-rate schedule, which advances once per optimizer step."""
-        optimizer = make_optimizer(self.model, self.optimizer_options)
+        optimizer = make_optimizer(self.model, self.config)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
-                "scheduler": make_scheduler(optimizer, self.optimizer_options, self._count_steps()),
+                "scheduler": make_scheduler(optimizer, self.config, self._count_steps()),
                 "interval": "step",
             },
         }

@@ -24,9 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_vlm.data.index.sample_index import SampleIndex
-from lit_vlm.files import atomic_write
-from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
-from lit_vlm.types import Batch, UserError, format_count
+from lit_vlm.files import atomic_write, compute_weights_digest
+from lit_vlm.formatting import format_count
+from lit_vlm.model.tensor_files import raise_os_errors
+from lit_vlm.types import Batch, UserError
 
 VERSION = 2  # increase it when the same model and data give other numbers
 PART_BYTES = 1 << 26  # minimum size of a file; the last one of a pass is smaller

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,15 +13,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.config.schema import ModelConfig
-from lit_vlm.losses.preference import SORTING_LOSS_TYPES, PreferenceLoss, PreferenceOutput, pad_answer_scores
-from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
+from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
+from lit_vlm.config.schema import DPOStageConfig, ModelConfig, StageName
+from lit_vlm.formatting import format_count
+from lit_vlm.losses.loss_types import find_sorting_losses
+from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, pad_answer_scores
+from lit_vlm.model.build import build_model
 from lit_vlm.model.lora import disable_adapters
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.stages.base import Stage
 from lit_vlm.stages.caches import ReferenceLogProbCache, fill_cache, get_cache_folder
 from lit_vlm.stages.model_init import ModelLike
+from lit_vlm.stages.optimizer import get_lora
 from lit_vlm.stages.preference_metrics import METRIC_NAMES, PreferenceMetrics, estimate_kl
-from lit_vlm.types import Batch, ModelPart, UserError, format_count
+from lit_vlm.types import Batch, ModelPart, UserError
 
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference model
 
@@ -35,13 +39,14 @@ class DPOStage(Stage):
     config.
 
     Args:
-        model: the policy to start from; see `Stage`.
-        reference: folder of the reference model; None: the policy's initial weights.
-        cache_reference: compute the reference model's log-probabilities of all pairs in one pass before training and
-            keep them in the data module's store, where other runs find them; no reference model stays in memory then.
-        loss_type, loss_weights, beta, ...: see `PreferenceLoss`.
+        model: the policy to start from.
+        config: settings; None: `arguments`.
+        arguments: as of `Stage`, with the fields of `DPOStageConfig` (`beta`, `loss_type`, `reference`, ...).
     """
 
+    name = StageName.dpo
+    config_class = DPOStageConfig
+    config: DPOStageConfig
     default_trainable = (ModelPart.language_model,)
     default_learning_rate = 5e-7
     trains_special_tokens = False  # under LoRA the reference is the model without adapters; rows are no adapters
@@ -49,37 +54,11 @@ class DPOStage(Stage):
     def __init__(
         self,
         model: ModelLike | None = None,
-        *,
-        beta: float = 0.1,
-        loss_type: Sequence[str] = ("sigmoid",),
-        loss_weights: Sequence[float] | None = None,
-        label_smoothing: float = 0.0,
-        f_divergence_type: str = "reverse_kl",
-        f_alpha_divergence_coef: float = 0.5,
-        discopop_tau: float = 0.05,
-        ld_alpha: float | None = None,
-        use_weighting: bool = False,
-        reference: str | Path | None = None,
-        cache_reference: bool = False,
-        **stage: Any,
+        config: DPOStageConfig | None = None,
+        **arguments: Any,
     ) -> None:
-        loss_options: dict[str, Any] = {
-            "beta": beta,
-            "loss_type": list(loss_type),
-            "loss_weights": list(loss_weights) if loss_weights else None,
-            "label_smoothing": label_smoothing,
-            "f_divergence_type": f_divergence_type,
-            "f_alpha_divergence_coef": f_alpha_divergence_coef,
-            "discopop_tau": discopop_tau,
-            "ld_alpha": ld_alpha,
-            "use_weighting": use_weighting,
-        }
-        reference_options: dict[str, Any] = {
-            "reference": str(reference) if reference else None,
-            "cache_reference": cache_reference,
-        }
-        super().__init__(model, **stage, **loss_options, **reference_options)
-        self.loss = PreferenceLoss(**loss_options)
+        super().__init__(model, config, **arguments)
+        self.loss = PreferenceLoss(self.config)
         self.reference: LlavaOnevisionForConditionalGeneration | None = None
         self.reference_cache: ReferenceLogProbCache | None = None
         self.train_metrics, self.val_metrics = PreferenceMetrics(), PreferenceMetrics()
@@ -90,16 +69,16 @@ class DPOStage(Stage):
     @property
     def shares_tower(self) -> bool:
         """True when policy and reference model have the same vision tower; it then runs once for both."""
-        return self.hparams["reference"] is None and ModelPart.vision_tower not in self.trainable
+        return self.config.reference is None and ModelPart.vision_tower not in self.trainable
 
     def _prepare_training(self) -> None:
         """Make the reference model, then prepare the policy; dropout is disabled."""
-        has_lora = any(getattr(options, "lora", None) for options in self.optimizer_options.parts.values())
-        if self.hparams["reference"]:
-            spec = load_model_spec(ModelConfig(special_tokens=[]), self.hparams["reference"], self.tiling)
+        has_lora = any(get_lora(self.config, part) for part in ModelPart)
+        if self.config.reference:
+            spec = load_model_spec(ModelConfig(special_tokens=[]), self.config.reference, self.tiling)
             self._require_same_vocabulary(spec)
             self.reference = build_model(spec, getattr(torch, self.hparams["dtype"]))
-        elif not has_lora and not self.hparams["cache_reference"]:
+        elif not has_lora and not self.config.cache_reference:
             self.reference = _copy_model(self.model, with_tower=not self.shares_tower)
         super()._prepare_training()
         if self.reference is not None:
@@ -127,9 +106,9 @@ class DPOStage(Stage):
     def prepare(self) -> None:
         """Fill the cache of reference log-probabilities, if it is enabled, and release the reference model."""
         super().prepare()
-        if not self.hparams["cache_reference"] or self.reference_cache is not None:
+        if not self.config.cache_reference or self.reference_cache is not None:
             return
-        weights = self.hparams["reference"] or getattr(self._model_source, "whole", None)
+        weights = self.config.reference or getattr(self._model_source, "whole", None)
         self.reference_cache = ReferenceLogProbCache(
             get_cache_folder(self.trainer, "reference", weights, dtype=self.hparams["dtype"])
         )
@@ -148,7 +127,7 @@ class DPOStage(Stage):
         """Refuse losses that sort the whole batch when it is split into micro-batches."""
         super().on_fit_start()
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        sorting_losses = [name for name in self.hparams["loss_type"] if name in SORTING_LOSS_TYPES]
+        sorting_losses = find_sorting_losses(self.config.loss_type)
         if sorting_losses and micro_batches > 1:
             raise UserError(
                 f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and this one is dealt into {micro_batches} micro-batches. "
@@ -247,11 +226,10 @@ class DPOStage(Stage):
 
         Every rank calls it, with a dummy batch too.
         """
-        trainer = self._trainer
+        trainer = get_trainer(self)
         if trainer is None:
             return
-        is_last = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not is_last:
+        if not is_last_micro_step(trainer):
             return
         step = self.global_step + 1
         if step % trainer.log_every_n_steps and step != self._count_steps():
@@ -261,7 +239,7 @@ class DPOStage(Stage):
         for name, value in means.items():
             self.log(f"train/{name}", value, batch_size=1)
         for name in METRIC_NAMES - means.keys():  # else Lightning would log the value of an earlier step again
-            trainer._results.pop(f"training_step.train/{name}", None)
+            discard_logged_value(trainer, f"train/{name}")
         self._warn_about_collapse(means)
 
     def _sum_over_ranks(self, numbers: Tensor) -> Tensor:
@@ -289,7 +267,7 @@ class DPOStage(Stage):
             UserError: the loss differs from its value at margin zero.
         """
         expected = self.loss.compute_loss_at_zero_margin()
-        if self.global_step or expected is None or output.pair_loss is None or self.hparams["reference"]:
+        if self.global_step or expected is None or output.pair_loss is None or self.config.reference:
             return
         actual = float(output.pair_loss)
         is_float32 = self.hparams["dtype"] == "float32" and not torch.is_autocast_enabled(self.device.type)
@@ -304,7 +282,7 @@ class DPOStage(Stage):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave a reference model that has a folder of its own out of the checkpoint."""
         super().on_save_checkpoint(checkpoint)
-        if self.hparams["reference"]:  # it is loaded again from its folder
+        if self.config.reference:  # it is loaded again from its folder
             for name in [name for name in checkpoint["state_dict"] if name.startswith("reference.")]:
                 del checkpoint["state_dict"][name]
             self.strict_loading = False

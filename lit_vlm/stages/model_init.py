@@ -15,9 +15,11 @@ from lit_vlm.anyres import ImageSettings, Tiling
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.activation_checkpointing import has_checkpointed_layers
-from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.model.parts import get_part
+from lit_vlm.model.skeleton import build_model_class
+from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.types import ModelPart, UserError
 
 ResolvedModel: TypeAlias = ModelSpec | LlavaOnevisionForConditionalGeneration | dict[str, Any]
@@ -57,7 +59,7 @@ def init_model(source: ResolvedModel, dtype: torch.dtype, seed: int) -> ModelIni
         ids = source.tokenizer.convert_tokens_to_ids
         return ModelInit(build_model(source, dtype, seed), ids(source.new_tokens), ids(source.special_tokens))
     if isinstance(source, dict):  # a checkpoint: its own weights follow
-        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(source["config"])).to(dtype)
+        model = build_model_class(LlavaOnevisionConfig.from_dict(source["config"])).to(dtype)
         model.generation_config.eos_token_id = source["stops"]
         use_flat_forward(model, _parse_image_settings(source["images"]))
         return ModelInit(model, source["row_ids"], source["row_ids"])

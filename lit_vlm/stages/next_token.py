@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lit_vlm.config.schema import StageName
 from lit_vlm.stages.base import Stage
 from lit_vlm.types import ModelPart
 
@@ -9,6 +10,7 @@ from lit_vlm.types import ModelPart
 class AlignStage(Stage):
     """Stage 1: the projector learns to map image features into the language model's input space; the rest is frozen."""
 
+    name = StageName.align
     default_trainable = (ModelPart.projector,)
     default_learning_rate = 1e-3
 
@@ -19,3 +21,5 @@ class SFTStage(Stage):
 
 class HighresStage(Stage):
     """Stage 3: as stage 2, with more tiles and harder text."""
+
+    name = StageName.highres

@@ -14,23 +14,15 @@ from html import escape
 from typing import Any
 
 from lit_vlm.config.overrides import quote_value
-from lit_vlm.reports.charts import AxisScale, compute_log_ticks, compute_ticks
+from lit_vlm.reports.charts import AxisScale, ChartFrame, compute_log_ticks, compute_ticks
 from lit_vlm.sweep.results import TrialRecord, compute_ranks, find_best_trial, find_varying_keys, is_numeric
 from lit_vlm.sweep.sweep_file import Goal, SweepFile
 
-WIDTH, HEIGHT = 1040, 380
-LEFT, RIGHT, TOP, BOTTOM = 92, 46, 58, 18
+PARALLEL_FRAME = ChartFrame(1040, 380, left=92, right=46, top=58, bottom=18)
+TRIAL_FRAME = ChartFrame(480, 250, left=44, right=14, top=12, bottom=36)
 OUTLIER_FACTOR = 5.0
 MIN_LOG_RATIO = 30  # from this ratio of the largest to the smallest value on, the axis is logarithmic
 MAX_LABEL_LETTERS = 16  # of a category, or of a name above its axis
-METRIC_CHART_LAYOUT = (
-    480,
-    250,
-    44,
-    14,
-    12,
-    36,
-)  # width, height and margins (left, right, top, bottom) of the metric's chart
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +58,7 @@ class ParallelAxis:
 
     def _get_row_position(self, row: int) -> float:
         share = (row + 0.5) / len(self.categories)
-        return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
+        return round(PARALLEL_FRAME.floor - share * (PARALLEL_FRAME.floor - PARALLEL_FRAME.top), 1)
 
 
 def draw_parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) -> str:
@@ -79,8 +71,9 @@ def draw_parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) 
     if not keys or not plottable:
         return ""
     goal = sweep.metric.goal if sweep.metric else Goal.minimize
-    step = (WIDTH - LEFT - RIGHT) / len(keys)
-    axes = [_make_axis(key, records, sweep, round(LEFT + number * step, 1)) for number, key in enumerate(keys)]
+    left, right = PARALLEL_FRAME.left, PARALLEL_FRAME.right_end
+    step = (right - left) / len(keys)
+    axes = [_make_axis(key, records, sweep, round(left + number * step, 1)) for number, key in enumerate(keys)]
     metric_axis = _make_metric_axis([record.value for record in plottable], goal, sweep)
     relative_ranks = compute_relative_ranks(plottable, goal)
     best = find_best_trial(records, goal)
@@ -89,8 +82,7 @@ def draw_parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) 
         _draw_trial(record, axes, metric_axis, relative_ranks.get(record.number), record is best) for record in order
     )
     label = f"{len(records)} trials by {', '.join(keys)} and {metric_axis.key}"
-    head = f'<svg class="parallel" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
-    return f"{head}{lines}{''.join(map(_draw_axis, [*axes, metric_axis]))}</svg>"
+    return PARALLEL_FRAME.draw(lines + "".join(map(_draw_axis, [*axes, metric_axis])), label, "parallel")
 
 
 def draw_metric_by_trial(records: Sequence[TrialRecord], goal: Goal, metric: str) -> str:
@@ -98,23 +90,23 @@ def draw_metric_by_trial(records: Sequence[TrialRecord], goal: Goal, metric: str
     plottable = [record for record in records if _has_plottable_value(record)]
     if not plottable:
         return ""
-    width, height, left, right, top, bottom = METRIC_CHART_LAYOUT
+    frame = TRIAL_FRAME
     values = [record.value for record in plottable]
     ends = compute_axis_range(values, goal)
     is_log = _should_use_log(ends)
     low, high = _pad_range(ends, is_log)
-    y = AxisScale(low, high, height - bottom, top, is_log)
-    x = AxisScale(0, max(1, records[-1].number), left + 10, width - right - 6)
+    y = AxisScale(low, high, frame.floor, frame.top, is_log)
+    x = AxisScale(0, max(1, records[-1].number), frame.left + 10, frame.right_end - 6)
     parts = [
-        _draw_grid_line(y(value), f"{value:.4g}", left, width - right)
+        frame.draw_grid_line(y(value), f"{value:.4g}", "end")
         for value in (compute_log_ticks(low, high) if is_log else compute_ticks(low, high))
     ]
     parts += [
-        f'<text class="middle" x="{x(n)}" y="{height - 18}">{n:g}</text>'
+        f'<text class="middle" x="{x(n)}" y="{frame.height - 18}">{n:g}</text>'
         for n in compute_ticks(0, x.high)
         if n == int(n)
     ]
-    parts.append(f'<text class="end" x="{width - right}" y="{height - 3}">trial</text>')
+    parts.append(f'<text class="end" x="{frame.right_end}" y="{frame.height - 3}">trial</text>')
     parts.append(f'<polyline class="main" points="{_compute_best_so_far(plottable, goal, x, y)}"/>')
     for record in plottable:
         title = f"<title>{escape(f'trial {record.number}: {metric} {record.value:.5g}, {record.state}')}</title>"
@@ -124,10 +116,9 @@ def draw_metric_by_trial(records: Sequence[TrialRecord], goal: Goal, metric: str
     for record in records:
         if record.state == "failed" and not _has_plottable_value(record):
             parts.append(
-                f'<text class="cross middle" x="{x(record.number)}" y="{top + 4}">×<title>trial {record.number} failed</title></text>'
+                f'<text class="cross middle" x="{x(record.number)}" y="{frame.top + 4}">×<title>trial {record.number} failed</title></text>'
             )
-    label = escape(f"{metric} of each trial", quote=True)
-    return f'<svg class="trials" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    return frame.draw("".join(parts), f"{metric} of each trial", "trials")
 
 
 def compute_relative_ranks(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
@@ -189,7 +180,7 @@ def _make_axis(key: str, records: Sequence[TrialRecord], sweep: SweepFile, x: fl
     ends = (min(*ends, *values), max(*ends, *values))
     is_log = is_log and ends[0] > 0
     low, high = ends if ends[0] < ends[1] else _pad_range(values)
-    return ParallelAxis(key, x, AxisScale(low, high, HEIGHT - BOTTOM, TOP, is_log), is_log=is_log)
+    return ParallelAxis(key, x, AxisScale(low, high, PARALLEL_FRAME.floor, PARALLEL_FRAME.top, is_log), is_log=is_log)
 
 
 def _make_metric_axis(values: list[float], goal: Goal, sweep: SweepFile) -> ParallelAxis:
@@ -197,9 +188,10 @@ def _make_metric_axis(values: list[float], goal: Goal, sweep: SweepFile) -> Para
     is_log = _should_use_log((low, high))
     if low == high:
         low, high = _pad_range(values)
-    ends = (TOP, HEIGHT - BOTTOM) if goal is Goal.minimize else (HEIGHT - BOTTOM, TOP)
+    ends = (PARALLEL_FRAME.top, PARALLEL_FRAME.floor)
+    ends = ends if goal is Goal.minimize else ends[::-1]
     name = sweep.metric.name if sweep.metric else "metric"
-    return ParallelAxis(name, WIDTH - RIGHT, AxisScale(low, high, *ends, is_log), is_log=is_log)
+    return ParallelAxis(name, PARALLEL_FRAME.right_end, AxisScale(low, high, *ends, is_log), is_log=is_log)
 
 
 def _draw_trial(
@@ -219,7 +211,7 @@ def _draw_trial(
 
 
 def _draw_axis(axis: ParallelAxis) -> str:
-    parts = [f'<line class="axis" x1="{axis.x}" x2="{axis.x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>']
+    parts = [f'<line class="axis" x1="{axis.x}" x2="{axis.x}" y1="{PARALLEL_FRAME.top}" y2="{PARALLEL_FRAME.floor}"/>']
     for y, text in axis.list_ticks():
         parts.append(f'<line class="axis" x1="{axis.x - 4}" x2="{axis.x}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="mark end" x="{axis.x - 8}" y="{y + 4}">{escape(text)}</text>')
@@ -230,11 +222,6 @@ def _draw_axis(axis: ParallelAxis) -> str:
     scale = " (log)" if axis.is_log else ""
     parts.append(f'<text class="name middle" x="{axis.x}" y="36">{escape(clip_label(word))}{scale}{title}</text>')
     return "".join(parts)
-
-
-def _draw_grid_line(y: float, text: str, left: float, right: float) -> str:
-    line = f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
-    return f'{line}<text class="end" x="{left - 6}" y="{y + 4}">{text}</text>'
 
 
 def _compute_best_so_far(records: Sequence[TrialRecord], goal: Goal, x: AxisScale, y: AxisScale) -> str:

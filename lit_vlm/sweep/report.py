@@ -12,8 +12,8 @@ from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
+from lit_vlm.formatting import format_duration
 from lit_vlm.reports import templates
-from lit_vlm.reports.run_record import format_duration
 from lit_vlm.sweep.charts import compute_axis_range, draw_metric_by_trial, draw_parallel_coordinates, format_category
 from lit_vlm.sweep.results import (
     TRIAL_STATES,

@@ -143,8 +143,9 @@ class Search:
         num_reported = len(trial.intermediate_values)
         if len(values) <= num_reported:  # other trials may have become better meanwhile
             return hyperband is not None and self._should_prune(number, hyperband)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         for step in range(num_reported, len(values)):
-            self._storage.set_trial_intermediate_value(trial._trial_id, step + 1, values[step])
+            self._storage.set_trial_intermediate_value(trial_id, step + 1, values[step])
             if hyperband is not None and self._should_prune(number, hyperband):
                 return True
         return False
@@ -161,8 +162,9 @@ class Search:
         trial = self._get_frozen_trials()[number]
         if trial.state.is_finished():
             return
-        self._storage.set_trial_user_attr(trial._trial_id, OUTCOME_KEY, outcome.value)
-        self._storage.set_trial_user_attr(trial._trial_id, VALUE_KEY, value)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        self._storage.set_trial_user_attr(trial_id, OUTCOME_KEY, outcome.value)
+        self._storage.set_trial_user_attr(trial_id, VALUE_KEY, value)
         if outcome is TrialOutcome.failed or value is None:  # the sampler cannot learn from it
             self._study.tell(number, state=TrialState.FAIL)
         else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.types import find_nearest, format_suggestion
 
 _COMMENT = re.compile(r"(?:^|\s)#\s?(.*)$")
 
@@ -245,10 +245,23 @@ def _flatten_entries(raw: dict[Any, Any], prefix: str, errors: list[str]) -> Ite
             errors.append(
                 f"parameters.{key}: expected value, values, or min and max, found {entry!r}; for one value write {{value: {entry}}}."
             )
+        elif "parameters" not in entry and _is_nested(entry):
+            inner = ", ".join(str(inner_key) for inner_key in entry)
+            errors.append(
+                f"parameters.{key}: nested parameters need a 'parameters:' between: {key}: {{parameters: {{{inner}: ...}}}};"
+                f" or write the dotted keys {', '.join(f'{key}.{inner_key}' for inner_key in entry)}."
+            )
         elif isinstance(entry.get("parameters"), dict):
             yield from _flatten_entries(entry["parameters"], f"{key}.", errors)
         else:
             yield key, entry
+
+
+def _is_nested(entry: dict[Any, Any]) -> bool:
+    """Return True for an entry that holds parameters itself: every key is a name, with a value, values or a range below it."""
+    return bool(entry) and all(
+        isinstance(inner, dict) and (set(inner) & set(PARAMETER_KEYS) or _is_nested(inner)) for inner in entry.values()
+    )
 
 
 def _find_errors(entry: dict[str, Any]) -> Iterator[str]:

@@ -16,9 +16,9 @@ import yaml
 
 from lit_vlm.config import ConfigError
 from lit_vlm.config.overrides import get_override_key, parse_json_overrides
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.config.yaml_reader import KeyPath, is_text_setting, read_yaml
 from lit_vlm.sweep.search_space import SweepParameter, is_number, parse_parameters
+from lit_vlm.types import find_nearest, format_suggestion
 
 _ENVIRONMENT_VARIABLE = re.compile(r"\$\{envvar:(\w+)\}")
 

@@ -14,7 +14,6 @@ from types import FrameType
 from typing import IO, Any
 
 from lit_vlm.cluster.slurm import get_own_job, send_signal
-from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.fault_tolerance.exit_status import RESTART
 from lit_vlm.fault_tolerance.signals import DUPLICATE_SIGNAL_SECONDS, STOP_REQUESTS, StopRequest, get_signal_handler
 from lit_vlm.files import write_text_atomically
@@ -23,7 +22,7 @@ from lit_vlm.runs.run_folder import read_manifest_or_empty
 from lit_vlm.sweep.results import TrialRecord
 from lit_vlm.sweep.search import Search, Trial, TrialOutcome
 from lit_vlm.sweep.sweep_file import Goal
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, find_nearest, format_suggestion
 
 LOG_FILE, PID_FILE = "trial.log", "trial.pid"
 SAVE_TIMEOUT_SECONDS = 300.0  # for a trial of an earlier start to save and exit

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lit_vlm.config import ConfigError, Run, RunConfig, parse
+from lit_vlm.config import ConfigError, Run, parse
 from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.overrides import add_implied_overrides, get_override_key, parse_arguments
 from lit_vlm.config.parse import collect_override_errors
-from lit_vlm.config.schema import DPOStageConfig
-from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.config.schema import StageConfig, TrainerConfig
+from lit_vlm.evaluation.metrics import list_score_names
 from lit_vlm.sweep.search_space import SweepParameter
 from lit_vlm.sweep.sweep_file import SweepFile, build_trial_overrides, build_value_overrides
-from lit_vlm.types import Language, SampleKind
+from lit_vlm.types import Language, SampleKind, find_nearest, format_suggestion
 
 RESERVED_KEYS = ("task", "recipe", "run_name", "run_dir", "overwrite", "resume_from", "sweep", "trials", "submit")
 LOSS_GROUPS = (
@@ -22,7 +22,6 @@ LOSS_GROUPS = (
 )
 LOSS_METRICS = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in LOSS_GROUPS))
 REWARD_METRICS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
-SCORE_METRICS = tuple(f"score/{kind.value}_{language}" for kind in SampleKind for language in ("ko", "en"))
 THROUGHPUT_METRICS = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
 METRIC_PREFIXES = ("train/rewards/", "val/rewards/", "throughput/")  # families with more members than are listed here
 
@@ -43,9 +42,13 @@ def find_sweep_errors(sweep: SweepFile, overrides: list[str]) -> list[str]:
     errors = list(_find_key_errors(sweep, parsed))
     bad_keys, value_errors = _find_value_errors(sweep, parsed)
     errors += value_errors
-    runs: list[Run] = []
-    errors += _find_trial_errors(sweep, parsed, bad_keys, runs)
-    errors += _find_objective_errors(sweep, runs[0].config if runs and not bad_keys else None)
+    trial_errors, first_run = _check_trials(sweep, parsed, bad_keys)
+    errors += trial_errors
+    errors += _find_objective_errors(sweep)
+    if first_run is not None and not bad_keys:
+        config = first_run.config
+        every_steps = config.data.validation.every_steps
+        errors += _find_unlogged_errors(sweep, config.stage, config.trainer, config.callbacks, every_steps)
     override_errors = (
         {text for texts in _find_override_errors(parsed).values() for text in texts} if value_errors else set()
     )
@@ -103,8 +106,13 @@ def _get_integer_hint(parameter: SweepParameter | None, error: str) -> str:
     return " Give the range whole ends (distribution: int_uniform), or q_uniform with a whole q."
 
 
-def _find_trial_errors(sweep: SweepFile, overrides: list[str], bad_keys: set[str], runs: list[Run]) -> Iterator[str]:
-    """Find contradictions between settings, in trials that use each value once. The valid runs are appended to `runs`."""
+def _check_trials(sweep: SweepFile, overrides: list[str], bad_keys: set[str]) -> tuple[list[str], Run | None]:
+    """Find contradictions between settings, in trials that use each value once.
+
+    Returns:
+        The error messages, and the first valid trial.
+    """
+    first_run = None
     columns = {
         key: parameter.list_example_values() for key, parameter in sweep.search_space.items() if key not in bad_keys
     }
@@ -119,44 +127,59 @@ def _find_trial_errors(sweep: SweepFile, overrides: list[str], bad_keys: set[str
             if get_override_key(override) not in bad_keys
         ]
         try:
-            runs.append(parse([*trial_overrides, "run_name=trial"]))
+            trial = parse([*trial_overrides, "run_name=trial"])
+            first_run = first_run or trial
         except ConfigError as error:
             for problem in error.errors:
                 if not (bad_keys and "is not set" in problem):  # a wrong override may have meant this setting
                     errors.setdefault(problem.partition(", found ")[0], []).append((problem, values))
-    for rows in errors.values():
-        problem, values = rows[0]
-        pairs = ", ".join(f"{key}={value}" for key, value in values.items())
-        yield (
-            problem
-            if {message for message, _ in rows} == {problem} and len(rows) == num_rows
-            else f"{problem} (as with {pairs})"
-        )
+    return [_format_trial_error(rows, num_rows) for rows in errors.values()], first_run
 
 
-def _find_objective_errors(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
-    """Find errors of the objective: no run of this stage logs the metric, or too rarely for early stopping."""
+def _format_trial_error(rows: list[tuple[str, dict[str, Any]]], num_trials: int) -> str:
+    """Format an error with the values of its first trial; without them if it is the same in all trials."""
+    problem, values = rows[0]
+    if {message for message, _ in rows} == {problem} and len(rows) == num_trials:
+        return problem
+    return f"{problem} (as with {', '.join(f'{key}={value}' for key, value in values.items())})"
+
+
+def _find_objective_errors(sweep: SweepFile) -> Iterator[str]:
+    """Find an objective that no run logs."""
     if sweep.metric is None:
         return
     name = sweep.metric.name
-    if name not in list_metric_names() and not name.startswith(METRIC_PREFIXES):
+    if not _is_known_metric(name):
         hint = format_suggestion(find_nearest(name, list_metric_names()))
         yield (
             f"metric.name: no run logs {name}; they log train/loss, val/loss, val/loss_ko, val/loss_en, val/rewards/*,"
-            f" score/<kind>_<language>, throughput/*.{hint}"
+            f" score/<kind>_<language>, score/<metric>/<kind>_<language>, throughput/*.{hint}"
         )
+
+
+def _find_unlogged_errors(
+    sweep: SweepFile, stage: StageConfig, trainer: TrainerConfig, callbacks: list[Any], validate_every_steps: int | None
+) -> Iterator[str]:
+    """Find an objective that a trial does not log, or too rarely for early stopping."""
+    if sweep.metric is None or not _is_known_metric(sweep.metric.name):
         return
-    if config is None:
-        return
-    if "rewards/" in name and not isinstance(config.stage, DPOStageConfig):
-        yield f"metric.name: {name} is logged by stage=dpo, and these trials train {config.stage.name.value}."
-    if name.startswith("score/") and "samples" not in choose_callbacks(config.callbacks, export=False, profile=False):
+    name = sweep.metric.name
+    if "rewards/" in name and not stage.preference_losses:
+        yield f"metric.name: {name} is logged by stage=dpo, and these trials train {stage.name.value}."
+    if name.startswith("score/") and "samples" not in choose_callbacks(callbacks, export=False, profile=False):
         yield f"metric.name: {name} comes from the callback samples, which callbacks=[...] leaves out."
     if sweep.early_terminate is not None:
-        yield from _find_early_stopping_errors(name, sweep.early_terminate.rungs[0] + 1, config)
+        min_values = sweep.early_terminate.rungs[0] + 1
+        yield from _find_early_stopping_errors(name, min_values, trainer, validate_every_steps)
 
 
-def _find_early_stopping_errors(name: str, min_values: int, config: RunConfig) -> Iterator[str]:
+def _is_known_metric(name: str) -> bool:
+    return name in list_metric_names() or name.startswith(METRIC_PREFIXES)
+
+
+def _find_early_stopping_errors(
+    name: str, min_values: int, trainer: TrainerConfig, validate_every_steps: int | None
+) -> Iterator[str]:
     """Find reasons why early stopping would never compare the trials.
 
     Args:
@@ -167,17 +190,17 @@ def _find_early_stopping_errors(name: str, min_values: int, config: RunConfig) -
         return
     is_validation = name.startswith("val/")
     key = "data.validation.every_steps" if is_validation else "trainer.log_every_n_steps"
-    every = config.data.validation.every_steps if is_validation else config.trainer.log_every_n_steps
+    every = validate_every_steps if is_validation else trainer.log_every_n_steps
     if every is None:
         yield f"early_terminate: {key} is not set, so {name} is logged once, at the end; set it, e.g. {key}=100."
-    elif config.trainer.max_steps and config.trainer.max_steps // every < min_values:
+    elif trainer.max_steps and trainer.max_steps // every < min_values:
         yield (
             f"early_terminate: the first comparison is after {min_values} values of {name}, and a run of"
-            f" {config.trainer.max_steps} steps logs {config.trainer.max_steps // every}; lower early_terminate's first rung or {key}."
+            f" {trainer.max_steps} steps logs {trainer.max_steps // every}; lower early_terminate's first rung or {key}."
         )
 
 
 def list_metric_names() -> list[str]:
     """List the metrics that runs log; of rewards and throughput only the most common ones."""
     rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARD_METRICS]
-    return [*LOSS_METRICS, *rewards, *SCORE_METRICS, *THROUGHPUT_METRICS]
+    return [*LOSS_METRICS, *rewards, *list_score_names(), *THROUGHPUT_METRICS]

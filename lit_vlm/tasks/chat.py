@@ -47,7 +47,7 @@ def run_chat(run: Run) -> None:
     if run.init_from is None:
         raise UserError("task=chat needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id.")
     config = run.config
-    model = open_pretrained(run.init_from, config)
+    model = open_pretrained(run.init_from, config.model, config.trainer.accelerator, config.seed)
     max_new_tokens = config.max_new_tokens
     conversation = Conversation(model.load(), model.processor, max_new_tokens, config.data.max_image_pixels)
     for path in config.image:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, CorruptCheckpointError, load_tensors, read_index
-from lit_vlm.checkpoint.resume import check_files, find_state_mismatches
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex, CorruptCheckpointError
+from lit_vlm.checkpoint.resume import check_files, find_state_mismatches, load_tensors, read_index
 from lit_vlm.config import Run
-from lit_vlm.config.model_settings import read_model_config
-from lit_vlm.config.schema import DPOStageConfig, RunConfig
+from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig
+from lit_vlm.config.settings import read_model_config
 from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.sharded_state import StateKind, TensorShard
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.fault_tolerance.run_lock import RunLock
-from lit_vlm.files import CorruptFileError
-from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.files import CorruptFileError, compute_weights_digest
+from lit_vlm.formatting import format_count
 from lit_vlm.model.export import export_model
-from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
+from lit_vlm.model.spec import ModelSpec, load_model_spec
+from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.runs.rebuild import read_config_file
 from lit_vlm.runs.run_folder import (
     RunFolder,
@@ -29,10 +30,10 @@ from lit_vlm.runs.run_folder import (
     read_manifest_or_empty,
 )
 from lit_vlm.stages import Stage
+from lit_vlm.tasks.build_stage import make_stage
 from lit_vlm.tasks.prepare_data import resolve_template_date, resolve_tiny_parts
 from lit_vlm.tasks.terminal import say
-from lit_vlm.tasks.train import make_stage
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 AUTO = "auto"
 
@@ -43,8 +44,13 @@ class RunCheckpoint:
 
     path: Path
     index: CheckpointIndex
-    config: RunConfig  # the settings that define the model and its trainable parts
     init_from: str | None
+    parts_dir: Path  # folder of the parts of the tiny model
+    model: ModelConfig
+    stage: StageConfig
+    data: DataConfig  # tiling and lock; the rest has its defaults
+    precision: str
+    seed: int
 
 
 def export(run: Run) -> None:
@@ -58,10 +64,10 @@ def export(run: Run) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("task=export is one process. Start it with python run.py, not with torchrun.")
     disable_library_warnings()
-    folder = find_run_folder(run)
+    folder = find_run_folder(run.init_from, run.dir)
     with RunLock(folder) as run_lock:
         run_lock.acquire()
-        checkpoint = open_checkpoint(folder, run)
+        checkpoint = open_checkpoint(folder, run.config.resume_from, run.config.run_dir)
         manifest = read_manifest_or_empty(folder)
         is_last = checkpoint.index.step == (manifest.get("plan") or {}).get("steps")
         is_finished = manifest.get("status") == "finished" and is_last
@@ -79,15 +85,15 @@ def export(run: Run) -> None:
     say(f"Model: {target}   From: {checkpoint.path}{note}")
 
 
-def find_run_folder(run: Run) -> Path:
+def find_run_folder(init_from: str | None, run_dir: Path) -> Path:
     """Find the run folder: init_from names it or its model folder; otherwise it is the folder of these settings."""
-    given = Path(run.init_from) if run.init_from else None
+    given = Path(init_from) if init_from else None
     folders = [given, given.parent] if given else []
-    for folder in (*folders, run.dir):
+    for folder in (*folders, run_dir):
         if (folder / "checkpoints").is_dir():
             return folder
-    searched = given or run.dir
-    model = next((place / "hf" for place in (searched, run.dir) if (place / "hf").is_dir()), None)
+    searched = given or run_dir
+    model = next((place / "hf" for place in (searched, run_dir) if (place / "hf").is_dir()), None)
     description = f"its model is in {model} already" if model else "it holds no checkpoints/"
     raise UserError(
         f"{searched}: {description}. Name the folder of a run that has checkpoints: task=export init_from=runs/<name>, or the words "
@@ -95,9 +101,14 @@ def find_run_folder(run: Run) -> Path:
     )
 
 
-def open_checkpoint(folder: Path, run: Run) -> RunCheckpoint:
-    """Find the checkpoint and read the settings of its run."""
-    path, index = find_checkpoint(folder, run.config.resume_from)
+def open_checkpoint(folder: Path, resume_from: str, run_dir: str) -> RunCheckpoint:
+    """Find the checkpoint and read the settings of its run.
+
+    Args:
+        resume_from: auto, or the folder of a checkpoint.
+        run_dir: folder of all runs, if the settings of the run do not name it.
+    """
+    path, index = find_checkpoint(folder, resume_from)
     try:
         manifest = read_manifest(folder) or {}
     except CorruptFileError as error:
@@ -105,14 +116,24 @@ def open_checkpoint(folder: Path, run: Run) -> RunCheckpoint:
         manifest = {}
     settings = manifest.get("config") or read_config_file(folder) or index.belongs.get("settings") or {}
     config = read_model_config(settings, str(folder))
-    config.run_dir = str(settings.get("run_dir") or run.config.run_dir)
+    parts_dir = Path(str(settings.get("run_dir") or run_dir)) / "parts"
     init_from = (manifest.get("parent") or {}).get("path") if manifest else settings.get("init_from")
     if init_from == "previous":
         raise UserError(
             f"{folder}: its manifest is lost, and with it the name of the model that it started from. Start the run again with "
             "its own words, which makes it anew."
         )
-    return RunCheckpoint(path, index, config, init_from)
+    return RunCheckpoint(
+        path,
+        index,
+        init_from,
+        parts_dir,
+        config.model,
+        config.stage,
+        config.data,
+        config.trainer.precision,
+        config.seed,
+    )
 
 
 def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, CheckpointIndex]:
@@ -140,10 +161,11 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, CheckpointInd
 
 def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path) -> None:
     """Build the model as the run did, load the checkpoint's weights into it, and export it to `target`."""
-    config, index = checkpoint.config, checkpoint.index
-    spec = load_model_spec(resolve_tiny_parts(config), checkpoint.init_from, config.data.tiling)
+    index = checkpoint.index
+    settings = resolve_tiny_parts(checkpoint.model, checkpoint.parts_dir, checkpoint.seed)
+    spec = load_model_spec(settings, checkpoint.init_from, checkpoint.data.tiling)
     require_same_parent(checkpoint, spec, folder)
-    stage = build_export_stage(spec, config)
+    stage = build_export_stage(spec, checkpoint)
     model = stage.model
     assert model is not None
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -164,21 +186,17 @@ def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path) -> None:
         ) from error
 
 
-def build_export_stage(spec: ModelSpec, config: RunConfig) -> Stage:
+def build_export_stage(spec: ModelSpec, checkpoint: RunCheckpoint) -> Stage:
     """Build the stage without what only training needs: no feature cache, and no reference model."""
-    stage_config: Any = replace(config.stage, cache_features=False)
-    if isinstance(stage_config, DPOStageConfig):
-        stage_config = replace(stage_config, reference=None, cache_reference=True)
-    stage = make_stage(spec, replace(config, stage=stage_config))
+    tiling, config = checkpoint.data.tiling.value, checkpoint.stage.make_export_config()
+    stage = make_stage(spec, config, precision=checkpoint.precision, tiling=tiling, seed=checkpoint.seed)
     stage.configure_model()
     return stage
 
 
 def require_same_parent(checkpoint: RunCheckpoint, spec: ModelSpec, folder: Path) -> None:
     """Raise UserError if frozen weights, tokenizer or chat template are not those that the checkpoint was trained with."""
-    template_date, _ = resolve_template_date(
-        Run(checkpoint.config, None, folder.name, folder, [], checkpoint.init_from)
-    )
+    template_date, _ = resolve_template_date(checkpoint.model.template_date, folder, checkpoint.data.lock)
     current = {
         "processor": Processor(spec.tokenizer, spec.images, day=template_date).digest,
         "parent": (describe_parent(checkpoint.init_from) or {}).get("digest")

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lit_vlm.config.schema import DataConfig
+from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.packing.mixture_lock import (
     LOCK_FILE,
     TEMPLATE_DATE_KEY,
@@ -14,6 +16,7 @@ from lit_vlm.data.packing.mixture_lock import (
     read_lock,
     write_lock,
 )
+from lit_vlm.data.processor import Processor
 from lit_vlm.redaction import redact
 from lit_vlm.runs.run_folder import get_package_versions, is_rank_zero, read_manifest_or_empty
 from lit_vlm.tasks.prepare_data import StageData
@@ -23,26 +26,25 @@ from lit_vlm.types import UserError
 LOCKED_SOURCE_KEYS = "path hub split revision fraction num_samples max_tiles weight repeat count".split()
 
 
-def build_mixture_lock(data: StageData) -> dict[str, Any]:
+def build_mixture_lock(stage_data: StageData, index: SampleIndex, data: DataConfig, seed: int) -> dict[str, Any]:
     """Build the mixture lock: counts and digests of the data, and the settings of the mixture. It fixes the training data."""
-    config, datamodule = data.run.config, data.datamodule
-    assert datamodule.index is not None
-    sources = {}
-    for number, (name, source_config, source) in enumerate(data.configured_sources):
-        given = {key: getattr(source_config, key) for key in LOCKED_SOURCE_KEYS}
-        facts = {"records": len(source), **describe_source(datamodule.index, number)}
-        sources[name] = {"format": source_config.format.value, **given, **facts}
+    processor, sources = stage_data.datamodule.processor, {}
+    for number, (name, source) in enumerate(zip(data.sources, stage_data.sources.training, strict=True)):
+        settings = data.sources[name]
+        given = {key: getattr(settings, key) for key in LOCKED_SOURCE_KEYS}
+        facts = {"records": len(source), **describe_source(index, number)}
+        sources[name] = {"format": str(settings.format), **given, **facts}
     return {
         "sources": sources,
-        "processor": datamodule.processor.digest,
-        **get_template_date(data),
-        "weights_in": config.data.weights_in.value,
-        "temperature": config.data.temperature,
-        "shares": asdict(config.data.share),
-        "on_overlong": config.data.on_overlong.value,
-        "global_batch_size": config.data.global_batch_size,
-        "global_batch_tokens": config.data.global_batch_tokens,
-        "seed": config.seed,
+        "processor": processor.digest,
+        **get_template_date(processor),
+        "weights_in": data.weights_in.value,
+        "temperature": data.temperature,
+        "shares": asdict(data.share),
+        "on_overlong": data.on_overlong.value,
+        "global_batch_size": data.global_batch_size,
+        "global_batch_tokens": data.global_batch_tokens,
+        "seed": seed,
         "versions": {
             name: number
             for name, number in get_package_versions().items()
@@ -51,9 +53,9 @@ def build_mixture_lock(data: StageData) -> dict[str, Any]:
     }
 
 
-def get_template_date(data: StageData) -> dict[str, str]:
+def get_template_date(processor: Processor) -> dict[str, str]:
     """Return the date that the chat template writes, as an entry for the manifest; {} if it writes none."""
-    template = data.datamodule.processor.template
+    template = processor.template
     return {TEMPLATE_DATE_KEY: template.day.isoformat()} if template.is_date_dependent else {}
 
 
@@ -66,30 +68,34 @@ def read_previous_lock(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def check_mixture_lock(data: StageData) -> None:
+def check_mixture_lock(lock: dict[str, Any], expected: str | None, run_dir: Path, *, overwrite: bool) -> None:
     """Compare the data with `data.lock`, report changes since the run's mixture.lock was written, and write it.
 
     The lock of a finished run stays unchanged if the data differ.
 
+    Args:
+        lock: mixture lock of the data, see `build_mixture_lock`.
+        expected: file that data.lock names.
+
     Raises:
         UserError: `data.lock` is the lock of different data.
     """
-    run, lock = data.run, redact(build_mixture_lock(data))
-    if run.config.data.lock:
-        changes = compare_locks(read_lock(run.config.data.lock), lock)
+    lock = redact(lock)
+    if expected:
+        changes = compare_locks(read_lock(expected), lock)
         if changes:
             listed = "\n".join(f"  {change}" for change in changes)
             raise UserError(
-                f"The data are not those of data.lock={run.config.data.lock}:\n{listed}\n"
+                f"The data are not those of data.lock={expected}:\n{listed}\n"
                 "Bring them back, or take data.lock away to train on what is there."
             )
-    path = run.dir / LOCK_FILE
+    path = run_dir / LOCK_FILE
     if not is_rank_zero():
         return
     changes = compare_locks(known, lock) if (known := read_previous_lock(path)) else []
     for change in changes:
         say(f"since {path.name} was written: {change}")
-    if changes and not run.config.overwrite and read_manifest_or_empty(run.dir).get("status") == "finished":
+    if changes and not overwrite and read_manifest_or_empty(run_dir).get("status") == "finished":
         say(f"{path} stays what the finished run was trained on.")
     else:
         write_lock(path, lock)

@@ -36,7 +36,7 @@ def run_pipeline(run: Run) -> None:
         overrides = [f"experiment={experiment}", *build_stage_overrides(run.overrides, experiment)]
         stage = parse(overrides)
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
-        exit_code = run_stage(stage, overrides)
+        exit_code = run_stage(stage.dir, overrides, stage.config.trainer.devices, stage.config.guard.max_oom_retries)
         if exit_code in (RESTART, INTERRUPTED, TERMINATED):  # the stage has reported the reason
             raise SystemExit(exit_code)
         if exit_code:
@@ -46,7 +46,7 @@ def run_pipeline(run: Run) -> None:
         if (read_manifest(stage.dir) or {}).get("status") == "stopped":  # early stopping of a sweep ended this run
             return
         folders.append(stage.dir)
-    report = Path(run.config.run_dir) / _get_report_name(run, folders)
+    report = Path(run.config.run_dir) / _get_report_name(run.config.recipe, folders)
     write_report(report, folders, run.config.recipe)
     console.print(make_summary_table(folders))
     console.print(make_scores_table(folders))
@@ -62,21 +62,21 @@ def run_pipeline(run: Run) -> None:
     )
 
 
-def run_stage(stage: Run, overrides: list[str]) -> int:
+def run_stage(run_dir: Path, overrides: list[str], devices: int, max_oom_retries: int) -> int:
     """Run a stage to its end and return its exit status.
 
     torchrun always exits with 1, whatever the exit status of its ranks is. So after a signal this function returns the status
     that the ranks have. After out of memory the ranks halve the micro-batch budget; then the stage restarts at once, at most
     guard.max_oom_retries times.
     """
-    for _ in range(1 + stage.config.guard.max_oom_retries):
-        budget = _read_budget(stage.dir)
-        status, stop_requests = run_process(build_command(stage, overrides))
-        if not status or stage.config.trainer.devices == 1:
+    for _ in range(1 + max_oom_retries):
+        budget = _read_budget(run_dir)
+        status, stop_requests = run_process(build_command(devices, overrides))
+        if not status or devices == 1:
             break
         if stop_requests:
             return INTERRUPTED if StopRequest.interrupt in stop_requests else RESTART
-        if _read_budget(stage.dir) in ("", budget):
+        if _read_budget(run_dir) in ("", budget):
             break
     return status
 
@@ -144,9 +144,8 @@ def _has_signal_handler(pid: int, number: int) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-def build_command(stage: Run, overrides: list[str]) -> list[str]:
+def build_command(devices: int, overrides: list[str]) -> list[str]:
     """Build the command line of a stage: one process, or one process per device with torchrun."""
-    devices = stage.config.trainer.devices
     if devices == 1:
         return [sys.executable, str(RUN_SCRIPT), *overrides]
     return [
@@ -162,8 +161,8 @@ def build_command(stage: Run, overrides: list[str]) -> list[str]:
     ]
 
 
-def _get_report_name(run: Run, folders: list[Path]) -> str:
+def _get_report_name(recipe: str, folders: list[Path]) -> str:
     """Return the report's path below run_dir: the recipe's name, and the hash of the last run if settings were changed."""
     name = (read_manifest(folders[-1]) or {})["name"]
-    suffix = name.removeprefix(run.config.recipe).split("-", 1)
-    return f"{run.config.recipe}/report{'-' + suffix[1] if len(suffix) > 1 else ''}.html"
+    suffix = name.removeprefix(recipe).split("-", 1)
+    return f"{recipe}/report{'-' + suffix[1] if len(suffix) > 1 else ''}.html"

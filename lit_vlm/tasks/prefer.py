@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from lit_vlm.config import Run, RunConfig
-from lit_vlm.config.schema import ScorerName
+from lit_vlm.config import Run
+from lit_vlm.config.schema import PreferConfig, ScorerName, ValidationConfig
 from lit_vlm.curation.answer_log import IMAGES, AnswerLog, find_template_day, get_log_folder
 from lit_vlm.curation.generator import PAIR, PairGenerator, PairImages, find_image_root, get_sample_key, summarize_lines
 from lit_vlm.curation.scorers import ExactScorer, ModelJudge, Scorer, load_custom_scorer
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.packing.mixture_lock import TEMPLATE_DATE_KEY
+from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
+from lit_vlm.formatting import format_count
 from lit_vlm.runs.run_folder import compute_sources_digest, describe_parent, require_finished_parent, to_plain
-from lit_vlm.tasks.prepare_data import StageData, apply_quarantine, make_datamodule, open_sources
+from lit_vlm.tasks.mixture_lock import get_template_date
+from lit_vlm.tasks.open_run import RunPlace, open_sources
+from lit_vlm.tasks.prepare_data import apply_quarantine, build_indexes, make_datamodule
 from lit_vlm.tasks.pretrained import PretrainedModel, open_pretrained
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 PROGRESS_SECONDS = 30.0
 
@@ -38,16 +43,33 @@ def generate_preferences(run: Run) -> None:
     config, output = run.config, Path(run.config.prefer.output)
     require_single_process()
     require_finished_parent(run.init_from)
-    model = open_pretrained(run.init_from, config, find_template_day(output))
-    scorer = LazyScorer(config)
-    stage_data = prepare_prompts(run, model)
-    answer_log = AnswerLog.open(output, build_request(run, stage_data.datamodule, scorer), overwrite=config.overwrite)
+    open_model = partial(open_pretrained, model=config.model, accelerator=config.trainer.accelerator, seed=config.seed)
+    model = open_model(run.init_from, template_date=find_template_day(output))
+    limits = (config.data.tokens_per_micro_batch, config.data.tiles_per_micro_batch)
+    scorer = LazyScorer(config.prefer, open_model, limits)
+    data = replace(config.data, validation=choose_held_out(config.data.validation))
+    place = RunPlace.from_settings(run.name, get_log_folder(output), config.run_dir, data.index_dir)
+    datamodule = make_datamodule(
+        place,
+        open_sources(data, place, config.seed),
+        model.spec,
+        model.processor,
+        data=data,
+        stage=config.stage,
+        trainer=config.trainer,
+        seed=config.seed,
+        debug=config.debug,
+    )
+    indexes = build_indexes(datamodule)
+    require_conversations(indexes.training)
+    request = build_request(run.init_from, datamodule, indexes.training, scorer, config.prefer, config.seed)
+    answer_log = AnswerLog.open(output, request, overwrite=config.overwrite)
     if answer_log.is_finished:
         say(f"{output}: finished already. Start it anew with overwrite=true.")
         return
-    apply_quarantine(stage_data)
+    apply_quarantine(datamodule, indexes, data, place.dir)
     answer_log.start()
-    index = stage_data.datamodule.index
+    index = indexes.training
     pending = [number for number in range(len(index)) if get_sample_key(index, number) not in answer_log.lines]
     say(
         f"{format_count(len(index), 'prompt')}, {len(index) - len(pending):,} of them asked before; the model is {run.init_from}"
@@ -55,21 +77,21 @@ def generate_preferences(run: Run) -> None:
     if pending:
         pictures = PairImages(output.parent, answer_log.folder / IMAGES)
         maker = PairGenerator(model.load(), model.processor, scorer.load(), config.prefer, pictures, config.seed)
-        generate_pairs(maker, answer_log, stage_data.datamodule, pending)
+        generate_pairs(maker, answer_log, datamodule, index, pending)
     ordered_lines = [answer_log.lines[get_sample_key(index, number)] for number in range(len(index))]
     rows = [row for line in ordered_lines for row in line["pairs"]]
     answer_log.write_output(rows, summarize_lines(ordered_lines))
     show_summary(answer_log, rows)
 
 
-def generate_pairs(maker: PairGenerator, answer_log: AnswerLog, datamodule: DataModule, pending: list[int]) -> None:
+def generate_pairs(
+    maker: PairGenerator, answer_log: AnswerLog, datamodule: DataModule, index: SampleIndex, pending: list[int]
+) -> None:
     """Generate the pairs of all pending prompts. The result of a prompt is on the disk before the next prompts start."""
     started = last_report = time.monotonic()
     tokens, tiles = datamodule.max_tokens, datamodule.max_tiles
     try:
-        for count, line in enumerate(
-            maker.generate_lines(datamodule.index, pending, max_tokens=tokens, max_tiles=tiles), 1
-        ):
+        for count, line in enumerate(maker.generate_lines(index, pending, max_tokens=tokens, max_tiles=tiles), 1):
             answer_log.add(line)
             if time.monotonic() - last_report > PROGRESS_SECONDS:
                 last_report = time.monotonic()
@@ -88,46 +110,47 @@ def require_single_process() -> None:
         raise UserError("task=prefer is one process on one device. Start it with python run.py, not with torchrun.")
 
 
-def prepare_prompts(run: Run, model: PretrainedModel) -> StageData:
-    """Index the training samples as prompts for the model. Samples that a stage holds out are held out here as well.
+def choose_held_out(validation: ValidationConfig) -> ValidationConfig:
+    """Choose what is no prompt: samples that a stage holds out of its training sources are held out here as well."""
+    return replace(validation, sources={}, fraction=0.0 if validation.sources else validation.fraction)
+
+
+def require_conversations(index: SampleIndex) -> None:
+    """Require that no source holds preference pairs.
 
     Raises:
-        UserError: a source holds preference pairs.
+        UserError: with the sources that do.
     """
-    data, folder = run.config.data, get_log_folder(Path(run.config.prefer.output))
-    has_validation_sources = bool(data.validation.sources)
-    validation = replace(
-        data.validation, sources={}, fraction=0.0 if has_validation_sources else data.validation.fraction
-    )
-    run = replace(run, config=replace(run.config, data=replace(data, validation=validation)), dir=folder)
-    sources, _ = open_sources(run)
-    datamodule = make_datamodule(run, model.processor, sources, [], model.spec)
-    datamodule.build_indexes()
-    pair_sources = {
-        datamodule.index.sources[n].name for n in set(datamodule.index.source_ids[datamodule.index.chosen > 0])
-    }
+    pair_sources = {index.sources[n].name for n in set(index.source_ids[index.chosen > 0])}
     if pair_sources:
         raise UserError(
             f"data.sources: {', '.join(sorted(pair_sources))}: preference pairs already; task=prefer makes them of conversations. "
             "Choose other data."
         )
-    return StageData(run, sources, [], model.spec, datamodule)
 
 
 class LazyScorer:
     """Scorer of the answers. The weights of a judge model are read by `load`, when there is an answer to score.
 
+    Args:
+        open_judge: opens the judge model.
+
     Raises:
         UserError: prefer.judge is neither a model nor a class.
     """
 
-    def __init__(self, config: RunConfig) -> None:
-        self.judge: str | None = config.prefer.judge
-        self.is_exact = config.prefer.scorer is ScorerName.exact
+    def __init__(
+        self,
+        prefer: PreferConfig,
+        open_judge: Callable[[str], PretrainedModel],
+        micro_batch_limits: tuple[int, int],
+    ) -> None:
+        self.judge = prefer.judge
+        self.is_exact = prefer.scorer is ScorerName.exact
         is_class = self.judge is not None and "/" not in self.judge  # parse made folders absolute; hub ids have a slash
         self.custom_scorer: Scorer | None = load_custom_scorer(self.judge) if is_class else None
-        self.model = None if self.is_exact or is_class else open_pretrained(self.judge, config)
-        self.micro_batch_limits = (config.data.tokens_per_micro_batch, config.data.tiles_per_micro_batch)
+        self.model = None if self.is_exact or is_class else open_judge(self.judge)
+        self.micro_batch_limits = micro_batch_limits
 
     def load(self) -> Scorer:
         """Return the scorer: exact match, a class of the user, or a judge model with its weights loaded."""
@@ -140,20 +163,18 @@ class LazyScorer:
         return self.judge if self.model is None else describe_parent(self.judge)["digest"] or self.judge
 
 
-def build_request(run: Run, datamodule: DataModule, scorer: LazyScorer) -> dict[str, Any]:
+def build_request(
+    init_from: str, datamodule: DataModule, index: SampleIndex, scorer: LazyScorer, prefer: PreferConfig, seed: int
+) -> dict[str, Any]:
     """Build the request: all settings that change the pairs. Paths of files and batch sizes are no part of them."""
-    settings = to_plain(asdict(run.config.prefer))
+    settings = to_plain(asdict(prefer))
     del settings["output"], settings["judge"]
     return {
-        "init_from": describe_parent(run.init_from)["digest"] or run.init_from,
-        "the data": [compute_sources_digest(datamodule.sources), datamodule.index.compute_digest()],
+        "init_from": describe_parent(init_from)["digest"] or init_from,
+        "the data": [compute_sources_digest(datamodule.sources), index.compute_digest()],
         "prefer.judge": scorer.get_identity(),
-        "seed": run.config.seed,
-        **(
-            {TEMPLATE_DATE_KEY: template.day.isoformat()}
-            if (template := datamodule.processor.template).is_date_dependent
-            else {}
-        ),
+        "seed": seed,
+        **get_template_date(datamodule.processor),
         **{f"prefer.{name}": value for name, value in settings.items()},
     }
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from rich.table import Table
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import OnBadRecord
+from lit_vlm.config.schema import DataConfig, OnBadRecord
 from lit_vlm.data.index.verify import verify_images
-from lit_vlm.tasks.mixture_lock import check_mixture_lock
+from lit_vlm.formatting import format_count
+from lit_vlm.model.spec import load_model_spec
+from lit_vlm.tasks.mixture_lock import build_mixture_lock, check_mixture_lock
+from lit_vlm.tasks.open_run import RunPlace, Sources, open_sources
 from lit_vlm.tasks.prepare_data import (
-    StageData,
+    Indexes,
     apply_quarantine,
+    build_indexes,
     build_stage_data,
     collect_quarantine,
-    get_index_dir,
-    open_sources,
     require_record_type,
-    resolve_init_from,
+    resolve_tiny_parts,
 )
 from lit_vlm.tasks.terminal import console, say, show_progress
-from lit_vlm.types import format_count
 
 
 def prepare(run: Run) -> None:
@@ -29,24 +31,39 @@ def prepare(run: Run) -> None:
 
     After an interruption it resumes where it stopped. A second run looks only at changes.
     """
-    config = run.config
-    sources, held_out = open_sources(run)
-    data = build_stage_data(run, sources, held_out, resolve_init_from(run))
-    datamodule = data.datamodule
+    config, data = run.config, run.config.data
+    place = RunPlace.from_settings(run.name, run.dir, config.run_dir, data.index_dir)
+    sources = open_sources(data, place, config.seed)
+    model = resolve_tiny_parts(config.model, place.parts_dir, config.seed)
+    stage_data = build_stage_data(
+        place,
+        sources,
+        load_model_spec(model, resolve_init_from(run.init_from), data.tiling),
+        template_date=model.template_date,
+        data=data,
+        stage=config.stage,
+        trainer=config.trainer,
+        seed=config.seed,
+        debug=config.debug,
+    )
+    datamodule = stage_data.datamodule
     began = time.monotonic()
     with show_progress("index") as on_progress:
-        datamodule.build_indexes(recheck=True, on_progress=on_progress)
-    say(f"indexed in {time.monotonic() - began:.1f} s, in {get_index_dir(config)}")
-    if config.data.verify:
+        indexes = build_indexes(datamodule, recheck=True, on_progress=on_progress)
+    say(f"indexed in {time.monotonic() - began:.1f} s, in {place.index_dir}")
+    if data.verify:
         began = time.monotonic()
         with show_progress("decode") as on_progress:
             workers = datamodule.index_workers
-            verify_images([*sources, *held_out], get_index_dir(config), workers=workers, on_progress=on_progress)
+            verify_images(
+                [*sources.training, *sources.validation], place.index_dir, workers=workers, on_progress=on_progress
+            )
         datamodule.rebuild_indexes()  # without the records whose images do not decode
+        indexes = build_indexes(datamodule)
         say(f"every picture decoded in {time.monotonic() - began:.1f} s")
-    show_sources(data)
-    apply_quarantine(data)
-    require_record_type(config.stage, datamodule)
+    show_sources(run.name, sources, indexes, data)
+    apply_quarantine(datamodule, indexes, data, run.dir)
+    require_record_type(config.stage.name, indexes)
     num_devices = config.trainer.devices * config.trainer.num_nodes
     plan = datamodule.make_plan(num_devices)
     balance = (
@@ -55,24 +72,31 @@ def prepare(run: Run) -> None:
     say(
         f"{format_count(plan.num_steps, 'step')}; k = {plan.accumulate_grad_batches} on {format_count(num_devices, 'device')}{balance}"
     )
-    check_mixture_lock(data)
-    aside = (
-        f" Set aside: {run.dir / 'quarantine.jsonl'}  " if config.data.on_bad_record is OnBadRecord.quarantine else ""
-    )
+    lock = build_mixture_lock(stage_data, plan.index, data, config.seed)
+    check_mixture_lock(lock, data.lock, run.dir, overwrite=config.overwrite)
+    aside = f" Set aside: {run.dir / 'quarantine.jsonl'}  " if data.on_bad_record is OnBadRecord.quarantine else ""
     say(f"data of {run.name}: prepared.{aside} Lock: {run.dir / 'mixture.lock'}")
 
 
-def show_sources(data: StageData) -> None:
+def resolve_init_from(init_from: str | None) -> str | None:
+    """Return the model to start from. None, with a report, if the previous stage has not been run yet."""
+    folder = init_from and Path(init_from)
+    if folder and folder.is_absolute() and not folder.is_dir():
+        say(f"init_from: {folder} is not there yet; counted for the model's parts instead.")
+        return None
+    return init_from
+
+
+def show_sources(name: str, sources: Sources, indexes: Indexes, data: DataConfig) -> None:
     """Show a table of the sources: records, usable records, and the faults of the others."""
-    index, held_out = data.datamodule.index, data.datamodule.held_out
-    assert index is not None and held_out is not None
+    index, held_out = indexes.training, indexes.held_out
     parts = [index, held_out] if held_out.sources is index.sources else [index]
-    quarantine, totals = collect_quarantine(data.datamodule)
+    quarantine, totals = collect_quarantine(indexes)
     fault_counts = quarantine.count_by_fault()
-    table = Table(title=f"{data.run.name}: sources", title_justify="left")
+    table = Table(title=f"{name}: sources", title_justify="left")
     for heading in ("source", "records", "usable", "set aside", "NFC changed", "tokens", "tiles"):
         table.add_column(heading, justify="left" if heading in ("source", "set aside") else "right")
-    for number, (name, config, source) in enumerate(data.configured_sources):
+    for number, ((name, config), source) in enumerate(zip(data.sources.items(), sources.training, strict=True)):
         expected = None if config.fraction or config.num_samples else config.expected_records
         records = f"{len(source):,}" if expected in (None, len(source)) else f"{len(source):,} of {expected:,}"
         quarantined = ", ".join(f"{count:,} {fault}" for fault, count in fault_counts.get(name, {}).items()) or "none"

@@ -1,4 +1,4 @@
-"""Restarts of a stage after a rollback, out of memory or a corrupt record, in the same process or as a Slurm job."""
+"""Restarts of a stage in the same process, after a rollback, out of memory or a corrupt record."""
 
 from __future__ import annotations
 
@@ -6,69 +6,9 @@ import gc
 from collections.abc import Callable
 from itertools import count
 
-import lightning as L
-import torch
-
-from callbacks import Heartbeat
-from callbacks.out_of_memory import save_previous_step
-from lit_vlm.cluster.slurm import get_own_job
-from lit_vlm.config import Run
-from lit_vlm.config.schema import OnBadRecord
-from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.micro_batches import RecordLoggedError
-from lit_vlm.data.quarantine import Ledger
-from lit_vlm.fault_tolerance.exit_status import RESTART, RollbackRequest
-from lit_vlm.fault_tolerance.oom import halve_budget, is_out_of_memory
-from lit_vlm.fault_tolerance.rank_check import RankConsistencyCheck
-from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
-from lit_vlm.fault_tolerance.watchdog_thread import ExitNotice
-from lit_vlm.stages import Stage
-from lit_vlm.tasks.terminal import say
-from lit_vlm.types import UserError, format_count
-
-MAX_CORRUPT_RECORDS = 20  # each corrupt record restarts the job once; more of them means a failing disk
-
 
 class Restart(Exception):
     """Request to restart the stage from its last checkpoint."""
-
-
-class SkipBadRecord(L.Callback):
-    """Callback that skips a record which became corrupt during training.
-
-    A single process with data.on_bad_record=quarantine saves the state of the previous step, and `run_fit` requests a
-    restart. Any other Slurm job is requeued. The next start skips the record.
-    """
-
-    def __init__(self, run: Run, datamodule: DataModule) -> None:
-        self.run, self.datamodule = run, datamodule
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, RecordLoggedError):
-            return
-        job, (num_corrupt, max_corrupt) = get_own_job(), self.count_corrupt_records()
-        if self.can_restart_in_process(trainer):
-            if num_corrupt <= max_corrupt and get_progress(trainer).state.doing not in (
-                Activity.starting,
-                Activity.optimizer,
-            ):
-                save_previous_step(trainer, pl_module)
-        elif job is not None and num_corrupt <= min(MAX_CORRUPT_RECORDS, max_corrupt):
-            ExitNotice(RESTART, str(exception), []).stop_all_ranks(self.run.dir, job)
-
-    def can_restart_in_process(self, trainer: L.Trainer) -> bool:
-        """Return whether this process restarts the stage by itself: one rank, and quarantine is on."""
-        return trainer.world_size == 1 and self.run.config.data.on_bad_record is OnBadRecord.quarantine
-
-    def count_corrupt_records(self) -> tuple[int, float]:
-        """Count the corrupt records that all ranks found.
-
-        Returns:
-            Their number, and the maximum at which training still resumes. Above it, a person must look at the data.
-        """
-        index, ledger = self.datamodule.index, self.datamodule.ledger
-        assert index is not None and ledger is not None  # a record was written to the ledger
-        return len(Ledger.read(ledger.path)), max(1, self.run.config.data.max_quarantined * len(index))
 
 
 def run_with_restarts(attempt: Callable[[bool], None]) -> None:
@@ -82,49 +22,13 @@ def run_with_restarts(attempt: Callable[[bool], None]) -> None:
             return attempt(number > 0)
         except Restart:
             pass  # the memory is freed only after the exception and its frames are gone
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
-def run_fit(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: Run) -> None:
-    """Run `trainer.fit`; request a restart where that repairs the failure.
+def free_memory() -> None:
+    """Free the memory of the attempt that ended, also on the device."""
+    import torch  # late: a run that is finished already never restarts, and needs no torch
 
-    Raises:
-        Restart: after a rollback, on all ranks. With one rank also after out of memory, and after a corrupt record that may
-            be put into quarantine.
-        UserError: half the micro-batch budget would not help, or more records are corrupt than the quarantine may hold.
-    """
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.insert(0, RankConsistencyCheck(run.config, datamodule))
-    # at this place the state is already saved, and the other ranks have not been notified of a failure yet
-    position = next(
-        (position for position, callback in enumerate(callbacks) if isinstance(callback, Heartbeat)), len(callbacks)
-    )
-    skip_bad_record = SkipBadRecord(run, datamodule)
-    callbacks.insert(position, skip_bad_record)
-    try:
-        trainer.fit(stage, datamodule)
-    except RecordLoggedError as error:
-        if not skip_bad_record.can_restart_in_process(trainer):
-            raise
-        num_corrupt, max_corrupt = skip_bad_record.count_corrupt_records()
-        if num_corrupt > max_corrupt:
-            raise UserError(
-                f"{error} They are {num_corrupt:,} by now, more than data.max_quarantined="
-                f"{run.config.data.max_quarantined:g} of the training records."
-            ) from None
-        say(f"{run.name}: {error.finding} It is entered in {error.ledger}, and the run goes on without it.")
-        raise Restart from None
-    except RollbackRequest as back:
-        say(f"{run.name}: {back}")
-        raise Restart from None
-    except RuntimeError as error:
-        if trainer.world_size > 1 or not is_out_of_memory(error):
-            raise
-        budget = halve_budget(run.dir, datamodule, run.config.guard.max_oom_retries)
-        say(
-            f"{run.name}: out of memory; goes on with at most {budget.tokens:,} tokens and {format_count(budget.tiles, 'tile')} in a "
-            "micro-batch, and the same samples in each step"
-        )
-        raise Restart from None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

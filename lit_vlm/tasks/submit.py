@@ -6,19 +6,21 @@ own run.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lit_vlm.cluster.batch_script import SlurmJob, render_batch_script, to_one_line
 from lit_vlm.cluster.slurm import build_sbatch_command, get_job_state, require_slurm, submit_job
 from lit_vlm.config import ConfigError, Run, build_stage_overrides, is_pipeline, list_stages, parse
 from lit_vlm.config.overrides import get_override_key
-from lit_vlm.config.schema import DataConfig, Format
+from lit_vlm.config.schema import DataConfig, Format, ModelConfig, StageConfig, TrialsConfig
+from lit_vlm.config.slurm_options import get_cpus_per_task
+from lit_vlm.data.readers.record_files import find_pattern_folder, is_pattern
 from lit_vlm.fault_tolerance.signals import postpone_signals
-from lit_vlm.files import handle_write_errors, write_json, write_text_atomically
-from lit_vlm.runs.run_folder import read_manifest_or_empty, require_writable
+from lit_vlm.files import handle_write_errors, read_json_or_none, write_json, write_text_atomically
+from lit_vlm.runs.run_folder import read_manifest_or_empty, require_finished_parent, require_writable
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
@@ -35,15 +37,26 @@ def submit(run: Run) -> None:
     Finished stages are skipped. Jobs that are in the queue already stay there.
 
     Raises:
-        UserError: there is no Slurm here, a folder cannot be written, or sbatch refused (with its message).
+        UserError: there is no Slurm here, a job would end at its start, a folder cannot be written, or sbatch refused
+            (with its message). A dry run shows the scripts first.
     """
     if not run.config.submit.dry_run:
         require_slurm("task=submit", "write and print the script alone with submit.dry_run=true", "sbatch")
-    stages = _list_stages(run)
-    waiting = [stage for stage in stages if not _is_finished(stage)]
+    stages = (
+        [run]
+        if not is_pipeline(run.overrides)
+        else list(map(parse, _list_stage_overrides(run.config.recipe, run.overrides)))
+    )
+    waiting = [stage for stage in stages if not _is_finished(stage.name, stage.dir, overwrite=stage.config.overwrite)]
     if not waiting:
         say(f"{run.name}: finished already, in {stages[-1].dir}. Nothing is submitted; overwrite=true starts it anew.")
         return
+    errors = find_missing_parent_errors(run.config.init_from)
+    for stage in waiting:
+        errors += find_source_errors(stage.config.data, stage.config.run_dir, stage.config.seed)
+    errors = list(dict.fromkeys(errors))
+    if errors and not run.config.submit.dry_run:
+        raise ConfigError(errors)
     for stage in waiting:
         require_writable(stage.dir)
         # a container can mount only a folder that exists
@@ -53,36 +66,67 @@ def submit(run: Run) -> None:
                 index.mkdir(parents=True, exist_ok=True)
     jobs: list[str] = []
     for stage in waiting:
-        jobs.append(_submit_stage(stage, jobs[-1] if jobs else None))
+        jobs.append(_submit_job(make_job(stage), jobs[-1] if jobs else None))
+    if errors:
+        raise ConfigError([f"{error} So it would not be submitted." for error in errors])
     if not run.config.submit.dry_run:
-        _print_follow_commands(waiting, jobs)
+        first = waiting[0].config
+        wants_sync = first.logger.wandb and first.submit.env.get("WANDB_MODE", "offline") == "offline"
+        _print_follow_commands([stage.dir for stage in waiting], jobs, wants_sync=wants_sync)
 
 
-def _list_stages(run: Run) -> list[Run]:
-    """List the run itself, or one run for each stage of the recipe."""
-    if not is_pipeline(run.overrides):
-        return [run]
-    stages = list_stages(run.config.recipe, run.overrides)
+def find_missing_parent_errors(init_from: str | None) -> list[str]:
+    """Find the error of a model that is not there. One that an earlier stage leaves is not expected yet."""
+    if init_from in (None, "previous"):
+        return []
+    try:
+        require_finished_parent(init_from)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def find_source_errors(data: DataConfig, run_dir: str, seed: int) -> list[str]:
+    """Find the errors of sources that a job could not open at its start.
+
+    They are opened as the job opens them: files, format, first record. Datasets of the hub are not looked up.
+    """
+    from lit_vlm.data.sources import open_source
+
+    errors = list[str]()
+    cache = Path(data.index_dir) if data.index_dir else Path(run_dir) / "index"
+    options: dict[str, Any] = {"max_image_pixels": data.max_image_pixels, "seed": seed, "cache": cache}
+    for table, held_out in ((data.sources, False), (data.validation.sources, True)):
+        for name, source in table.items():
+            if source.hub is None:
+                try:
+                    open_source(name, source, held_out=held_out, **options)
+                except UserError as error:
+                    errors.append(str(error))
+    return errors
+
+
+def _list_stage_overrides(recipe: str, overrides: list[str]) -> list[list[str]]:
+    """List the overrides of each stage of the recipe."""
     return [
-        parse(["task=submit", f"experiment={experiment}", *build_stage_overrides(run.overrides, experiment)])
-        for experiment in stages
+        ["task=submit", f"experiment={experiment}", *build_stage_overrides(overrides, experiment)]
+        for experiment in list_stages(recipe, overrides)
     ]
 
 
-def _is_finished(stage: Run) -> bool:
-    finished = read_manifest_or_empty(stage.dir).get("status") == "finished" and not stage.config.overwrite
+def _is_finished(name: str, folder: Path, *, overwrite: bool) -> bool:
+    finished = read_manifest_or_empty(folder).get("status") == "finished" and not overwrite
     if finished:
-        say(f"{stage.name}: finished already, in {stage.dir}")
+        say(f"{name}: finished already, in {folder}")
     return finished
 
 
-def _submit_stage(stage: Run, previous_job: str | None) -> str:
-    """Submit one stage; return the id of its job, or in a dry run a placeholder for it."""
-    job = make_job(stage)
-    queued = None if stage.config.submit.dry_run else _find_queued_job(job)
+def _submit_job(job: SlurmJob, previous_job: str | None) -> str:
+    """Submit the job of one stage; return its id, or in a dry run a placeholder for it."""
+    queued = None if job.submit.dry_run else _find_queued_job(job)
     if queued:
         say(
-            f"{stage.name}: is in the queue already, as job {queued}. End it with `scancel {queued}`, or with"
+            f"{job.name}: is in the queue already, as job {queued}. End it with `scancel {queued}`, or with"
             f" `scancel --signal=TERM {queued}` so that it saves first, to submit it anew."
         )
         return queued
@@ -92,15 +136,15 @@ def _submit_stage(stage: Run, previous_job: str | None) -> str:
         write_text_atomically(job.script_path, text)
     except OSError as error:
         raise UserError(f"{job.script_path} cannot be written: {error.strerror}. Choose another run_dir.") from error
-    if stage.config.submit.dry_run:
+    if job.submit.dry_run:
         console.rule(str(job.script_path), align="left")
         print(text)
         say(shlex.join(build_sbatch_command(job.script_path, previous_job)))
-        return f"<job of {stage.name}>"
+        return f"<job of {job.name}>"
     with postpone_signals():
         number = submit_job(job.script_path, previous_job)
         write_json(job.folder / "slurm.json", {"job": number})
-    say(f"{stage.name}: job {number}{f', after {previous_job}' if previous_job else ''}. Script: {job.script_path}")
+    say(f"{job.name}: job {number}{f', after {previous_job}' if previous_job else ''}. Script: {job.script_path}")
     return number
 
 
@@ -112,8 +156,29 @@ def make_job(stage: Run) -> SlurmJob:
         for text in stage.overrides
         if get_override_key(text) != "task" and not get_override_key(text).startswith("submit.")
     ]
-    staged_files = list_files_to_stage(config.data) if config.submit.stage_to else []
-    return SlurmJob(stage.name, stage.dir, config, ["task=train", *overrides], Path.cwd(), staged_files)
+    return SlurmJob(
+        stage.name,
+        stage.dir,
+        config.submit,
+        config.trainer,
+        get_cpus_per_task(config.submit, config.data.num_workers),
+        list_run_folders(config.run_dir, config.data.index_dir),
+        list_models(config.init_from, config.model, config.stage),
+        ["task=train", *overrides],
+        Path.cwd(),
+        list_files_to_stage(config.data) if config.submit.stage_to else [],
+    )
+
+
+def list_run_folders(run_dir: str, index_dir: str | None) -> list[str]:
+    """List the folders that a run writes."""
+    return [run_dir, *([index_dir] if index_dir else [])]
+
+
+def list_models(init_from: str | None, model: ModelConfig, stage: StageConfig) -> list[str]:
+    """List the models that a run reads: folders and hub ids."""
+    models = [init_from, model.vision_tower, model.language_model, model.chat_template, *stage.model_folders]
+    return [name for name in models if name]
 
 
 def list_files_to_stage(data: DataConfig) -> list[Path]:
@@ -126,7 +191,10 @@ def list_files_to_stage(data: DataConfig) -> list[Path]:
         has_images_beside = (
             path.is_file() and source.image_root is None and path.suffix.lower() not in EMBEDDED_IMAGE_SUFFIXES
         )
-        paths += [path.parent if has_images_beside else path, *([Path(source.image_root)] if source.image_root else [])]
+        if is_pattern(source.path):
+            path = find_pattern_folder(source.path)
+        roots = source.image_root if isinstance(source.image_root, list) else [source.image_root]
+        paths += [path.parent if has_images_beside else path, *(Path(root) for root in roots if root)]
     paths = list(dict.fromkeys(paths))
     return [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
 
@@ -134,41 +202,47 @@ def list_files_to_stage(data: DataConfig) -> list[Path]:
 def _find_queued_job(job: SlurmJob) -> str | None:
     """Find the job that was submitted for this folder and has not ended; None if there is none."""
     try:
-        number = str(json.loads((job.folder / "slurm.json").read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError, TypeError):
+        number = str(read_json_or_none(job.folder / "slurm.json")["job"])
+    except (KeyError, TypeError):
         return None
     return number if get_job_state(number) else None
 
 
-def _print_follow_commands(stages: list[Run], jobs: list[str]) -> None:
-    first, config = stages[0], stages[0].config
-    say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(first.dir))}/slurm-*.log")
+def _print_follow_commands(folders: list[Path], jobs: list[str], *, wants_sync: bool) -> None:
+    say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(folders[0]))}/slurm-*.log")
     say(
         f"Stop:    scancel --signal=TERM {' '.join(jobs)}  (the job that runs saves first; plain scancel leaves it few"
         " seconds). The same task=submit goes on where it was."
     )
-    if config.logger.wandb and config.submit.env.get("WANDB_MODE", "offline") == "offline":
-        for stage in stages:
+    if wants_sync:
+        for folder in folders:
             say(
-                f"W&B:     python run.py task=sync sync={shlex.quote(to_one_line(str(stage.dir)))}  (here, once the run has ended)"
+                f"W&B:     python run.py task=sync sync={shlex.quote(to_one_line(str(folder)))}  (here, once the run has ended)"
             )
 
 
 JOB_FILE = "slurm.json"
 
 
-def submit_workers(run: Run, trial_overrides: list[str], prepare_folder: Callable[[], None]) -> None:
+def submit_workers(
+    name: str,
+    folder: Path,
+    overrides: list[str],
+    trials: TrialsConfig,
+    trial_overrides: list[str],
+    prepare_folder: Callable[[], None],
+) -> None:
     """Write the script of the job array and submit it; in a dry run, show it.
 
     Args:
+        name, folder, overrides: of the sweep.
         trial_overrides: overrides of one trial; a worker requests the devices and nodes of this trial.
         prepare_folder: prepares the sweep's folder.
 
     Raises:
         UserError: there is no Slurm here, the workers are in the queue already, or sbatch refused (with its message).
     """
-    trials = run.config.trials
-    job = make_worker_job(run, trial_overrides)
+    job = make_worker_job(name, folder, overrides, trials.slurm, trial_overrides)
     if trials.dry_run:
         console.rule(str(job.script_path), align="left")
         print(render_batch_script(job))
@@ -179,36 +253,49 @@ def submit_workers(run: Run, trial_overrides: list[str], prepare_folder: Callabl
     write_text_atomically(job.script_path, render_batch_script(job))
     with postpone_signals():
         number = submit_job(job.script_path)
-        write_json(run.dir / JOB_FILE, {"job": number})
-    say(f"{run.name}: {trials.slurm} workers, job {number}. Script: {job.script_path}")
-    say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(run.dir))}/slurm-*.log")
+        write_json(folder / JOB_FILE, {"job": number})
+    say(f"{name}: {trials.slurm} workers, job {number}. Script: {job.script_path}")
+    say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(folder))}/slurm-*.log")
     say(f"Stop:    scancel --batch --signal=TERM {number}  (trials save first). The same command goes on where it was.")
 
 
-def make_worker_job(run: Run, trial_overrides: list[str]) -> SlurmJob:
+def make_worker_job(
+    name: str, folder: Path, overrides: list[str], num_workers: int | None, trial_overrides: list[str]
+) -> SlurmJob:
     """Make the Slurm job of the workers.
 
     Raises:
         ConfigError: the `submit` settings do not fit such a trial.
     """
-    submit_overrides = [text for text in run.overrides if get_override_key(text).startswith("submit.")]
+    submit_overrides = [text for text in overrides if get_override_key(text).startswith("submit.")]
     config = parse(
         ["task=submit", *(word for word in trial_overrides if get_override_key(word) != "task"), *submit_overrides]
     ).config
     if config.submit.container is not None:
         raise ConfigError(["submit.container: workers of a sweep start their trials on the node itself; leave it out."])
     dropped_keys = ("trials.dry_run", "trials.worker", "overwrite")
-    overrides = [
-        text for text in run.overrides if get_override_key(text) not in dropped_keys and text not in submit_overrides
+    worker_overrides = [
+        text for text in overrides if get_override_key(text) not in dropped_keys and text not in submit_overrides
     ]
-    staged_files = list_files_to_stage(config.data) if config.submit.stage_to else []
-    return SlurmJob(run.name, run.dir, config, overrides, Path.cwd(), staged_files, num_workers=run.config.trials.slurm)
+    return SlurmJob(
+        name,
+        folder,
+        config.submit,
+        config.trainer,
+        get_cpus_per_task(config.submit, config.data.num_workers),
+        list_run_folders(config.run_dir, config.data.index_dir),
+        list_models(config.init_from, config.model, config.stage),
+        worker_overrides,
+        Path.cwd(),
+        list_files_to_stage(config.data) if config.submit.stage_to else [],
+        num_workers=num_workers,
+    )
 
 
 def find_queued_workers(folder: Path) -> str | None:
     """Find the job array that was submitted for this folder and has not ended; None if there is none."""
     try:
-        number = str(json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError, TypeError):
+        number = str(read_json_or_none(folder / JOB_FILE)["job"])
+    except (KeyError, TypeError):
         return None
     return number if get_job_state(number) else None

@@ -16,11 +16,13 @@ from typing import Any
 from lit_vlm.config import Run
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.fault_tolerance.run_lock import RunLock
-from lit_vlm.loggers import RunTracker, wandb_client
+from lit_vlm.formatting import format_count
+from lit_vlm.loggers import wandb_client
+from lit_vlm.loggers.tracker import RunTracker
 from lit_vlm.loggers.wandb_client import ARTIFACT_PATHS, list_sample_images
 from lit_vlm.runs.run_folder import RunFolder, read_manifest, require_writable
 from lit_vlm.tasks.terminal import say
-from lit_vlm.types import UserError, format_count
+from lit_vlm.types import UserError
 
 RETRY_ADVICE = "It is sent once it has ended; the same command then sends all of it, and nothing twice."
 

@@ -11,17 +11,19 @@ from lightning.pytorch.loggers import CSVLogger
 from safetensors import safe_open
 from support import blueprint_of, builtin
 
-from callbacks import CALLBACKS, Export, Guard, LanguageLoss, Report, Samples, Throughput, make_callbacks
+from callbacks import Export, Guard, LanguageLoss, Report, Samples, Throughput, get_callback_class, make_callbacks
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.callbacks import CALLBACKS
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index import sample_index
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.generation import get_end_of_answer_id
+from lit_vlm.evaluation.metrics import list_text_metrics
 from lit_vlm.fault_tolerance.watchdog import Activity, Progress
 from lit_vlm.reports.run_record import read_run
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
-from lit_vlm.types import Language, UserError
+from lit_vlm.types import Language, SampleKind, UserError
 
 KINDS = ("caption", "number", "grounding", "text")
 
@@ -215,7 +217,15 @@ def test_scores_before_and_after_are_recorded_with_a_few_samples(blueprint, tmp_
     assert all(("<image>" in row["prompt"]) == bool(row["images"]) for row in rows)
     assert all(row["prediction"] != "" or row["score"] == 0 for row in rows)
     logged = read_run(tmp_path).metrics
-    assert {name for name in logged if name.startswith("score/")} == {f"score/{group}" for group in groups}
+    names = {f"score/{group}" for group in groups}
+    for kind in KINDS:
+        for metric in list_text_metrics(SampleKind(kind)):
+            names |= {f"score/{metric}/{kind}_{language}" for language in ("ko", "en")}
+    assert {name for name in logged if name.startswith("score/")} == names > {"score/chrf/caption_ko"}
+    assert set(figures["text_scores"]["after"]["chrf"]) == {
+        f"{kind}_{language}" for kind in ("caption", "text") for language in ("ko", "en")
+    }
+    assert all(set(row["text_scores"]) == set(list_text_metrics(SampleKind(row["kind"]))) for row in rows)
 
 
 def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypatch):
@@ -227,6 +237,7 @@ def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypa
     samples = Samples(tmp_path)
     fit(blueprint, [samples])
     assert set(samples.figures()["scores"]["after"].values()) == {1.0}
+    assert {v for scores in samples.figures()["text_scores"]["after"].values() for v in scores.values()} == {1.0}
 
 
 def test_a_resumed_fit_keeps_the_scores_before_training(blueprint, tmp_path):
@@ -259,13 +270,15 @@ def test_callbacks_are_ordered_with_export_samples_and_report_last(tmp_path):
     assert [type(callback).__name__ for callback in callbacks] == ["Guard", "Mine", "Export", "Samples", "Report"]
     assert callbacks[3].max_samples == 7
     assert isinstance(callbacks[-1], Report)
-    assert [type(callback) for callback in make_callbacks(list(CALLBACKS), tmp_path)] == list(CALLBACKS.values())
+    ordered = sorted(CALLBACKS, key=lambda name: CALLBACKS[name].order)
+    made = make_callbacks(list(CALLBACKS), tmp_path)
+    assert [type(callback) for callback in made] == list(map(get_callback_class, ordered))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("throughputs", "there is no callback throughputs; there are guard, throughput, language_loss"),
+        ("throughputs", "there is no callback throughputs; there are throughput, language_loss, guard"),
         ("no_such_package.Mine", "no_such_package.Mine cannot be imported"),
         ("json.dumps", "json.dumps is not a class of lightning.Callback"),
         (f"{__name__}.Needy", "cannot be made without arguments"),

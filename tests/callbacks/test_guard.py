@@ -5,7 +5,7 @@ import torch
 from test_callbacks import fit
 
 from callbacks import Exchange, Guard, make_callbacks
-from lit_vlm.distributed.step_flags import StepFlag, get_shared_flags
+from lit_vlm.distributed.collectives import StepFlag, get_shared_flags
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import UserError
 

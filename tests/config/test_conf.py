@@ -6,9 +6,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import OmegaConf
 
 from lit_vlm.config import parse
-from lit_vlm.config.compose import CONF_DIR, list_choices, list_groups
+from lit_vlm.config.compose import (
+    CONF_DIR,
+    VERSION_BASE,
+    _compose_cached,
+    _select_files,
+    compose_config,
+    list_choices,
+    list_groups,
+    register_schema,
+)
 from lit_vlm.config.key_validation import get_setting_type
 from lit_vlm.config.schema import DPOStageConfig
 
@@ -26,6 +38,7 @@ NEEDS = {
     "data/source/rlaif_v": ["stage=dpo"],
     "stage/dpo": ["data=builtin_preference"],
     "stage/mpo": ["data=builtin_preference"],
+    "experiment/lora/1_sft": ["data.sources.mine.path=x"],
     "experiment/varco_vision_14b/4_dpo": ["data.sources.mine.path=x"],
 }
 
@@ -77,3 +90,55 @@ def test_shipped_paths_are_below_the_working_folder():
     for path in (CONF_DIR / "data" / "source").glob("*.yaml"):
         for source in yaml.safe_load(path.read_text(encoding="utf-8")).values():
             assert Path(source["path"]).parts[0] == "data"
+
+
+# Composition
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task=train", "experiment=tiny/2_sft", "trainer.max_steps=50", "stage.adam_betas=[0.9,0.95]"],
+        ["experiment=tiny/4_dpo", "++trainer.extra.detect_anomaly=true", "stage.beta=1", "hydra.sweep.dir=elsewhere"],
+        ["data/source@data.sources=[kollava_instruct]", "data=builtin_align", "~data.sources.caption_ko"],
+        ["data={max_length: 4}", "data.max_length=8", "stage={learning_rate: 1}"],
+    ],
+)
+def test_a_config_is_what_hydra_composes(overrides):
+    composed = compose_config(overrides)
+    register_schema()
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base=VERSION_BASE):
+        by_hydra = compose("config", overrides=overrides)
+    assert composed == by_hydra and OmegaConf.to_yaml(composed) == OmegaConf.to_yaml(by_hydra)
+    assert OmegaConf.to_object(composed) == OmegaConf.to_object(by_hydra)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_compositions"),
+    [
+        (["experiment=tiny/1_align", "trainer.max_steps=5", "seed=3"], 1),
+        (["experiment=tiny/4_dpo", "trainer.max_steps=5", "init_from=null"], 1),
+        (["experiment=tiny/4_dpo", "trainer.max_steps=5"], 2),  # and the stage before, whose folder is needed
+    ],
+)
+def test_parsing_composes_the_files_of_a_stage_once(monkeypatch, overrides, num_compositions):
+    _compose_cached.cache_clear()
+    _select_files.cache_clear()
+    composed, compose_files = [], ConfigLoaderImpl._compose_config_from_defaults_list
+
+    def compose_and_count(*arguments, **options):
+        composed.append(options)
+        return compose_files(*arguments, **options)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", compose_and_count)
+    parse(overrides)
+    assert len(composed) == num_compositions
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = tmp_path / "data" / "own.yaml"
+    path.parent.mkdir()
+    for number in (7, 11):
+        path.write_text(f"sources:\n  a: {{format: builtin, path: caption, num_samples: {number}}}\n")
+        run = parse([f"--config-dir={tmp_path}", "experiment=tiny/1_align", "data=own"])
+        assert run.config.data.sources["a"].num_samples == number

@@ -11,7 +11,7 @@ from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.help import format_help
 from lit_vlm.config.ranges import MAX_COUNT, NumberRange, find_range_errors
 from lit_vlm.config.settings import list_settings
-from lit_vlm.config.validation import find_config_errors
+from lit_vlm.config.tasks import find_config_errors
 
 NUMBERS = (int, float)
 

@@ -135,7 +135,7 @@ def test_the_index_of_an_image_part_selects_its_image(folder):
         ([make_image_part(index=True)], "content[0].index is True; it must be the number"),
         ([make_image_part(index=0, path="a.png")], "has both 'path' and 'index'; one of them must go"),
         (
-            [make_image_part(path="a.png"), make_image_part(url="b.png")],
+            [make_image_part(path="b.png"), make_image_part(url="a.png")],
             "2 images in 'images', and each image part already names its own",
         ),
         ([make_image_part(image_url="a.png")], "has 'image_url', which a part of type 'image' has not"),
@@ -160,17 +160,30 @@ RECORD_KEYS = {
 HARMLESS = {"sample_weight", "source"}
 
 
+# Format -> a record, and the keys of RECORD_KEYS that it reads
+RECORDS = {
+    "messages": (make_messages(make_user("q"), make_answer()), ()),
+    "llava": (make_conversation(make_human(), make_gpt()), ()),
+    "caption": ({"image": "a.png", "caption": "c"}, ()),
+    "question_answer": ({"image": "a.png", "question": "q", "answer": "a"}, ("history",)),
+    "alpaca": ({"instruction": "q", "output": "a"}, ("history",)),
+    "query_response": ({"query": "q", "response": "a"}, ("history",)),
+    "prompt_completion": ({"prompt": "q", "completion": "a"}, ()),
+    "cauldron": ({"texts": [{"user": "q", "assistant": "a"}]}, ()),
+}
+
+
 @pytest.mark.parametrize("key", RECORD_KEYS)
-@pytest.mark.parametrize(
-    "record",
-    [make_messages(make_user("q"), make_answer()), make_conversation(make_human(), make_gpt())],
-    ids=["messages", "llava"],
-)
-def test_a_key_of_a_record_that_changes_the_training_is_refused_by_name(folder, key, record):
+@pytest.mark.parametrize("form", RECORDS)
+def test_a_key_of_a_record_that_changes_the_training_is_refused_by_name(folder, key, form):
+    record, read_keys = RECORDS[form]
+    record = record | {key: RECORD_KEYS[key]}
     if key in HARMLESS:
-        assert read_record(folder, record | {key: RECORD_KEYS[key]}).unused_keys == (key,)
+        assert read_record(folder, record, format=form).unused_keys == (key,)
+    elif key in read_keys:
+        assert len(read_record(folder, record, format=form).messages) == 4
     else:
-        assert_refused(folder, record | {key: RECORD_KEYS[key]}, f"'{key}'")
+        assert_refused(folder, record, f"'{key}'", format=form)
 
 
 def test_empty_keys_are_ignored(folder):
@@ -390,16 +403,16 @@ def test_boxes_in_texts_are_counted_if_markup_is_not_set(folder):
 
 
 def test_formats_of_other_trainers_are_reported_by_their_keys(folder):
-    both = {key: make_gpt(key) for key in ("chosen", "rejected")}
+    both = {key: {"answer": key} for key in ("chosen", "rejected")}
     assert_refused(
         folder,
         make_conversation(make_human(), **both),
-        "chosen is an object with the keys 'from', 'value'; it must be text or a list",
+        "chosen is an object with the keys 'answer'; it must be text, a message or a list",
     )
     assert_refused(
         folder,
-        make_conversation(make_user("q"), make_answer()),
-        "conversations[0] has 'role' and 'content', and conversations 'from'",
+        make_conversation(make_human(), make_answer()),
+        "conversations[1] has 'role' and 'content', and other turns 'from'",
     )
     row = make_messages(make_user("q"), make_answer(), chosen="a", rejected="b")
     assert_refused(folder, row, "it has 'chosen': it makes the record a preference pair", format=Format.messages)

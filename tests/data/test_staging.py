@@ -14,6 +14,7 @@ from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.build import build_index
 from lit_vlm.data.sources import open_source
 from lit_vlm.data.staging import copy_to_node, get_staging_folder, resolve_staged_path
+from lit_vlm.files import get_temporary_path
 from lit_vlm.types import UserError
 
 
@@ -77,12 +78,13 @@ def test_files_removed_from_a_folder_are_removed_from_its_copy_and_no_others(tmp
     copy_to_node([shards], node)
     copy = node / shards.relative_to("/")
     other.write_text("of somebody else\n")
-    (copy / ".a.jsonl.123").write_text("another job of this node is copying it\n")
+    temporary = get_temporary_path(copy / "a.jsonl")
+    temporary.write_text("another job of this node is copying it\n")
     (shards / "b.jsonl").unlink()
     (shards / "below" / "c.jsonl").unlink()
     (shards / "link").unlink()
     assert copy_to_node([shards], node) == (0, 0)
-    assert sorted(path.name for path in copy.rglob("*") if not path.is_dir()) == [".a.jsonl.123", "a.jsonl"]
+    assert sorted(path.name for path in copy.rglob("*") if not path.is_dir()) == [temporary.name, "a.jsonl"]
     assert other.exists() and (outside / "kept.jsonl").exists()
 
 

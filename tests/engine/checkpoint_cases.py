@@ -8,7 +8,9 @@ from random import Random
 
 import torch
 
-from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, CheckpointWriter
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex
+from lit_vlm.checkpoint.write import CheckpointWriter
 from lit_vlm.distributed.sharded_state import StateKind, TensorShard
 
 SHAPES = {"model.projector.weight": (40, 60), "model.projector.bias": (60,), "lm_head.weight": (90, 50), "scale": (1,)}

@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 from torch import nn
 from waiting import PATIENCE
 
-from lit_vlm.checkpoint import (
-    CheckpointFolder,
-    CheckpointIndex,
-    CheckpointWriter,
-    CorruptCheckpointError,
-    RunFingerprint,
+from lit_vlm.checkpoint import write
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex, CorruptCheckpointError, RunFingerprint
+from lit_vlm.checkpoint.resume import (
+    check_files,
+    find_resume_checkpoint,
+    find_state_mismatches,
     load_tensors,
     read_index,
-    write,
 )
-from lit_vlm.checkpoint.resume import check_files, find_resume_checkpoint, find_state_mismatches
+from lit_vlm.checkpoint.write import CheckpointWriter
 from lit_vlm.distributed.sharded_state import ReplicatedState, StateKind
 from lit_vlm.types import UserError
 

@@ -3,6 +3,7 @@
 import json
 import socket
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ import torch.multiprocessing as mp
 from waiting import PATIENCE
 
 from lit_vlm.config.schema import RunConfig, StrategyName
-from lit_vlm.distributed.step_flags import SharedFlags, StepFlag, get_shared_flags
+from lit_vlm.distributed.collectives import SharedFlags, StepFlag, get_shared_flags
 from lit_vlm.distributed.trainer import make_strategy
 from lit_vlm.fault_tolerance.rank_check import collect_rank_settings, require_equal_facts
+from lit_vlm.runs.run_folder import to_plain
 from lit_vlm.types import UserError
 
 
@@ -150,7 +152,9 @@ def _compare_strategies(rank):
     config.trainer.devices = 2
     strategy = make_strategy(config.trainer, StrategyName.fsdp2 if rank else StrategyName.ddp)
     try:
-        require_equal_facts({"settings": collect_rank_settings(config, strategy)}, torch.device("cpu"))
+        require_equal_facts(
+            {"settings": collect_rank_settings(to_plain(asdict(config)), strategy)}, torch.device("cpu")
+        )
     except UserError as error:
         return str(error)
     return None

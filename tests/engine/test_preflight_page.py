@@ -13,17 +13,10 @@ from lit_vlm.config import parse
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.markup import build_object_mention
-from lit_vlm.reports.preflight import terminal
+from lit_vlm.formatting import format_bytes, format_count, format_estimated_time, format_number, format_percent
 from lit_vlm.reports.preflight.checks import collect_findings
 from lit_vlm.reports.preflight.facts import Finding, PreflightFacts, Severity, SourceRow
-from lit_vlm.reports.preflight.page import (
-    format_bytes,
-    format_estimated_time,
-    format_number,
-    format_percent,
-    render_preflight_page,
-    write_preflight_page,
-)
+from lit_vlm.reports.preflight.report import print_preflight, render_preflight_page, write_preflight_page
 from lit_vlm.reports.preflight.samples import collect_bad_examples, prepare_sample, prepare_samples, split_prompt
 from lit_vlm.reports.preflight.statistics import (
     EvenlySpacedSubset,
@@ -45,7 +38,6 @@ from lit_vlm.types import (
     Role,
     Sample,
     SampleKind,
-    format_count,
 )
 
 FLOPS = Flops(1.0, 1e-4, 256.0, 0.25)
@@ -134,7 +126,7 @@ def test_the_terminal_reports_how_many_faults_it_omits_and_where_they_are(facts,
     def print_facts(quarantined):
         facts.sources[0].quarantined = quarantined
         console = Console(file=io.StringIO(), width=110)
-        terminal.print_preflight(facts, page, console)
+        print_preflight(facts, page, console)
         return console.file.getvalue()
 
     two = {"broken": 3, "missing": 2}

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from lit_vlm.formatting import format_duration, format_short
 from lit_vlm.reports.charts import ChartLine, compute_log_ticks, compute_ticks, draw_line_chart, reduce_points, smooth
 from lit_vlm.reports.report import make_summary_table, write_report
-from lit_vlm.reports.run_record import format_duration, format_short, read_run, split_group
+from lit_vlm.reports.run_record import read_run, split_group
 
 INJECTION = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -63,6 +64,10 @@ def folder(tmp_path):
                 "after": {"caption_ko": 0.9, "multi_image_en": 0.4},
             },
             "num_scored": {"caption_ko": 200, "multi_image_en": 10},
+            "text_scores": {
+                "before": {"chrf": {"caption_ko": 0.12}},
+                "after": {"chrf": {"caption_ko": 0.87}, "anls": {"multi_image_en": 0.43}, INJECTION: {"x_ko": 0.5}},
+            },
         },
     }
     (run / "manifest.json").write_text(json.dumps(manifest))
@@ -81,6 +86,7 @@ def folder(tmp_path):
             "phase": "after",
             "prediction": "별\u2028끝",
             "score": 1.0,
+            "text_scores": {"chrf": 0.77},
             "images": ["samples/a_after.png", "../../secret.png"],
         },
     ]
@@ -145,6 +151,8 @@ def test_the_page_and_the_terminal_show_the_same_figures(folder):
             assert figure in text, figure
     assert "0123456789ab, with local changes" in page
     assert "0.00 \u2192 0.90" in page
+    assert "chrF</th>" in page and "0.12 \u2192 0.87" in page and "ANLS</th>" in page and "0.43" in page
+    assert 'title="chrF 0.77"' in page
     assert "held-out at the end 0.8 (ko 0.7)" in page
     assert "Reward accuracy" in page
     assert "26.0 %" in page and "2.00" in page  # share of the mixture and passes over the source
@@ -191,6 +199,16 @@ def test_ticks_are_round_numbers_between_the_ends():
     assert compute_log_ticks(0.3, 6) == [0.5, 1, 2, 5]
     assert draw_line_chart([ChartLine("a", [], "main")], label="nothing") == ""
     assert "<circle" in draw_line_chart([ChartLine("one point", [(0, 1.0)], "main")], label="one")
+
+
+def test_a_curve_of_two_points_is_a_table(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,3.5\n9,1.25\n", encoding="utf-8")
+    (tmp_path / "manifest.json").write_text(json.dumps({"data": {"num_held_out": 0}}), encoding="utf-8")
+    write_report(tmp_path / "report.html", [tmp_path], "two steps")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<svg" not in page and "step 10" in page and "3.5" in page and "1.25" in page
+    assert "No sample was held out" in page and "data.validation.fraction=0.1" in page
+    assert "Answers to held-out samples" not in page
 
 
 def test_numbers_are_formatted_for_readers(tmp_path):

@@ -6,8 +6,8 @@ from tracking_cases import make_run_folder
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED, CoordinatedExit, EarlyStoppingExit
 from lit_vlm.fault_tolerance.signals import SignalHandler, StopRequest
-from lit_vlm.loggers import RunTracker
-from lit_vlm.loggers.wandb_logger import EXIT_CODES
+from lit_vlm.loggers.run_metadata import EXIT_CODES
+from lit_vlm.loggers.tracker import RunTracker
 from lit_vlm.types import UserError
 
 

@@ -1,14 +1,21 @@
 """Damaged files of a run folder, or folders in their places: a clear error, and valid content is still read."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
-from lit_vlm.checkpoint import CheckpointFolder
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.config import parse
 from lit_vlm.data.quarantine import Ledger
 from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE, add_skipped, read_skipped
-from lit_vlm.runs.run_folder import MANIFEST, open_run_folder, read_manifest_or_empty, read_or_rebuild_manifest
+from lit_vlm.runs.run_folder import (
+    MANIFEST,
+    open_run_folder,
+    read_manifest_or_empty,
+    read_or_rebuild_manifest,
+    to_plain,
+)
 from lit_vlm.types import UserError
 
 
@@ -44,9 +51,9 @@ def test_a_manifest_with_wrong_types_is_reported_as_damaged_and_rebuilt(content,
     known, note = read_or_rebuild_manifest(tmp_path, "x")
     assert known is None and f"{tmp_path / MANIFEST} is damaged: its {next(iter(content))}" in note
     assert read_manifest_or_empty(tmp_path) == {}
-    config = parse(["experiment=tiny/1_align"]).config
+    settings = to_plain(asdict(parse(["experiment=tiny/1_align"]).config))
     assert (
-        open_run_folder(tmp_path, config, name="x", overwrite=overwrite, data_digest="", parent=None).rebuild_note
+        open_run_folder(tmp_path, settings, name="x", overwrite=overwrite, data_digest="", parent=None).rebuild_note
         == note
     )
 

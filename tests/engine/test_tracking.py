@@ -19,9 +19,9 @@ from tracking_cases import (
 from waiting import until
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.loggers import MetricsCsv, RunTracker, run_metadata, wandb_client
-from lit_vlm.loggers.tensorboard import make_tensorboard_logger
-from lit_vlm.loggers.tracker import require_logged_metric
+from lit_vlm.loggers import run_metadata, wandb_client
+from lit_vlm.loggers.file_loggers import MetricsCsv, make_tensorboard_logger
+from lit_vlm.loggers.tracker import RunTracker, require_logged_metric
 from lit_vlm.loggers.wandb_client import build_box_overlays
 from lit_vlm.loggers.wandb_logger import RowBuffer
 from lit_vlm.types import UserError
@@ -399,6 +399,6 @@ def test_tensorboard_files_of_a_resumed_run_have_every_step_once(tmp_path):
 
 
 def test_tensorboard_without_its_package_reports_how_to_install_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_vlm.loggers.tensorboard.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_vlm.loggers.file_loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[tensorboard\]'"):
         make_tensorboard_logger(tmp_path)

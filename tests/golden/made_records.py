@@ -200,7 +200,8 @@ def write_zipped_pictures(folder: Path, names: list[str]) -> dict:
     with zipfile.ZipFile(folder / "zips" / "pictures.zip", "w") as archive:
         for name in names:
             archive.write(folder / "pictures" / name, name)
-    return {"path": str(folder / "llava.json"), "image_root": str(folder / "zips")}
+    mapping = {"labels": None, "answer": "{@stem}"}  # each picture is a record
+    return {"path": str(folder / "zips"), "format": "mapped", "mapping": mapping, "prompts": [*QUESTIONS]}
 
 
 def write_markup(folder: Path, names: list[str]) -> dict:

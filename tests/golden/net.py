@@ -106,10 +106,11 @@ def write_choice(path: Path, choice: dict) -> None:
 
 def build_datamodule(*overrides: str):
     from lit_vlm.config import parse
-    from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
 
-    run = parse(["--config-dir", "conf", *overrides])
-    return build_stage_data(run, *open_sources(run), None).datamodule
+    sys.path.append(str(ROOT / "tests" / "tasks"))
+    from run_helpers import build_data
+
+    return build_data(parse(["--config-dir", "conf", *overrides])).datamodule
 
 
 def measure_plans() -> dict[str, dict]:

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 
+from lit_vlm.losses.loss_types import LABEL_SMOOTHING, PREFERENCE_LOSSES, PreferenceLossType
 from lit_vlm.losses.next_token import compute_token_log_probs
-from lit_vlm.losses.preference import LOSS_TYPES, PreferenceLoss, make_answer_mask, pad_answer_scores
+from lit_vlm.losses.preference import PreferenceLoss, make_answer_mask, pad_answer_scores
 from lit_vlm.types import UserError
 
 VOCAB, LENGTHS = 50, [5, 3, 7, 4, 6, 2]  # three pairs: chosen answers, then rejected ones
@@ -29,10 +31,10 @@ def get_options(name: str) -> dict:
     return {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
 
 
-@pytest.mark.parametrize("name", LOSS_TYPES)
+@pytest.mark.parametrize("name", PREFERENCE_LOSSES)
 def test_the_first_loss_is_that_of_margin_zero(name):
     logits, targets = make_logits(0)
-    loss = PreferenceLoss([name], beta=0.1, **get_options(name))
+    loss = PreferenceLoss(loss_type=[name], beta=0.1, **get_options(name))
     scores = compute_scores(logits, targets, LENGTHS)
     output = loss(scores, scores, LENGTHS)
     expected = loss.compute_loss_at_zero_margin()
@@ -40,7 +42,7 @@ def test_the_first_loss_is_that_of_margin_zero(name):
         assert expected is None and output.pair_loss is None
     else:
         assert float(output.loss) == pytest.approx(expected, abs=1e-6 * max(1, expected))
-        mixed = PreferenceLoss([name, "sft"], beta=0.1, **get_options(name))
+        mixed = PreferenceLoss(loss_type=[name, "sft"], beta=0.1, **get_options(name))
         assert mixed.compute_loss_at_zero_margin() == expected
         assert float(mixed(scores, scores, LENGTHS).pair_loss) == float(output.pair_loss)
     assert not output.rewards.any() and len(output.rewards) == len(LENGTHS)
@@ -48,9 +50,9 @@ def test_the_first_loss_is_that_of_margin_zero(name):
         assert expected == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSS_TYPES if not name.startswith("aot")])
+@pytest.mark.parametrize("name", [name for name in PREFERENCE_LOSSES if not name.startswith("aot")])
 def test_k_micro_batches_of_pairs_equal_one_batch(name):
-    loss = PreferenceLoss([name, "sft"] if name != "sft" else ["sft"], beta=0.2, **get_options(name))
+    loss = PreferenceLoss(loss_type=[name, "sft"] if name != "sft" else ["sft"], beta=0.2, **get_options(name))
     policy, targets = make_logits(1)
     reference, _ = make_logits(2)
     whole = loss(compute_scores(policy, targets, LENGTHS), compute_scores(reference, targets, LENGTHS), LENGTHS).loss
@@ -108,3 +110,85 @@ def test_scores_are_padded_to_one_row_for_each_answer():
 def test_invalid_settings_are_refused_with_the_reason(arguments, message):
     with pytest.raises(UserError, match=message):
         PreferenceLoss(**arguments)
+
+
+def compute_slic_hf(pairs, settings):
+    """Compute SLiC-HF without its regularizer (arXiv 2305.10425), which TRL does not have."""
+    return (settings.beta - pairs.policy_chosen + pairs.policy_rejected).relu()
+
+
+@pytest.fixture
+def own_losses(monkeypatch):
+    """Losses that TRL lacks: one of the field, and a copy of TRL's `sigmoid` for a comparison."""
+    own = {
+        "slic": PreferenceLossType(compute=compute_slic_hf, compute_zero_margin=None),
+        "own_sigmoid": PreferenceLossType(
+            compute=lambda pairs, settings: -logsigmoid(settings.beta * get_margin(pairs)),
+            compute_zero_margin=lambda settings: math.log(2),
+        ),
+        "own_robust": PreferenceLossType(
+            compute=lambda pairs, settings: (1 - settings.label_smoothing) * get_margin(pairs).exp(),
+            compute_zero_margin=lambda settings: 1 - settings.label_smoothing,
+            options=frozenset({LABEL_SMOOTHING}),
+        ),
+    }
+    for name, loss in own.items():
+        monkeypatch.setitem(PREFERENCE_LOSSES, name, loss)
+
+
+def get_margin(pairs):
+    return (pairs.policy_chosen - pairs.reference_chosen) - (pairs.policy_rejected - pairs.reference_rejected)
+
+
+def compute_output(policy, reference, targets, **settings):
+    loss = PreferenceLoss(**settings)
+    return loss(compute_scores(policy, targets, LENGTHS), compute_scores(reference, targets, LENGTHS), LENGTHS)
+
+
+def test_a_loss_that_trl_lacks_gives_the_loss_and_the_metrics_of_the_same_one_of_trl(own_losses):
+    policy, targets = make_logits(1)
+    reference, _ = make_logits(2)
+    gradients = []
+    for names in (["sigmoid", "sft"], ["own_sigmoid", "sft"], ["own_sigmoid"]):
+        logits = policy.clone().requires_grad_()
+        output = compute_output(logits, reference, targets, loss_type=names, loss_weights=[2.0, 0.5][: len(names)])
+        output.loss.backward()
+        gradients.append((output, logits.grad))
+    (trl, trl_gradient), (own, own_gradient), (alone, _) = gradients
+    torch.testing.assert_close(own.loss, trl.loss)
+    torch.testing.assert_close(own_gradient, trl_gradient)
+    assert own.metrics == trl.metrics == alone.metrics and torch.equal(alone.rewards, trl.rewards)
+    torch.testing.assert_close(alone.pair_loss, trl.pair_loss)
+    torch.testing.assert_close(alone.loss, trl.pair_loss)
+
+
+def test_a_loss_that_trl_lacks_adds_to_the_losses_of_trl(own_losses):
+    policy, targets = make_logits(1)
+    reference, _ = make_logits(2)
+
+    def compute(*names):
+        return float(compute_output(policy, reference, targets, loss_type=list(names)).loss)
+
+    assert compute("hinge", "slic") == pytest.approx(compute("hinge") + compute("slic"), rel=1e-6)
+    policy_chosen, policy_rejected = compute_scores(policy, targets, LENGTHS).log_probs.sum(1).chunk(2)
+    assert compute("slic") == pytest.approx(float((0.1 - policy_chosen + policy_rejected).relu().mean()), rel=1e-6)
+
+
+def test_the_value_at_zero_margin_of_a_loss_that_trl_lacks_is_known_or_not_checked(own_losses):
+    assert PreferenceLoss(loss_type=["own_sigmoid", "hinge"]).compute_loss_at_zero_margin() == math.log(2) + 1.0
+    assert PreferenceLoss(loss_type=["own_robust"], label_smoothing=0.2).compute_loss_at_zero_margin() == 0.8
+    assert PreferenceLoss(loss_type=["slic", "hinge"]).compute_loss_at_zero_margin() is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing: has no effect.*robust, aot, aot_unpaired, own_robust look at it"),
+        ({"ld_alpha": 0.5}, "ld_alpha: applies to losses of TRL, not to own_sigmoid"),
+        ({"use_weighting": True}, "use_weighting: applies to losses of TRL, not to own_sigmoid"),
+        ({"f_divergence_type": "forward_kl"}, "not for own_sigmoid"),
+    ],
+)
+def test_a_setting_that_does_not_apply_to_a_loss_is_refused(own_losses, settings, message):
+    with pytest.raises(UserError, match=message):
+        PreferenceLoss(loss_type=["own_sigmoid"], **settings)

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from lit_vlm.config import ConfigError, parse
-from lit_vlm.config.stage_validation import SORTING_LOSS_TYPES
+from lit_vlm.losses.loss_types import PREFERENCE_LOSSES, find_sorting_losses
 from lit_vlm.losses.preference import PreferenceLoss
 from lit_vlm.types import UserError
 
@@ -110,9 +110,9 @@ def test_settings_that_trl_refuses_are_refused_before_anything_is_built(begin):
     assert any(text.startswith(message) for text in error.value.errors), error.value.errors
 
 
-@pytest.mark.parametrize("name", SORTING_LOSS_TYPES)
+@pytest.mark.parametrize("name", find_sorting_losses(list(PREFERENCE_LOSSES)))
 @pytest.mark.parametrize("others", [[], ["sigmoid"]])
 def test_weights_of_pairs_are_refused_for_losses_that_sort_them(name, others):
     with pytest.raises(UserError, match=rf"stage\.use_weighting: WPO weights pairs, and {name} sorts"):
-        PreferenceLoss([*others, name], use_weighting=True)
-    PreferenceLoss([*others, name])
+        PreferenceLoss(loss_type=[*others, name], use_weighting=True)
+    PreferenceLoss(loss_type=[*others, name])

@@ -28,8 +28,10 @@ from transformers import (
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import build_model, build_on_meta, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.parts import get_part
+from lit_vlm.model.skeleton import build_on_meta
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tiny import make_tokenizer, make_vision_tower
 from lit_vlm.types import SPECIAL_TOKENS, ModelPart, UserError
 

@@ -121,7 +121,10 @@ def test_the_last_product_of_a_layer_and_the_up_projection_of_an_adapter_are_not
 
 
 def test_an_unknown_level_is_refused(small_parts):
-    with pytest.raises(UserError, match="activation_checkpointing=some: it is none, selective or full"):
+    with pytest.raises(
+        UserError,
+        match=r"stage.activation_checkpointing: Invalid value 'some', expected one of \[auto, none, selective, full\]",
+    ):
         SFTStage(blueprint_of(small_parts), activation_checkpointing="some")
     assert SFTStage(blueprint_of(small_parts), activation_checkpointing=True).level.value == "full"
     assert SFTStage(blueprint_of(small_parts), activation_checkpointing=False).level.value == "none"

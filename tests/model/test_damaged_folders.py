@@ -9,9 +9,10 @@ import torch
 
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.model.build import build_model, load_model_spec, read_tiling
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.model.skeleton import defer_weights
+from lit_vlm.model.spec import load_model_spec, read_tiling
 from lit_vlm.types import UserError
 
 

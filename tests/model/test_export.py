@@ -18,10 +18,11 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import build_model, load_model_spec, read_tiling
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import MergedStateDict, export_model
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import find_lora_layers
+from lit_vlm.model.spec import load_model_spec, read_tiling
 from lit_vlm.model.tensor_files import SafetensorsFile
 from lit_vlm.stages import AlignStage, SFTStage
 

@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.model.build import build_model, build_on_meta, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import MergedStateDict, export_model
-from lit_vlm.model.skeleton import defer_weights
+from lit_vlm.model.skeleton import build_on_meta, defer_weights
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tensor_files import split_into_files
 from lit_vlm.stages import SFTStage
 

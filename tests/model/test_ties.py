@@ -14,9 +14,10 @@ from test_weights import assert_same_weights
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.model.build import build_model, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.model.skeleton import defer_weights
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.types import UserError
 
@@ -187,18 +188,21 @@ def test_two_different_tables_stay_untied_when_new_tokens_extend_them(parts, tmp
 def test_a_run_reports_in_one_line_that_both_tables_are_kept(parts, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from lit_vlm.tasks import train
+    from lit_vlm.tasks import train_steps
 
     folder = make_folder("model.language_model", parts, tmp_path / "folder")
     edit_tables(folder, other_head=True)
     blueprint = load_spec("model.language_model", parts, folder)
     build_model(blueprint)
     messages: list[str] = []
-    monkeypatch.setattr(train, "say", messages.append)
-    plan = SimpleNamespace(num_steps=1, batch_description="1 sample", accumulate_grad_batches=1, world_size=1)
-    module = SimpleNamespace(plan=plan, index=[0], held_out=[])
-    run = SimpleNamespace(name="run", init_from=None)
-    train.show_training_summary(
-        SimpleNamespace(run=run, datamodule=module, spec=blueprint), SimpleNamespace(part_summary=[])
+    monkeypatch.setattr(train_steps, "say", messages.append)
+    plan = SimpleNamespace(
+        num_steps=1, batch_description="1 sample", accumulate_grad_batches=1, world_size=1, index=[0]
+    )
+    train_steps.show_training_summary(
+        SimpleNamespace(name="run"),
+        None,
+        SimpleNamespace(stage_data=SimpleNamespace(spec=blueprint), indexes=SimpleNamespace(held_out=[])),
+        SimpleNamespace(plan=plan, stage=SimpleNamespace(part_summary=[])),
     )
     assert [line for line in messages if "two different tables" in line] == blueprint.remarks and blueprint.remarks

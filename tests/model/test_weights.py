@@ -14,9 +14,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen3Mo
 
 from lit_vlm.config.schema import ModelConfig, ProjectorName
 from lit_vlm.model import export
-from lit_vlm.model.build import build_model, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.model.skeleton import defer_weights, read_initial_values
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
 from lit_vlm.types import UserError

@@ -25,7 +25,7 @@ from rank_cases import Case
 from callbacks.checkpoint import Checkpoint
 from callbacks.guard import Exchange
 from callbacks.preemption import Preemption
-from lit_vlm.checkpoint import CheckpointFolder
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.distributed.trainer import close_process_group, disable_library_warnings
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

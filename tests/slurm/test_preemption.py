@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -255,9 +254,8 @@ time.sleep(60)
 def test_a_stage_that_fails_after_a_signal_counts_as_failed_if_its_exit_status_is_its_own(
     tmp_path, monkeypatch, devices, status
 ):
-    config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
     monkeypatch.setattr(
-        pipeline, "build_command", lambda stage, arguments: [sys.executable, "-c", FAILS, str(tmp_path / "ready")]
+        pipeline, "build_command", lambda devices, arguments: [sys.executable, "-c", FAILS, str(tmp_path / "ready")]
     )
 
     def send_signal_when_ready():
@@ -267,4 +265,4 @@ def test_a_stage_that_fails_after_a_signal_counts_as_failed_if_its_exit_status_i
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=send_signal_when_ready, daemon=True).start()
-    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), []) == status
+    assert pipeline.run_stage(tmp_path, [], devices, 3) == status

@@ -133,6 +133,50 @@ def test_index_model_cache_and_node_copy_are_each_mounted_once_in_a_container(tm
     ]
 
 
+@pytest.mark.parametrize("runtime", ["apptainer", "singularity"])
+def test_apptainer_and_singularity_start_the_command_inside_srun(runtime, slurm, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME", raising=False)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.json").write_text("[]")
+    overrides = [
+        "submit.container=/images/x.sif",
+        f"submit.container_runtime={runtime}",
+        "submit.container_mounts=[/data:/data]",
+        "submit.stage_to=/scratch",
+        "data=llava_json",
+        f"data.sources.mine.path={data}/a.json",
+    ]
+    text = make_script(*overrides, f"run_dir={tmp_path}/runs")
+    path = tmp_path / "job.sh"
+    path.write_text(text)
+    subprocess.run(["bash", path], check=True, timeout=PATIENCE)
+    for arguments in read_calls(slurm, "srun"):  # of the copy of the data, and of the run
+        start = arguments.index(runtime)
+        command, bind, folder, image, python = arguments[start + 1 : start + 6]
+        assert (command, folder, image, python) == ("exec", f"--pwd={tmp_path}", "/images/x.sif", "python")
+        assert bind.startswith("--bind=") and bind.endswith(",/data:/data") and f"{tmp_path}:{tmp_path}" in bind
+    assert "--container-image" not in text
+    assert f"{runtime} exec --nv " in make_script(*overrides, "trainer=ddp")
+
+
+def test_data_and_models_that_are_not_there_are_refused_before_a_job_is_queued(slurm, tmp_path):
+    overrides = [*STAGE, "data=llava_json", f"data.sources.mine.path={tmp_path}/none.json"]
+    with pytest.raises(UserError, match="none.json: no such file or folder"):
+        submit(parse(overrides))
+    with pytest.raises(UserError, match="nothing/hf: .* does not exist"):
+        submit(parse([*STAGE, f"init_from={tmp_path}/nothing/hf"]))
+    assert not read_calls(slurm, "sbatch") and not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_shows_the_script_and_then_what_would_be_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overrides = [*STAGE, "submit.dry_run=true", "data=llava_json", "data.sources.mine.path=none.json"]
+    with pytest.raises(UserError, match=r"none\.json: no such file or folder.* So it would not be submitted\."):
+        submit(parse(overrides))
+    assert "#!/bin/bash" in capsys.readouterr().out
+
+
 def test_an_index_folder_elsewhere_is_created_before_a_container_mounts_it(slurm, tmp_path):
     submit(parse([*STAGE, "submit.container=x", f"data.index_dir={tmp_path}/index"]))
     assert (tmp_path / "index").is_dir()
@@ -238,6 +282,9 @@ def test_data_are_copied_once_per_node_and_the_run_folder_stays_the_same(slurm, 
         (["submit.signal_seconds=0"], "must be above 0"),
         (["submit.stage_to=scratch"], "must begin with /"),
         (["submit.container_mounts=[/a:/a]"], "there is no submit.container"),
+        (["submit.container_runtime=apptainer"], "there is no submit.container to run with it"),
+        (["submit.container=/x.sif"], "write submit.container_runtime=apptainer"),
+        (["submit.container=/x.sqsh", "submit.container_runtime=apptainer"], "write submit.container_runtime=pyxis"),
         (["submit.extra=['--nodes=4']"], "follows from trainer.num_nodes"),
         (["submit.extra=['-N 4']"], "follows from trainer.num_nodes"),
         (["submit.extra=['-n4']"], "follows from trainer.devices"),

@@ -13,7 +13,8 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.losses.preference import LOSS_TYPES, PreferenceLoss
+from lit_vlm.losses.loss_types import PREFERENCE_LOSSES
+from lit_vlm.losses.preference import PreferenceLoss
 from lit_vlm.stages import DPOStage
 from lit_vlm.stages.preference_metrics import PreferenceMetrics
 from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, Role, SampleKind, UserError
@@ -150,7 +151,7 @@ def test_dpo_loss_gradients_and_metrics_equal_those_of_trl(
     batch = make_batch(processor, BATCHES[shape])
     assert (batch.prefix_segments[-1] >= 0) == share_prompts
     stage = make_stage(ours_policy, reference)
-    for name in LOSS_TYPES if share_prompts else ["sigmoid", "ipo", "sft"]:
+    for name in PREFERENCE_LOSSES if share_prompts else ["sigmoid", "ipo", "sft"]:
         smoothing = 0.1 if name in ("exo_pair", "robust", "aot") else 0.0
         trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = [name], [1.0], smoothing
         trainer._metrics["train"].clear()
@@ -158,7 +159,7 @@ def test_dpo_loss_gradients_and_metrics_equal_those_of_trl(
         policy.zero_grad()
         theirs = trainer.compute_loss(policy, dict(inputs))
         theirs.backward()
-        stage.loss = PreferenceLoss([name], label_smoothing=smoothing)
+        stage.loss = PreferenceLoss(loss_type=[name], label_smoothing=smoothing)
         stage.model.zero_grad()
         loss, found = compute_preference(stage, batch)
         loss.backward()

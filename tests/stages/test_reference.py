@@ -13,8 +13,8 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.build import build_index
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import load_model_spec
 from lit_vlm.model.export import export_model
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.stages import DPOStage, dpo
 from lit_vlm.stages.caches import ReferenceLogProbCache, compute_cache_key
 from lit_vlm.types import UserError

@@ -8,6 +8,15 @@ import torch
 from support import blueprint_of, builtin
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.schema import (
+    STAGE_CONFIGS,
+    DPOStageConfig,
+    LearningRateSchedule,
+    LoraConfig,
+    PartConfig,
+    PartsConfig,
+)
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule, TrainMicroBatches
 from lit_vlm.data.processor import Processor
@@ -15,7 +24,7 @@ from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.model.generate import generate
 from lit_vlm.model.parts import UNUSED_PARAMETERS, get_part
-from lit_vlm.stages import AlignStage, DPOStage, HighresStage, SFTStage
+from lit_vlm.stages import STAGES, AlignStage, DPOStage, HighresStage, SFTStage
 from lit_vlm.types import Language, ModelPart, Sample, UserError
 
 KINDS = ("caption", "number", "grounding", "text", "multi_image")
@@ -320,3 +329,50 @@ def test_dpo_with_lora_trains_no_token_rows_because_its_reference_shares_them(sm
     stage.configure_model()
     assert {row.part: row.how for row in stage.part_summary}["language_model"] == "LoRA rank 2"
     assert not hasattr(stage.model, "new_tokens")
+
+
+def test_a_stage_takes_its_config_or_keyword_arguments_of_the_same_names(blueprint):
+    part = PartConfig(learning_rate=2e-6, lora=LoraConfig(rank=4, targets=["q_proj"]))
+    config = DPOStageConfig(
+        name=DPOStage.name,
+        trainable=[ModelPart.language_model],
+        learning_rate=1e-4,
+        schedule=LearningRateSchedule.linear,
+        activation_checkpointing=Level.full,
+        parts=PartsConfig(language_model=part),
+        beta=0.3,
+        loss_type=["sigmoid", "sft"],
+    )
+    settings = {
+        "trainable": ["language_model"],
+        "learning_rate": 1e-4,
+        "schedule": "linear",
+        "activation_checkpointing": True,
+        "parts": {"language_model": {"learning_rate": 2e-6, "lora": {"rank": 4, "targets": ["q_proj"]}}},
+        "beta": 0.3,
+        "loss_type": ("sigmoid", "sft"),
+    }
+    stage = DPOStage(blueprint, **settings)
+    assert stage.config == config
+    assert dict(stage.hparams) == dict(DPOStage(blueprint, config).hparams) == dict(DPOStage(**stage.hparams).hparams)
+    assert stage.hparams["schedule"] == "linear" and stage.hparams["trainable"] == ["language_model"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rat": 1e-5}, "stage.learning_rat: Key 'learning_rat' not in 'StageConfig'"),
+        ({"learning_rate": "fast"}, "stage.learning_rate: Value 'fast' .* could not be converted to Float"),
+        ({"parts": {"head": {}}}, "stage.parts.head: Key 'head' not in 'PartsConfig'"),
+        ({"trainable": ["projektor"]}, "stage.trainable.*Invalid value 'projektor', expected one of"),
+    ],
+)
+def test_an_unknown_argument_of_a_stage_is_refused_by_name(blueprint, settings, message):
+    with pytest.raises(UserError, match=message):
+        SFTStage(blueprint, **settings)
+
+
+def test_each_stage_names_its_config_class():
+    assert {name: stage.config_class for name, stage in STAGES.items()} == {
+        name.value: config_class for name, config_class in STAGE_CONFIGS.items()
+    }

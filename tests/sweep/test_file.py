@@ -283,6 +283,7 @@ def test_a_swept_setting_must_not_be_set_on_the_command_line():
         ("val/loss", ["data.validation.every_steps=15"], None),
         ("train/loss", [], None),
         ("score/word_ko", ["data.validation.every_steps=20"], "is logged once, at the end"),
+        ("score/chrf/caption_ko", ["data.validation.every_steps=20"], "is logged once, at the end"),
         (
             "val/rewards/margins",
             ["data.validation.every_steps=20"],
@@ -304,6 +305,7 @@ def test_the_known_metrics_include_those_that_a_run_logs():
         "val/loss_caption",
         "val/rewards/accuracies",
         "score/word_ko",
+        "score/anls/word_ko",
     } <= set(list_metric_names())
 
 

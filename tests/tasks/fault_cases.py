@@ -57,17 +57,15 @@ def record_steps(folder: Path) -> Callable[[], None]:
     """Return a patch: each rank writes, for each step, its samples and the digests of its state before and after."""
 
     def patch() -> None:
-        from lit_vlm.tasks import restarts
+        from lit_vlm.tasks import train_steps
 
-        fit = restarts.run_fit
+        fit = train_steps.run_fit
 
-        def run_fit_with_recorder(trainer, *rest):
+        def run_fit_with_recorder(trainer, *rest, **options):
             trainer.callbacks.append(StepRecorder(folder))
-            return fit(trainer, *rest)
+            return fit(trainer, *rest, **options)
 
-        import lit_vlm.tasks.train as train
-
-        train.run_fit = run_fit_with_recorder
+        train_steps.run_fit = run_fit_with_recorder
 
     return patch
 

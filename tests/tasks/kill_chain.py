@@ -32,8 +32,8 @@ from resume_cases import (
 from run_helpers import TWO
 from waiting import PATIENCE
 
-from lit_vlm.checkpoint import CheckpointFolder, read_index
-from lit_vlm.checkpoint.resume import check_files
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.resume import check_files, read_index
 
 # stage, loader workers, ranks
 CHAINS = [

@@ -7,12 +7,20 @@ import tarfile
 from pathlib import Path
 
 from delivery import label, make_zip
-from run_helpers import PHOTOS, TINY, RunOutput, make_conversations, make_llava_record, save_photos, write_records
+from run_helpers import (
+    PHOTOS,
+    TINY,
+    RunOutput,
+    build_data,
+    make_conversations,
+    make_llava_record,
+    save_photos,
+    write_records,
+)
 
 from lit_vlm.config import parse
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.tasks.prepare import prepare
-from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
 
 SIZES = {"llava": 24, "messages": 12, "bytes": 8, "sharegpt": 16, "tar": 8, "zips": 8}
 
@@ -77,7 +85,7 @@ def run_prepare(*overrides: str) -> RunOutput:
 def build_datamodule(*overrides: str) -> DataModule:
     """Build the data module as task=train does."""
     job = parse_sft_run(*overrides)
-    return build_stage_data(job, *open_sources(job), None).datamodule
+    return build_data(job).datamodule
 
 
 def list_sample_names(index, samples) -> list[str]:

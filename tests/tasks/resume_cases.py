@@ -19,8 +19,11 @@ from pathlib import Path
 from run_helpers import TINY, RunOutput, write_data_choice
 from waiting import PATIENCE
 
-from lit_vlm.checkpoint import CheckpointFolder, CheckpointIndex, read_index
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.index import CheckpointIndex
+from lit_vlm.checkpoint.resume import read_index
 from lit_vlm.config import Run, parse
+from lit_vlm.tasks import train_steps  # noqa: F401 - forked children need no imports
 from lit_vlm.tasks.train import train
 from lit_vlm.types import UserError
 

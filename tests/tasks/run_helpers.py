@@ -12,8 +12,14 @@ from pathlib import Path
 from PIL import Image
 from waiting import PATIENCE
 
-from lit_vlm.config import parse
+from lit_vlm.config import Run, parse
+from lit_vlm.model.spec import ModelSpec
+from lit_vlm.stages import Stage
+from lit_vlm.tasks.build_stage import make_stage
+from lit_vlm.tasks.open_run import RunPlace, open_sources
+from lit_vlm.tasks.prepare_data import StageData, build_stage_data
 from lit_vlm.tasks.train import train
+from lit_vlm.tasks.train_steps import resolve_model
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 TINY = [
@@ -135,6 +141,37 @@ def run(*overrides: str) -> RunOutput:
     job = parse([*TINY, *overrides])
     train(job)
     return RunOutput(job.dir)
+
+
+def open_place(job: Run) -> RunPlace:
+    return RunPlace.from_settings(job.name, job.dir, job.config.run_dir, job.config.data.index_dir)
+
+
+def build_data(job: Run, init_from: str | None = None) -> StageData:
+    """Build the data of a stage as task=train does: processor and data module, nothing read yet."""
+    config, place = job.config, open_place(job)
+    model = resolve_model(place, config.model, config.data.tiling, init_from, config.seed)
+    return build_stage_data(
+        place,
+        open_sources(config.data, place, config.seed),
+        model.spec,
+        template_date=model.settings.template_date,
+        data=config.data,
+        stage=config.stage,
+        trainer=config.trainer,
+        seed=config.seed,
+        debug=config.debug,
+    )
+
+
+def make_job_stage(job: Run, spec: ModelSpec) -> Stage:
+    return make_stage(
+        spec,
+        job.config.stage,
+        precision=job.config.trainer.precision,
+        tiling=job.config.data.tiling.value,
+        seed=job.config.seed,
+    )
 
 
 def run_process(

@@ -30,8 +30,8 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 
 from run_helpers import RUN, TINY, RunOutput, write_data_choice
 
-from lit_vlm.checkpoint import CheckpointFolder, read_index
-from lit_vlm.checkpoint.resume import check_files
+from lit_vlm.checkpoint.folder import CheckpointFolder
+from lit_vlm.checkpoint.resume import check_files, read_index
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

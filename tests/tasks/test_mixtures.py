@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from delivery import label, make_zip, picture
 from mixture_cases import build_datamodule, parse_sft_run
-from run_helpers import PHOTOS, make_llava_record, run, save_photos, write_data_choice, write_records
+from run_helpers import PHOTOS, make_llava_record, open_place, run, save_photos, write_data_choice, write_records
 
-from lit_vlm.tasks.prepare_data import open_sources
+from lit_vlm.tasks.open_run import open_sources
 from lit_vlm.types import Language, SampleKind, UserError
 
 SIZES = {"talk_ko": 12, "talk_en": 48, "seen_ko": 24, "read_en": 36}
@@ -223,7 +223,8 @@ def test_a_ready_mixture_trains_on_the_files_at_its_paths(files, tmp_path, monke
     rows = {row["name"]: row for row in manifest["data"]["mixture"]}
     assert rows["kollava_instruct"]["asked"] == pytest.approx(0.35 / 0.4)
     assert (rows["kollava_instruct"]["drawn"], rows["aihub_79_food"]["drawn"]) == (21, 3)
-    found, _ = open_sources(parse_sft_run(*overrides))
+    job = parse_sft_run(*overrides)
+    found = open_sources(job.config.data, open_place(job), job.config.seed).training
     assert [source[0].messages[1].text for source in found] == ["0", "갈비구이"]
     assert found[1][0].language is Language.ko and found[1][0].kind is SampleKind.instruction
 

@@ -21,24 +21,23 @@ def raise_disk_full(*_, **__):
 
 
 def test_a_full_disk_for_the_tiny_model_is_named(tmp_path, monkeypatch):
-    config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path / 'runs'}"]).config
+    model, parts = parse(["task=train", "experiment=tiny/1_align"]).config.model, tmp_path / "runs" / "parts"
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(SiglipVisionModel, "save_pretrained", raise_disk_full)
-        resolve_tiny_parts(config)
-    parts = tmp_path / "runs" / "parts"
+        resolve_tiny_parts(model, parts, 0)
     assert str(caught.value) == (
         f"The tiny model's parts cannot be kept in {parts}: No space left on device. Make room or change its rights, or set "
         "run_dir to another folder."
     )
     assert not list(parts.iterdir())
-    assert resolve_tiny_parts(config).vision_tower.startswith(str(parts))
+    assert resolve_tiny_parts(model, parts, 0).vision_tower.startswith(str(parts))
 
 
 def test_a_folder_that_cannot_be_created_for_the_tiny_model_is_named(tmp_path):
     (tmp_path / "parts").write_text("in the way")
-    config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path}"]).config
+    model = parse(["task=train", "experiment=tiny/1_align"]).config.model
     with pytest.raises(UserError, match=r"parts cannot be kept in .*parts: .*set run_dir to another folder"):
-        resolve_tiny_parts(config)
+        resolve_tiny_parts(model, tmp_path / "parts", 0)
 
 
 def test_a_full_disk_for_the_reference_cache_is_named(tmp_path, monkeypatch):

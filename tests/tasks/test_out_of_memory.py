@@ -7,7 +7,6 @@ import json
 import os
 import random
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from resume_cases import build_overrides, open_run, read_last_state, read_metric
 from run_helpers import TWO
 from safetensors.torch import load_file
 
-from lit_vlm.checkpoint import CheckpointFolder
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.fault_tolerance.exit_status import RESTART
 from lit_vlm.tasks import pipeline
 from lit_vlm.types import Fault, RecordError
@@ -203,8 +202,7 @@ sys.exit(int(sys.argv[3]))
 def test_a_pipeline_restarts_a_stage_each_time_its_ranks_halve_the_budget(
     tmp_path, monkeypatch, devices, halved, status, starts
 ):
-    config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
     overrides = [sys.executable, "-c", STARTS, str(tmp_path), str(halved), str(status)]
-    monkeypatch.setattr(pipeline, "build_command", lambda stage, overrides: overrides)
-    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), overrides) == status
+    monkeypatch.setattr(pipeline, "build_command", lambda devices, overrides: overrides)
+    assert pipeline.run_stage(tmp_path, overrides, devices, 3) == status
     assert len(list(tmp_path.glob("start-*"))) == starts

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 import torch
 from mixture_cases import parse_sft_run, read_json_lines
-from run_helpers import PHOTOS, make_llava_record, run, save_photos, write_data_choice, write_records
+from run_helpers import (
+    PHOTOS,
+    build_data,
+    make_job_stage,
+    make_llava_record,
+    run,
+    save_photos,
+    write_data_choice,
+    write_records,
+)
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.micro_batches import TrainMicroBatches
-from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
-from lit_vlm.tasks.train import make_stage
 from run import dispatch
 
 CAPS = ["data.max_length=90", "data.tokens_per_micro_batch=220", "data.global_batch_size=6", "trainer.max_steps=4"]
@@ -48,8 +55,8 @@ def overrides(work_folder) -> list[str]:
 def build_stage_and_data(*overrides: str):
     """Return (stage with its model, data module) of a run, in float64 so that the order of sums does not matter."""
     job = parse_sft_run(*overrides)
-    data = build_stage_data(job, *open_sources(job), None)
-    stage = make_stage(data.spec, job.config)
+    data = build_data(job)
+    stage = make_job_stage(job, data.spec)
     stage.configure_model()
     return stage.double().eval(), data.datamodule
 

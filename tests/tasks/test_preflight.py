@@ -1,13 +1,15 @@
 """Tests of task=preflight: exit status, every problem by name, the numbers of the index, and no weights loaded."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from run_helpers import (
     TINY,
+    build_data,
     make_conversations,
+    make_job_stage,
     make_llava_record,
     make_turns,
     run,
@@ -19,9 +21,9 @@ from run_helpers import (
 
 from lit_vlm.config import parse
 from lit_vlm.data.packing.mixture_lock import write_lock
+from lit_vlm.tasks.build_stage import detect_device, measure_stage, resolve_auto_strategy
 from lit_vlm.tasks.mixture_lock import build_mixture_lock
 from lit_vlm.tasks.preflight import run_preflight
-from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
 from lit_vlm.types import UserError
 
 PREFLIGHT = [*(word for word in TINY if word != "task=train"), "task=preflight", "stage=sft", "run_name=look"]
@@ -118,7 +120,7 @@ def test_five_formats_are_checked_without_loading_weights(work_folder, monkeypat
     assert output.error is None, output.read_findings("failure")
 
     job = parse([*PREFLIGHT, *overrides])
-    data = build_stage_data(job, *open_sources(job), job.init_from)
+    data = build_data(job, job.init_from)
     data.datamodule.build_indexes()
     index, held_out = data.datamodule.index, data.datamodule.held_out
     plan = data.datamodule.make_plan(2)
@@ -164,7 +166,7 @@ def test_a_sample_is_scaled_up_until_there_is_an_index(work_folder):
     steps = part.facts["plan"]["steps"]
 
     job = parse([*PREFLIGHT, *photos])
-    build_stage_data(job, *open_sources(job), job.init_from).datamodule.build_indexes()
+    build_data(job, job.init_from).datamodule.build_indexes()
     whole = run_preflight_with(*photos, "preflight.max_samples=50", "trainer.max_steps=null")
     assert whole.get_source("mine")["looked_at"] == 300 and "Looked at" not in whole.page
     assert whole.get_source("mine")["tokens"] == pytest.approx(row["tokens"] * 6, rel=0.05)
@@ -368,9 +370,10 @@ def test_a_lock_file_of_other_data_is_a_failure(work_folder):
         work_folder, [make_llava_record("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
     )
     job = parse([*PREFLIGHT, *overrides])
-    data = build_stage_data(job, *open_sources(job), job.init_from)
+    data = build_data(job, job.init_from)
     data.datamodule.build_indexes()
-    write_lock(work_folder / "mixture.lock", build_mixture_lock(data))
+    lock = build_mixture_lock(data, data.datamodule.index, job.config.data, job.config.seed)
+    write_lock(work_folder / "mixture.lock", lock)
     assert run_preflight_with(*overrides, f"data.lock={work_folder / 'mixture.lock'}").error is None
     overrides = write_photo_source(
         work_folder, [make_llava_record("<image>\nWhat?", f"B {i}", image="china.jpg") for i in range(21)]
@@ -416,6 +419,17 @@ def test_warnings_and_advice_are_reported(work_folder):
     assert "mine 13.3 times" in warnings  # 40 steps of 4 samples over 12
     assert "Unicode's NFC changes the text of 1 (8.3%) in mine" in advice
     assert "A rank has 0.5 samples in a step" in advice
+    assert "one optimizer step reads" not in warnings
+    assert output.facts["memory"]["device"] == output.facts["time"]["device"] == "this machine's CPU"
+    assert "H200" not in output.page and output.facts["time"]["devices"] == 1
+
+
+def test_a_batch_of_many_passes_over_few_records_is_a_warning(work_folder):
+    records = [make_llava_record("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(2)]
+    overrides = [*write_photo_source(work_folder, records), "data.global_batch_size=128", "trainer.max_steps=1"]
+    warnings = run_preflight_with(*overrides, "preflight.num_shown=0").read_findings("warning")
+    assert "data.global_batch_size=128: one optimizer step reads 128 samples, and there are 2 samples" in warnings
+    assert "each is read 64.0 times before the weights change" in warnings
 
 
 def test_overlong_samples_are_warnings(work_folder):
@@ -454,32 +468,38 @@ def fail_on_use(*args, **kwargs):
     raise AssertionError("weights were read")
 
 
+def resolve_strategy(job, data):
+    """Return the stage and trainer settings that training uses."""
+    config = job.config
+    return resolve_auto_strategy(
+        data.datamodule,
+        lambda: measure_stage(make_job_stage(job, data.spec), data.spec, config.stage),
+        stage=config.stage,
+        trainer=config.trainer,
+        preflight=config.preflight,
+    )
+
+
 def test_training_uses_the_strategy_that_preflight_chooses(work_folder, monkeypatch, capsys):
     """On GPUs, their real memory counts. Here number and memory of the GPUs are simulated."""
-    from lit_vlm.tasks.strategy import resolve_auto_strategy
-    from lit_vlm.tasks.train import make_stage
-
     shape = ["model.vision_tower=tiny", f"model.language_model={write_large_language_model(work_folder)}"]
     one = {"format": "builtin", "path": "caption", "language": "ko", "num_samples": 40}
     gpu = ["trainer.accelerator=gpu", "trainer.devices=8", "trainer.precision=bf16-mixed"]
     job = parse([*PREFLIGHT, *write_data_choice(work_folder, sources={"made": one}), *shape, *gpu])
-    data = build_stage_data(job, *open_sources(job), job.init_from)
+    data = build_data(job, job.init_from)
     data.datamodule.build_indexes()
     set_gpu_memory(monkeypatch, 80 * 10**9)
-    resolved = resolve_auto_strategy(data, lambda: make_stage(data.spec, job.config))
-    assert resolved.trainer.strategy.value == "fsdp2" and job.config.trainer.strategy.value == "auto"
+    stage, trainer = resolve_strategy(job, data)
+    assert trainer.strategy.value == "fsdp2" and job.config.trainer.strategy.value == "auto"
     printed = " ".join(capsys.readouterr().out.split())
     assert "strategy: fsdp2: a whole copy needs" in printed
-    assert resolved.stage.activation_checkpointing.value == "none"
-    assert "activation checkpointing: none: a device needs about" in printed and "of the 80 GB of a card" in printed
-    make_stage(data.spec, resolved)
+    assert stage.activation_checkpointing.value == "none"
+    assert "activation checkpointing: none: a device needs about" in printed and "of the 80.0 GB of a card" in printed
+    make_job_stage(replace(job, config=replace(job.config, stage=stage)), data.spec)
 
 
 def test_no_reference_is_loaded_to_choose_a_strategy(work_folder, monkeypatch):
     """Each process would load it, and it can be as large as the memory of the host."""
-    from lit_vlm.tasks.strategy import resolve_auto_strategy
-    from lit_vlm.tasks.train import make_stage
-
     overrides = [
         "stage=dpo",
         "data=builtin_preference",
@@ -487,20 +507,20 @@ def test_no_reference_is_loaded_to_choose_a_strategy(work_folder, monkeypatch):
         f"stage.reference={work_folder / 'reference'}",
     ]
     job = parse([*PREFLIGHT, *overrides, "trainer.accelerator=gpu", "trainer.devices=2"])
-    data = build_stage_data(job, *open_sources(job), job.init_from)
+    data = build_data(job, job.init_from)
     data.datamodule.build_indexes()
     set_gpu_memory(monkeypatch, 80 * 10**9)
     monkeypatch.setattr("lit_vlm.stages.dpo.load_model_spec", fail_on_use)
     monkeypatch.setattr("lit_vlm.stages.dpo.build_model", fail_on_use)
-    assert resolve_auto_strategy(data, lambda: make_stage(data.spec, job.config)).trainer.strategy.value == "ddp"
+    _, trainer = resolve_strategy(job, data)
+    assert trainer.strategy.value == "ddp"
 
 
 def test_devices_of_slightly_different_memory_lead_to_one_choice(monkeypatch):
-    from lit_vlm.tasks.strategy import detect_device
-
     config = parse([*PREFLIGHT, "data=builtin_sft", "trainer.accelerator=gpu"]).config
     memories = [
-        set_gpu_memory(monkeypatch, memory) or detect_device(config).memory_bytes
+        set_gpu_memory(monkeypatch, memory)
+        or detect_device(config.trainer.accelerator, config.preflight.device).memory_bytes
         for memory in (84_950_000_000, 84_930_000_000)
     ]
     assert memories == [84e9, 84e9]

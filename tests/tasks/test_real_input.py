@@ -7,6 +7,7 @@ import pytest
 import torch
 from run_helpers import (
     PHOTOS,
+    TINY,
     make_conversations,
     make_llava_record,
     make_turns,
@@ -302,3 +303,42 @@ def test_wandb_offline_writes_inside_the_run_folder_only(user_folder, tmp_path):
 def test_a_single_record_can_be_trained_on(user_folder):
     write_records(user_folder / "one.jsonl", [make_llava_record("<image>\nWhat?", "China.", image="china.jpg")])
     check_run(run(*LLAVA, "data.sources.mine.path=one.jsonl"), 1)
+
+
+OWN_SOURCE = """
+class Photos:
+    def __init__(self, name, config):
+        self.digest = "version 1"
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index > 9:
+            raise RuntimeError("no such photo")
+        return {"image": "china.jpg", "question": f"What is it, {index}?", "answer": "A temple."}
+
+
+class Fails(Photos):
+    def __getitem__(self, index):
+        raise RuntimeError("no server")
+"""
+
+
+def test_a_source_of_an_own_class_is_checked_trained_on_and_locked_as_others(user_folder, monkeypatch, capsys):
+    from lit_vlm.data.packing.mixture_lock import read_lock
+    from lit_vlm.types import UserError
+    from run import dispatch
+
+    (user_folder / "my_photos.py").write_text(OWN_SOURCE)
+    monkeypatch.syspath_prepend(str(user_folder))
+    own = ["stage=sft", "data=auto", "data.sources.mine.format=my_photos.Photos", "data.sources.mine.path=images"]
+    dispatch([*TINY, *own, "task=preflight", "run_name=own_preflight"])
+    assert "would run" in capsys.readouterr().out
+    done = run(*own, "trainer.max_steps=1", "run_name=own")
+    assert done.manifest["status"] == "finished" and (done.dir / "report.html").is_file()
+    locked = read_lock(done.dir / "mixture.lock")["sources"]["mine"]
+    assert (locked["format"], locked["records"]) == ("my_photos.Photos", 8)
+    with pytest.raises(UserError, match=r"mine\[\d\]: my_photos.Fails raised RuntimeError: no server"):
+        run(*own, "data.sources.mine.format=my_photos.Fails", "run_name=own_fails")
+    assert not (user_folder / "runs" / "own_fails" / "checkpoints").exists()

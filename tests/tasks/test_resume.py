@@ -27,7 +27,7 @@ from resume_cases import (
 )
 from run_helpers import TWO
 
-from lit_vlm.checkpoint import CheckpointFolder
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.types import UserError
 
 
@@ -305,7 +305,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_loses_only_the_last_step
 
     def limit_file_size():
         """Limit the file size to a share of a checkpoint file, from the save of step 4 on."""
-        from lit_vlm.checkpoint import CheckpointWriter
+        from lit_vlm.checkpoint.write import CheckpointWriter
 
         begin = CheckpointWriter.start
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,16 +14,21 @@ from run_helpers import (
     TINY,
     TWO,
     RunOutput,
+    build_data,
     make_conversations,
     make_llava_record,
+    open_place,
     run,
     run_process,
     save_photos,
     write_records,
 )
+from waiting import PATIENCE
 
 from lit_vlm.config import build_stage_overrides, parse
+from lit_vlm.runs.run_folder import open_run_folder, to_plain
 from lit_vlm.tasks import pipeline
+from lit_vlm.tasks.open_run import open_sources
 from lit_vlm.tasks.pipeline import build_command
 from lit_vlm.types import UserError
 from run import dispatch
@@ -224,9 +230,30 @@ def test_the_pipeline_runs_as_processes_and_resumes_where_it_stopped(tmp_path):
     assert second.stdout.count("finished already") == 2
 
 
+def test_a_finished_run_imports_neither_torch_nor_lightning(tmp_path):
+    overrides = ["experiment=tiny/1_align", f"run_dir={tmp_path / 'runs'}"]
+    job = parse(overrides)
+    sources = open_sources(job.config.data, open_place(job), job.config.seed)
+    folder = open_run_folder(
+        job.dir,
+        to_plain(asdict(job.config)),
+        name=job.name,
+        overwrite=False,
+        data_digest=sources.compute_digest(),
+        parent=None,
+    )
+    folder.update(status="finished")
+    code = (
+        f"import runpy, sys; sys.path.insert(0, {str(RUN.parent)!r}); runpy.run_path({str(RUN)!r}, run_name='__main__')"
+    )
+    code += "; print('imported:', sorted({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
+    command = [sys.executable, "-c", code, *overrides]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    assert f"{job.name}: finished already" in output and output.endswith("imported: []\n")
+
+
 def test_the_pipeline_starts_one_process_per_device():
-    job = parse(["experiment=tiny/1_align", "trainer.devices=2"])
-    overrides = build_command(job, ["experiment=tiny/1_align"])
+    overrides = build_command(2, ["experiment=tiny/1_align"])
     assert overrides[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -256,10 +283,8 @@ def check_same_weights(one, two, atol=1e-5):
 
 def count_text_only_packs(overrides):
     """Return the numbers of packs without an image, of empty packs, and of micro-batches in a step, for two ranks."""
-    from lit_vlm.tasks.prepare_data import build_stage_data, open_sources
-
     job = parse([*TINY, *overrides])
-    plan = build_stage_data(job, *open_sources(job), None).datamodule.make_plan(2)
+    plan = build_data(job).datamodule.make_plan(2)
     packs = [pack for number in range(plan.num_steps) for pack in plan.get_step(number).packs]
     return (
         sum(not any(plan.index.tiles[i] for i in pack) for pack in packs if pack),

@@ -141,7 +141,7 @@ def test_a_pipeline_stops_after_a_stage_that_succeeds_after_a_signal(tmp_path, m
         monkeypatch.setattr(
             pipeline,
             "build_command",
-            lambda stage, overrides: started_stages.append(overrides) or [sys.executable, "-c", stage_code],
+            lambda devices, overrides: started_stages.append(overrides) or [sys.executable, "-c", stage_code],
         )
         pipeline.run_pipeline(stages)
         os._exit(97)  # all stages ran

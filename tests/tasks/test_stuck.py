@@ -11,7 +11,7 @@ from resume_cases import build_overrides, start
 from run_helpers import TWO
 from waiting import until
 
-from lit_vlm.checkpoint import CheckpointFolder
+from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.fault_tolerance.exit_status import STUCK, TERMINATED
 from lit_vlm.fault_tolerance.watchdog import read_heartbeat
 

@@ -16,11 +16,18 @@ from run_helpers import RUN, run_process
 from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
-from lit_vlm.config.schema import RunConfig, TrainerConfig
+from lit_vlm.config.schema import TrainerConfig
 from lit_vlm.config.sweep_overrides import get_sweep_overrides, get_trial_overrides
 from lit_vlm.sweep.search import Search, TrialOutcome
 from lit_vlm.sweep.sweep_file import read_sweep
-from lit_vlm.tasks.sweep import Sweep, assign_devices, load_sweep, lock_sweep_folder, prepare_sweep_folder, run_sweep
+from lit_vlm.tasks.sweep import (
+    Sweep,
+    assign_devices,
+    format_missing_held_out,
+    lock_sweep_folder,
+    prepare_sweep_folder,
+    run_sweep,
+)
 from lit_vlm.types import UserError
 
 FILE = """
@@ -59,7 +66,9 @@ def work_folder(tmp_path, monkeypatch):
 def load_sweep_without_checks(path: Path, *overrides: str) -> Sweep:
     """Load the sweep of a valid file without checking its values."""
     run = parse(["task=sweep", f"sweep={path}", *overrides])
-    return Sweep(run, read_sweep(path), get_trial_overrides(run.overrides))
+    config = run.config
+    overrides = get_trial_overrides(run.overrides)
+    return Sweep(run.name, run.dir, read_sweep(path), overrides, config.trials, config.seed, config.overwrite)
 
 
 # Overrides and errors
@@ -75,12 +84,12 @@ def test_overrides_of_the_sweep_and_of_its_trials_are_separated():
 
 def test_a_sweep_is_named_by_its_file_and_its_trials_by_their_numbers(work_folder):
     job = load_sweep_without_checks(write_sweep_file(work_folder), "seed=3")
-    assert (job.run.name, job.run.dir) == ("sweeps/mine", work_folder / "runs/sweeps/mine")
+    assert (job.name, job.dir) == ("sweeps/mine", work_folder / "runs/sweeps/mine")
     overrides = job.build_overrides(4, {"stage.learning_rate": 0.002, "stage.warmup": 0})
     trial = parse(overrides)
     assert (trial.name, trial.dir, trial.config.seed) == ("sweeps/mine/4", work_folder / "runs/sweeps/mine/4", 3)
     assert (
-        load_sweep_without_checks(write_sweep_file(work_folder), "run_name=sweeps/other").run.dir
+        load_sweep_without_checks(write_sweep_file(work_folder), "run_name=sweeps/other").dir
         == work_folder / "runs/sweeps/other"
     )
 
@@ -106,7 +115,7 @@ def test_an_error_is_reported_before_anything_runs(work_folder, overrides, expec
     write_sweep_file(work_folder)
     write_sweep_file(work_folder, "odd", metric="val/loss_kr")
     with pytest.raises(UserError) as error:
-        load_sweep(parse(["task=sweep", *overrides]))
+        run_sweep(parse(["task=sweep", *overrides]))
     assert expected in str(error.value) and not (work_folder / "runs").exists()
 
 
@@ -117,7 +126,7 @@ def test_values_that_another_experiment_does_not_know_are_not_carried_over(work_
         "  init_from: {value: runs/tiny/3_highres/hf}\n"
     )
     with pytest.raises(ConfigError, match=r"trials.carry_to=tiny/2_sft: stage.beta is a setting of stage=dpo"):
-        load_sweep(parse(["task=sweep", f"sweep={path}", "trials.carry_to=tiny/2_sft"]))
+        run_sweep(parse(["task=sweep", f"sweep={path}", "trials.carry_to=tiny/2_sft"]))
 
 
 def test_the_plan_shows_ranges_reasons_and_commands_and_runs_nothing(work_folder, capsys):
@@ -142,6 +151,25 @@ def test_the_plan_shows_ranges_reasons_and_commands_and_runs_nothing(work_folder
     runs = [parse(shlex.split(line)[2:]) for line in commands]
     assert [run.name for run in runs] == ["스윕 하나/0", "스윕 하나/1"] and not (work_folder / "runs").exists()
     assert runs[0].config.stage.learning_rate != runs[1].config.stage.learning_rate
+    assert "No trial will log" not in output
+
+
+def check_held_out(metric, overrides):
+    config = parse(overrides).config
+    return format_missing_held_out(metric, config.data, config.seed)
+
+
+def test_the_plan_says_that_few_records_hold_out_nothing(work_folder):
+    records = [
+        {"id": str(i), "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+        for i in range(12)
+    ]
+    (work_folder / "few.json").write_text(json.dumps(records), encoding="utf-8")
+    overrides = ["experiment=tiny/2_sft", "init_from=null", "data=llava_json", "data.sources.mine.path=few.json"]
+    hint = check_held_out("val/loss", overrides)
+    assert "No trial will log val/loss" in hint and "data.validation.fraction=0.1" in hint
+    assert not check_held_out("val/loss", [*overrides, "data.validation.fraction=0.1"])
+    assert not check_held_out("train/loss", overrides)
 
 
 # The folder
@@ -151,9 +179,9 @@ def test_a_folder_belongs_to_one_sweep_and_overwrite_replaces_another_with_its_t
     job = load_sweep_without_checks(write_sweep_file(work_folder))
     prepare_sweep_folder(job)
     prepare_sweep_folder(job)
-    search = job.create_search(job.run.dir / "journal.log")
+    search = job.create_search(job.dir / "journal.log")
     search.tell(search.ask().number, 1.0, TrialOutcome.finished)
-    (job.run.dir / "0").mkdir()
+    (job.dir / "0").mkdir()
     with pytest.raises(UserError, match="differs from this one in the overrides for its trials"):
         prepare_sweep_folder(load_sweep_without_checks(write_sweep_file(work_folder), "seed=4"))
     with pytest.raises(UserError, match="differs from this one in the sweep file"):
@@ -161,9 +189,9 @@ def test_a_folder_belongs_to_one_sweep_and_overwrite_replaces_another_with_its_t
     prepare_sweep_folder(
         load_sweep_without_checks(write_sweep_file(work_folder), "overwrite=true")
     )  # the same unfinished sweep is resumed
-    assert (job.run.dir / "0").is_dir() and len(job.create_search(job.run.dir / "journal.log").list_trials()) == 1
+    assert (job.dir / "0").is_dir() and len(job.create_search(job.dir / "journal.log").list_trials()) == 1
     prepare_sweep_folder(load_sweep_without_checks(write_sweep_file(work_folder), "seed=4", "overwrite=true"))
-    assert not (job.run.dir / "0").exists() and not (job.run.dir / "journal.log").exists()
+    assert not (job.dir / "0").exists() and not (job.dir / "journal.log").exists()
 
 
 def test_one_process_runs_a_sweep_at_a_time(work_folder):
@@ -185,7 +213,7 @@ def test_devices_are_assigned_by_what_a_trial_needs(monkeypatch):
     monkeypatch.setattr("lit_vlm.tasks.sweep.list_visible_devices", lambda: ["4", "5", "6", "7", "9"])
 
     def assign(parallel=None, **trainer):
-        return assign_devices(RunConfig(trainer=TrainerConfig(**trainer)), parallel)
+        return assign_devices(TrainerConfig(**trainer), parallel)
 
     assert (assign(accelerator="cpu"), assign(3, accelerator="cpu")) == ([()], [()] * 3)
     assert assign() == [("4",), ("5",), ("6",), ("7",), ("9",)]

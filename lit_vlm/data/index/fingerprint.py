@@ -68,7 +68,7 @@ def _get_file_status(image: FileImage) -> os.stat_result:
     try:
         return os.stat(f"{image.root}/{image.path}")
     except (OSError, ValueError):  # the name has another Unicode form, or does not exist
-        return resolve_image_path(image.path, image.root, image.origin).stat()
+        return resolve_image_path(image.path, image.root, image.origin, image.more_roots).stat()
 
 
 def _iter_message_bytes(message: Message) -> Iterable[bytes]:

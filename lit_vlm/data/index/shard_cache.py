@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from lit_vlm.files import atomic_write, lock_file
+from lit_vlm.files import atomic_write, lock_file, read_json_or_none
 from lit_vlm.types import Fault, RecordError, Source
 
 SHARD_RECORDS = 8192
@@ -152,10 +152,7 @@ def _get_source_path(source: Source, store: Path | None, ending: str) -> Path | 
 
 
 def _read_content_keys(path: Path, count: int) -> list[str] | None:
-    try:
-        contents = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+    contents = read_json_or_none(path)
     is_valid = isinstance(contents, list) and len(contents) == count and all(isinstance(key, str) for key in contents)
     return contents if is_valid else None
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from lit_vlm.cost import Flops
 from lit_vlm.data.index.sample_index import SampleIndex
-from lit_vlm.types import UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import UserError
 
 MAX_MATRIX_ELEMENTS = (
     1 << 17

@@ -16,7 +16,8 @@ from lit_vlm.data.packing.array_cache import Arrays, hash_facts, load_or_build
 from lit_vlm.data.packing.mixture import Mixture
 from lit_vlm.data.packing.pack import MicroBatchLimits, StepSamples, gather_steps, pack_steps, sum_per_pack
 from lit_vlm.data.quarantine import Ledger
-from lit_vlm.types import UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import UserError
 
 SUMMED_COLUMNS = ("supervised", "tiles", "chosen")  # columns of the index that are summed for each step
 

@@ -8,12 +8,12 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lit_vlm.data.lazy_images import REMEDY, BytesImage, FileImage, format_untrusted, validate_image_path
-from lit_vlm.data.readers.unsupported_keys import find_mark
+from lit_vlm.data.staging import resolve_original_path
 from lit_vlm.types import (
     IMAGE_TOKEN,
     ContentPart,
@@ -30,6 +30,27 @@ _MAX_KEY_CHARS = 60  # characters of a key in the counts of unread keys
 # One line break before or after the marker belongs to it.
 _IMAGE_MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+# Placeholder marks that stand for something else in other formats -> the thing they stand for.
+_MARK_PATTERNS = {
+    r"<image>|<image[ _]?\d+>|<\|image(?:_\d+)?\|>|<image_placeholder>|<ImageHere>|<start_of_image>": "a picture",
+    r"<\|(?:image|vision|media)_(?:pad|start|end|bos|eos|soft_token)\|>|<image_soft_token>|<IMG_CONTEXT>": "a picture",
+    r"<\|(?:begin|end)_of_image\|>|<im_patch>|<fake_token_around_image>|<img>[^<>\n]*</img>": "a picture",
+    r"<video>|<video[ _]?\d+>|<\|video(?:_\w+)?\|>|<VID_CONTEXT>": "a video",
+    r"<audio>|<audio[ _]?\d+>|<\|audio(?:_\w+)?\|>|<\|AUDIO\|>|<\|audio_(?:bos|eos)\|>": "a sound",
+    r"<ref-object>|<\|object_ref_(?:start|end)\|>|<\|/?(?:ref|grounding)\|>": "an object",
+    r"<bbox>(?!\s*-?[\d.])|<\|(?:box|quad|point)_(?:start|end)\|>|<(?:box|quad)>\s*[\[(<]*\s*\d|<loc_?\d+>|<\|/?det\|>": "a box",
+}
+_ANY_MARK = re.compile("|".join(f"({marks})" for marks in _MARK_PATTERNS))
+
+
+# Keys that hold the image in rows of tables and image folders, if there is no `image` and no `images`: those of Hugging
+# Face's imagefolder, of usual CSV files, and of img2dataset's parquet (the bytes, named by the image format).
+IMAGE_KEYS = (
+    *("file_name", "file_names", "image_path", "image_file", "img_path", "img", "filepath", "file_path", "filename"),
+    *("path", "jpg", "png", "webp"),
+)
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff")
+_ADDED_SETTINGS = ("more_image_roots", "columns")  # at their defaults they are no part of a digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +69,18 @@ class ReaderSettings:
     split: str | None = None  # the split that its records may name; None: any
     counts_markup: bool = False  # count texts that look like markup: the source's markup setting is auto
     marks_are_text: bool = False  # placeholder marks of other formats are plain text; no record is refused for them
+    more_image_roots: tuple[Path, ...] = ()  # further folders of images, after `image_root`
+    columns: tuple[tuple[str, str], ...] = ()  # (key of a known format, column that holds it) of data.sources.x.columns
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings that decide how a row is read, for a digest. The source's name does not.
+
+        A setting that was added later is left out at its default, so that indexes made before stay valid.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "source"}
+        values["image_root"] = resolve_original_path(self.image_root)
+        values["more_image_roots"] = tuple(map(resolve_original_path, self.more_image_roots))
+        return {key: value for key, value in values.items() if value or key not in _ADDED_SETTINGS}
 
 
 class EmbeddedImage:
@@ -159,22 +192,29 @@ class RecordContext:
             if value.startswith("data:"):
                 return BytesImage(self._decode_data_url(value), self.origin, max_pixels)
             validate_image_path(value, self.origin)
-            return FileImage(value, self.settings.image_root, self.origin, max_pixels)
+            settings = self.settings
+            return FileImage(value, settings.image_root, self.origin, max_pixels, settings.more_image_roots)
         if isinstance(value, EmbeddedImage):
             return value.make_image(self.origin, max_pixels)
         raise self.make_error(
             f"an image is {describe_type(value)}; it must be a path, encoded bytes or {{bytes, path}}"
         )
 
-    def collect_images(self, row: Mapping[str, Any], prefix: str = "") -> tuple[LazyImage, ...]:
+    def collect_images(
+        self, row: Mapping[str, Any], prefix: str = "", other_keys: Sequence[str] = ()
+    ) -> tuple[LazyImage, ...]:
         """Return the images of the column `images` or `image`, which holds a list or one image.
 
         Args:
             prefix: goes before the column's name, e.g. `rejected_`.
+            other_keys: columns that may hold the images instead, as `find_image_keys` returns them.
         """
         columns = [key for key in (f"{prefix}images", f"{prefix}image") if row.get(key) is not None]
+        columns = columns or list(other_keys)
         if len(columns) > 1:
-            raise self.make_error(f"both '{columns[0]}' and '{columns[1]}' are given; one of them must go")
+            remedy = f"or say which with data.sources.{self.settings.source}.columns.image" if other_keys else ""
+            must_go = f"both '{columns[0]}' and '{columns[1]}' are given; one of them must go"
+            raise self.make_error(f"{must_go}, {remedy}" if remedy else must_go)
         value = row[columns[0]] if columns else []
         return tuple(self.make_image(item) for item in (value if isinstance(value, list) else [value]))
 
@@ -190,6 +230,26 @@ class RecordContext:
             raise self.make_error(f"data URL {format_untrusted(head, 40)} is not base64: {error}") from None
 
 
+def find_image_keys(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Find the columns that hold images in a row without `image` and `images`.
+
+    A text counts only if it ends like the name of an image file.
+    """
+    if row.get("image") is not None or row.get("images") is not None:
+        return ()
+    return tuple(key for key in IMAGE_KEYS if row.get(key) is not None and _is_image_value(row[key]))
+
+
+def _is_image_value(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_image_value, value))
+    if isinstance(value, str):
+        return value.lower().endswith(_IMAGE_SUFFIXES)
+    return isinstance(value, bytes | EmbeddedImage) or (
+        isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None)
+    )
+
+
 def describe_type(value: Any) -> str:
     """Describe a value's type in the words of JSON: "an object", "a list", "null"."""
     return "null" if value is None else _TYPE_NAMES.get(type(value), f"of type {type(value).__name__}")
@@ -203,3 +263,18 @@ def iter_slot_indices() -> Iterator[int]:
 def _format_keys(keys: Sequence[str]) -> str:
     names = [format_untrusted(key, 40) for key in keys[:12]]
     return ", ".join(names) + (", ..." if len(keys) > 12 else "") if names else "nothing"
+
+
+def find_mark(text: str) -> tuple[str, str] | None:
+    """Find the first placeholder mark of another format in a text.
+
+    Returns:
+        The mark and the thing it stands for, e.g. ("<|image|>", "a picture"); None if there is no mark.
+    """
+    position = text.find("<")  # every mark begins with it, so a text without one costs nothing
+    while position >= 0:
+        match = _ANY_MARK.match(text, position)
+        if match is not None and match.lastindex is not None:
+            return match[0], list(_MARK_PATTERNS.values())[match.lastindex - 1]
+        position = text.find("<", position + 1)
+    return None

@@ -11,6 +11,7 @@ from typing import Any
 from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.data.readers.context import ReaderSettings, RecordContext, describe_type, iter_slot_indices
 from lit_vlm.data.readers.unsupported_keys import read_system_text
+from lit_vlm.formatting import format_count
 from lit_vlm.types import (
     IMAGE_TOKEN,
     ControlToken,
@@ -22,7 +23,6 @@ from lit_vlm.types import (
     Role,
     Sample,
     SampleKind,
-    format_count,
 )
 
 __all__ = ["ReaderSettings", "RecordContext", "describe_type", "iter_slot_indices", "make_sample"]

@@ -23,7 +23,8 @@ import numpy as np
 from lit_vlm.data.lazy_images import FileImage, format_untrusted
 from lit_vlm.data.readers.splits import infer_split, select_split
 from lit_vlm.data.readers.zip_members import ZipImage, ZipMember, ZipMemberFlaw, iter_members
-from lit_vlm.types import Fault, LazyImage, RecordError, UserError, format_count
+from lit_vlm.formatting import format_count
+from lit_vlm.types import Fault, LazyImage, RecordError, UserError
 
 IMAGE_PATTERNS = ("*.jpg", "*.jpeg", "*.png", "*.webp", "*.gif", "*.bmp", "*.avif")
 _COLUMNS = ("container", "offset", "packed", "size", "crc", "flaw", "stamp")

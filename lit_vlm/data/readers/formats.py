@@ -1,4 +1,4 @@
-"""Reader of captions: an image and its text, in the column `caption` or `text`, without a question."""
+"""Table of formats, and the readers of captions and of LLaVA's conversations."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
-from lit_vlm.data.readers.context import RecordContext, describe_type, iter_slot_indices
+from lit_vlm.data.readers.context import RecordContext, describe_type, find_image_keys, iter_slot_indices
 from lit_vlm.data.readers.conversation import check_num_images, count_image_slots, make_sample
-from lit_vlm.data.readers.messages import read_messages
+from lit_vlm.data.readers.messages import place_named_images, read_messages, read_speaker, read_turns
 from lit_vlm.data.readers.preference import read_preference
+from lit_vlm.data.readers.single_turn import (
+    read_alpaca,
+    read_cauldron,
+    read_prompt_completion,
+    read_query_response,
+    read_question_answer,
+)
 from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record, check_turn
 from lit_vlm.types import Fault, ImagePlaceholder, Message, Record, Role, Sample
 
@@ -22,8 +29,9 @@ def read_caption(row: Mapping[str, Any], context: RecordContext) -> Sample:
     key = "caption" if row.get("caption") is not None else "text"
     if row.get(key) is None:
         context.require_keys(row, "caption")
-    check_record(row, context, ("id", "image", "images", key, *SYSTEM_KEYS))
-    images = context.collect_images(row)
+    image_keys = find_image_keys(row)
+    check_record(row, context, ("id", "image", "images", *image_keys, key, *SYSTEM_KEYS))
+    images = context.collect_images(row, other_keys=image_keys)
     if not images:
         raise context.make_error(f"{key!r} has no image beside it", Fault.placeholders)
     question = Message(Role.user, tuple(ImagePlaceholder(index) for index in range(len(images))))
@@ -31,26 +39,34 @@ def read_caption(row: Mapping[str, Any], context: RecordContext) -> Sample:
     return make_sample(row, (question, answer), images, context)
 
 
-_ROLES = {
-    "system": Role.system,
-    "human": Role.user,
-    "user": Role.user,
-    "gpt": Role.assistant,
-    "assistant": Role.assistant,
-}
-_TOOL_ROLES = ("function_call", "function_response", "observation", "function", "tool", "tool_call")
 _READ_KEYS = ("id", "image", "images", "conversations", *SYSTEM_KEYS)
 
 
 def read_llava(row: Mapping[str, Any], context: RecordContext) -> Sample:
-    """Read a LLaVA or ShareGPT record; raise a RecordError if it cannot be used."""
+    """Read a LLaVA or ShareGPT record; raise a RecordError if it cannot be used.
+
+    Its turns may have MiniCPM-V's `role` and `content` instead of `from` and `value`.
+    """
     context.require_keys(row, "conversations")
     check_record(row, context, _READ_KEYS)
-    slots = iter_slot_indices()
     turns = context.require_list(row["conversations"], "conversations")
+    if all(isinstance(turn, Mapping) and turn.get("role") is not None and turn.get("from") is None for turn in turns):
+        return _read_minicpm(row, turns, context)
+    slots = iter_slot_indices()
     messages = [_read_message(turn, f"conversations[{number}]", slots, context) for number, turn in enumerate(turns)]
     images = context.collect_images(row)
     check_num_images(count_image_slots(messages), len(images), context)
+    return make_sample(row, messages, images, context)
+
+
+def _read_minicpm(row: Mapping[str, Any], turns: list[Any], context: RecordContext) -> Sample:
+    """Read turns with role and content. `image` may be an object of names and paths, {"<image_00>": path, ...}."""
+    named = row.get("image")
+    if isinstance(named, Mapping) and not {"bytes", "path"} & named.keys():
+        named = {name: path for name, path in named.items() if path is not None}  # columnar files have all keys
+        turns = place_named_images(turns, list(named))
+        row = {**row, "image": list(named.values())}
+    messages, images = read_turns(turns, context.collect_images(row), context, "conversations")
     return make_sample(row, messages, images, context)
 
 
@@ -59,15 +75,9 @@ def _read_message(turn: Any, location: str, slots: Iterator[int], context: Recor
         raise context.make_error(f"{location} is {describe_type(turn)}; it must be an object with 'from' and 'value'")
     if "role" in turn and "from" not in turn:
         raise context.make_error(
-            f"{location} has 'role' and 'content', and conversations 'from' and 'value'; call them 'messages'"
+            f"{location} has 'role' and 'content', and other turns 'from' and 'value'; use one of the two"
         )
-    speaker = context.require_text(turn.get("from"), f"{location}.from")
-    role = _ROLES.get(speaker)
-    if role is None:
-        found = f"{location}.from is {format_untrusted(speaker)}"
-        if speaker in _TOOL_ROLES:
-            raise context.make_error(f"{found}: calls of tools are not read")
-        raise context.make_error(f"{found}; it must be 'human', 'gpt' or 'system' ('user' and 'assistant' do too)")
+    role = read_speaker(turn.get("from"), f"{location}.from", context)
     text = context.require_text(turn.get("value"), f"{location}.value")
     trained = check_turn(turn, role, context, location, ("from", "value"))
     return Message(
@@ -82,10 +92,33 @@ FORMATS: dict[str, RecordReader] = {
     "messages": read_messages,
     "preference": read_preference,
     "caption": read_caption,
+    "question_answer": read_question_answer,
+    "alpaca": read_alpaca,
+    "query_response": read_query_response,
+    "prompt_completion": read_prompt_completion,
+    "cauldron": read_cauldron,
+}
+# Format -> sets of keys; a row that has all keys of a set is of the format. The first that fits counts.
+_FORMAT_KEYS: dict[str, tuple[frozenset[str], ...]] = {
+    "preference": tuple(
+        map(
+            frozenset,
+            (("chosen", "rejected"), ("rejected_response",), ("rejected_messages",), ("messages", "rejected_images")),
+        )
+    ),
+    "llava": (frozenset(("conversations",)),),
+    "messages": (frozenset(("messages",)),),
+    "cauldron": (frozenset(("texts",)), frozenset(("conversation",))),
+    "alpaca": (frozenset(("instruction", "output")),),
+    "query_response": (frozenset(("query", "response")),),
+    "prompt_completion": (frozenset(("prompt", "completion")),),
+    "question_answer": (frozenset(("question", "answer")),),
 }
 NEEDED_KEYS = (
     "Needed: 'conversations' (llava, sharegpt), 'messages' (messages), 'chosen' and 'rejected' (preference), "
-    "or 'caption' or 'text' beside an image"
+    "'question' and 'answer' (question_answer), 'instruction' and 'output' (alpaca), 'query' and 'response' "
+    "(query_response), 'prompt' and 'completion' (prompt_completion), 'texts' (cauldron), "
+    "or 'caption' or 'text' beside an image; for other names data.sources.<name>.columns.image=, .question=, .answer="
 )
 
 
@@ -94,14 +127,12 @@ def detect_record_format(row: Mapping[str, Any]) -> str | None:
 
     In columnar files a missing key is a null.
     """
-    keys = {key for key, value in row.items() if value is not None}
-    if {"chosen", "rejected"} <= keys:
-        return "preference"
-    if "conversations" in keys:
-        return "llava"
-    if "messages" in keys:
-        return "messages"
-    return "caption" if keys & {"caption", "text"} and keys & {"image", "images"} else None
+    keys = {key for key, value in row.items() if value is not None and (value or not key.startswith("rejected_"))}
+    for name, key_sets in _FORMAT_KEYS.items():
+        if any(key_set <= keys for key_set in key_sets):
+            return name
+    has_image = keys & {"image", "images"} or find_image_keys(row)
+    return "caption" if keys & {"caption", "text"} and has_image else None
 
 
 def format_keys(row: Mapping[str, Any]) -> str:

@@ -16,7 +16,6 @@ from lit_vlm.data.readers.conversation import make_sample
 from lit_vlm.data.readers.file_catalogue import IMAGE_PATTERNS, FileCatalogue, FileName, require_files
 from lit_vlm.data.readers.label_fields import FieldScope, Template, parse_template, read_regions
 from lit_vlm.data.readers.label_files import LabelRecords
-from lit_vlm.data.staging import resolve_original_path
 from lit_vlm.types import ContentPart, ControlToken, ImagePlaceholder, LazyImage, Message, Role, Sample, UserError
 
 _READER_VERSION = 1  # increase it when the same files are read differently; it is part of the digest
@@ -114,9 +113,7 @@ class MappedSource:
 
     @cached_property
     def _settings_digest(self) -> str:
-        settings = {**dataclasses.asdict(self._settings), "mapping": dataclasses.asdict(self._mapping)}
-        del settings["source"]  # only a name; it does not change how files are read
-        settings["image_root"] = resolve_original_path(self._settings.image_root)
+        settings = {**self._settings.describe(), "mapping": dataclasses.asdict(self._mapping)}
         return json.dumps(settings, default=str, sort_keys=True) + self._pictures.compute_digest()
 
     def _get_template(self, setting: str) -> Template | None:

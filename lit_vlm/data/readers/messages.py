@@ -10,6 +10,7 @@ parts).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from lit_vlm.data.lazy_images import format_untrusted
 from lit_vlm.data.readers.context import RecordContext, describe_type
 from lit_vlm.data.readers.conversation import check_num_images, make_sample
 from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_part, check_record, check_turn
+from lit_vlm.formatting import format_count
 from lit_vlm.types import (
     SPECIAL_TOKENS,
     ContentPart,
@@ -28,7 +30,6 @@ from lit_vlm.types import (
     RecordError,
     Role,
     Sample,
-    format_count,
 )
 
 _TEXT_TYPES = ("text", "input_text", "output_text")
@@ -74,6 +75,66 @@ def read_turns(
     return tuple(messages), _resolve_images(images, image_column, context, has_parts)
 
 
+_SPEAKERS = {
+    "system": Role.system,
+    "human": Role.user,
+    "user": Role.user,
+    "gpt": Role.assistant,
+    "assistant": Role.assistant,
+}
+_TOOL_ROLES = ("function_call", "function_response", "observation", "function", "tool", "tool_call")
+
+
+def read_speaker(speaker: Any, location: str, context: RecordContext) -> Role:
+    """Read the `from` of a LLaVA or ShareGPT turn."""
+    speaker = context.require_text(speaker, location)
+    role = _SPEAKERS.get(speaker)
+    if role is None:
+        found = f"{location} is {format_untrusted(speaker)}"
+        if speaker in _TOOL_ROLES:
+            raise context.make_error(f"{found}: calls of tools are not read")
+        raise context.make_error(f"{found}; it must be 'human', 'gpt' or 'system' ('user' and 'assistant' do too)")
+    return role
+
+
+def convert_turns(turns: Any, location: str, context: RecordContext) -> list[Any]:
+    """Convert turns, or one turn, with `from` and `value` to `role` and `content`; others are left as they are."""
+    turns = [turns] if isinstance(turns, Mapping) else context.require_list(turns, location)
+    return [_convert_turn(turn, f"{location}[{number}]", context) for number, turn in enumerate(turns)]
+
+
+def _convert_turn(turn: Any, location: str, context: RecordContext) -> Any:
+    if not isinstance(turn, Mapping) or turn.get("role") is not None or turn.get("from") is None:
+        return turn
+    role = read_speaker(turn["from"], f"{location}.from", context)
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    return {**rest, "role": role.value, "content": context.require_text(turn.get("value"), f"{location}.value")}
+
+
+def place_named_images(turns: list[Any], names: Sequence[str]) -> list[Any]:
+    """Replace each name in a user's text by the image part with its number.
+
+    MiniCPM-V's `image` may be an object {"<image_00>": path, ...}, whose names stand in the texts.
+    """
+    any_name = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    pattern = re.compile(rf"\r?\n({any_name})|({any_name})(?:\r?\n)?")  # one line break next to a name belongs to it
+
+    def place_in_turn(turn: Any) -> Any:
+        text = turn.get("content") if isinstance(turn, Mapping) and turn.get("role") == Role.user.value else None
+        if not isinstance(text, str) or not pattern.search(text):
+            return turn
+        parts: list[dict[str, Any]] = []
+        position = 0
+        for match in pattern.finditer(text):
+            parts.append({"type": "text", "text": text[position : match.start()]})
+            parts.append({"type": "image", "index": names.index(match[1] or match[2])})
+            position = match.end()
+        parts.append({"type": "text", "text": text[position:]})
+        return {**turn, "content": [part for part in parts if part.get("text") != ""]}
+
+    return [place_in_turn(turn) for turn in turns]
+
+
 def _has_image_parts(turn: Any) -> bool:
     content = turn.get("content") if isinstance(turn, Mapping) else None
     return isinstance(content, list) and any(
@@ -93,6 +154,8 @@ def _resolve_images(
     if indices:
         _check_image_indices(indices, images.count(None), len(image_column), context)
         return tuple(image_column[image] if isinstance(image, int) else image for image in images if image is not None)
+    if has_parts and image_column and list(images) == list(image_column):
+        return tuple(image_column)  # each picture is named twice, in its part and in `images`
     if has_parts and image_column and None not in images:
         reason = f"{format_count(len(image_column), 'image')} in 'images', and each image part already names its own"
         raise context.make_error(f"{reason}; leave one of the two out", Fault.placeholders)

@@ -1,4 +1,4 @@
-"""Keys and placeholder marks of other trainers' formats that change what is trained.
+"""Keys of other trainers' formats that change what is trained.
 
 They were collected from ms-swift, LLaMA-Factory, axolotl, TRL, OpenAI's fine-tuning, and from the data of LLaVA, Qwen-VL,
 InternVL and MiniCPM-V. A reader uses such a key, or the record is refused with an error that names the key. All other
@@ -7,17 +7,14 @@ unused keys are counted (`RecordContext.unread`). docs/formats.md has the table.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
+from lit_vlm.data.readers.context import RecordContext
 from lit_vlm.data.readers.splits import is_same_split, normalize_split
 from lit_vlm.types import RecordError, Role
-
-if TYPE_CHECKING:
-    from lit_vlm.data.readers.context import RecordContext
 
 _TOOLS_REASON = "calls of tools are not read"
 _PREFERENCE_REASON = (
@@ -64,33 +61,6 @@ _TOKEN_MASK_KEYS = ("labels", "mask", "loss_mask", "loss_weights", "prompt_mask"
 # Keys that would give a part a second content, besides the one that its type names.
 _CONTENT_KEYS = ("text", "image", "path", "url", "image_url", "bytes", "data", "base64", "source", "file_id")
 SYSTEM_KEYS = ("system", "system_prompt")
-
-# Placeholder marks that stand for something else in other formats -> the thing they stand for.
-_MARK_PATTERNS = {
-    r"<image>|<image[ _]?\d+>|<\|image(?:_\d+)?\|>|<image_placeholder>|<ImageHere>|<start_of_image>": "a picture",
-    r"<\|(?:image|vision|media)_(?:pad|start|end|bos|eos|soft_token)\|>|<image_soft_token>|<IMG_CONTEXT>": "a picture",
-    r"<\|(?:begin|end)_of_image\|>|<im_patch>|<fake_token_around_image>|<img>[^<>\n]*</img>": "a picture",
-    r"<video>|<video[ _]?\d+>|<\|video(?:_\w+)?\|>|<VID_CONTEXT>": "a video",
-    r"<audio>|<audio[ _]?\d+>|<\|audio(?:_\w+)?\|>|<\|AUDIO\|>|<\|audio_(?:bos|eos)\|>": "a sound",
-    r"<ref-object>|<\|object_ref_(?:start|end)\|>|<\|/?(?:ref|grounding)\|>": "an object",
-    r"<bbox>(?!\s*-?[\d.])|<\|(?:box|quad|point)_(?:start|end)\|>|<(?:box|quad)>\s*[\[(<]*\s*\d|<loc_?\d+>|<\|/?det\|>": "a box",
-}
-_ANY_MARK = re.compile("|".join(f"({marks})" for marks in _MARK_PATTERNS))
-
-
-def find_mark(text: str) -> tuple[str, str] | None:
-    """Find the first placeholder mark of another format in a text.
-
-    Returns:
-        The mark and the thing it stands for, e.g. ("<|image|>", "a picture"); None if there is no mark.
-    """
-    position = text.find("<")  # every mark begins with it, so a text without one costs nothing
-    while position >= 0:
-        match = _ANY_MARK.match(text, position)
-        if match is not None and match.lastindex is not None:
-            return match[0], list(_MARK_PATTERNS.values())[match.lastindex - 1]
-        position = text.find("<", position + 1)
-    return None
 
 
 def check_record(row: Mapping[str, Any], context: RecordContext, read_keys: Collection[str]) -> None:

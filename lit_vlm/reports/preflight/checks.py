@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from lit_vlm.config.schema import (
     ActivationCheckpointing,
     DataConfig,
-    DPOStageConfig,
     OnBadRecord,
     OnOverlong,
-    RunConfig,
+    StageConfig,
 )
 from lit_vlm.data.quarantine import format_unused_keys
-from lit_vlm.losses.preference import SORTING_LOSS_TYPES
+from lit_vlm.formatting import format_bytes, format_count, format_percent
+from lit_vlm.losses.loss_types import find_sorting_losses
 from lit_vlm.reports.preflight.facts import Finding, MemoryFacts, PreflightFacts, Severity, SourceRow
-from lit_vlm.reports.preflight.page import format_bytes, format_percent
-from lit_vlm.types import Fault, ModelPart, format_count
+from lit_vlm.types import Fault, ModelPart
 
 MIN_SAMPLES_PER_RANK = 8  # samples of a step that a rank needs, so that packing can balance the work
 MIN_BALANCE = 0.97  # below this balance ranks wait noticeably
@@ -26,19 +25,26 @@ ACTIVATION_PARTS = ("activations of text", "activations of images", "logits")  #
 QUARANTINE_REMEDY = "Fix them, or set such records aside with data.on_bad_record=quarantine."
 
 
-def collect_findings(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
-    """Collect all findings in reading order: data, mixture, plan, machine."""
+def collect_findings(facts: PreflightFacts, data: DataConfig, stage: StageConfig, precision: str) -> Iterator[Finding]:
+    """Collect all findings in reading order: data, mixture, plan, machine.
+
+    Args:
+        precision: trainer.precision.
+    """
     for row in facts.sources:
-        yield from _check_source(row, config)
+        yield from _check_source(row, data)
     yield from _check_all_sources(facts.sources)
-    yield from _check_data(facts, config)
-    yield from _check_plan(facts, config)
-    yield from _check_machine(facts, config)
+    yield from _check_data(facts, data, stage)
+    yield from _check_plan(facts, stage)
+    yield from _check_machine(facts, precision)
 
 
 def check_bad_records(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
     """Check the share of bad records of a source: they stop the run or go into quarantine."""
     if not row.set_aside:
+        return
+    if row.image_root_error:
+        yield Finding(Severity.failure, row.image_root_error)
         return
     what = f"{row.name}: {row.set_aside:,}{_format_population(row)} cannot be used ({_format_faults(row.quarantined)})"
     if data.on_bad_record is OnBadRecord.stop:
@@ -55,9 +61,9 @@ def _format_population(row: SourceRow) -> str:
     return f" of {row.looked_at:,} looked at" if row.estimated else f" of {row.records:,}"
 
 
-def _check_source(row: SourceRow, config: RunConfig) -> Iterator[Finding]:
-    yield from check_bad_records(row, config.data)
-    yield from _check_length(row, _format_population(row), config.data.on_overlong)
+def _check_source(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
+    yield from check_bad_records(row, data)
+    yield from _check_length(row, _format_population(row), data.on_overlong)
     if row.unread:
         yield Finding(
             Severity.advice,
@@ -104,15 +110,16 @@ def _check_length(row: SourceRow, population: str, policy: OnOverlong) -> Iterat
         yield Finding(Severity.advice, what, "data.on_overlong=fewer_tiles or cut_turn would keep most of them.")
 
 
-def _check_data(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
+def _check_data(facts: PreflightFacts, data: DataConfig, stage: StageConfig) -> Iterator[Finding]:
     usable = sum(row.usable for row in facts.sources)
+    yield from _check_batch_size(facts, data)
     if usable and not facts.held_out:
         yield Finding(
             Severity.warning,
             "No sample is held out, so nothing will say whether the model learns more than its training data.",
-            "Raise data.validation.fraction, or name data.validation.sources.",
+            "Write data.validation.fraction=0.1, or name data.validation.sources.",
         )
-    vision_parts = [part.value for part in config.stage.trainable if part is not ModelPart.language_model]
+    vision_parts = [part.value for part in stage.trainable if part is not ModelPart.language_model]
     if usable and vision_parts and not any(row.images for row in facts.sources):
         yield Finding(
             Severity.failure,
@@ -121,7 +128,23 @@ def _check_data(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _check_plan(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
+def _check_batch_size(facts: PreflightFacts, data: DataConfig) -> Iterator[Finding]:
+    """Check that an optimizer step does not read the same samples several times."""
+    training = sum((row.usable - row.held_out) * row.scale for row in facts.sources)
+    if facts.plan is None or training < 1 or facts.plan.samples_per_step <= training:
+        return
+    passes = facts.plan.samples_per_step / training
+    size = f"data.global_batch_size={data.global_batch_size}"
+    if data.global_batch_tokens:
+        size = f"data.global_batch_tokens={data.global_batch_tokens}"
+    what = (
+        f"{size}: one optimizer step reads {facts.plan.samples_per_step:,.0f} samples, and there are"
+        f" {format_count(round(training), 'sample')} to train on: each is read {passes:.1f} times before the weights change."
+    )
+    yield Finding(Severity.warning, what, "Lower it to at most the number of samples.")
+
+
+def _check_plan(facts: PreflightFacts, stage: StageConfig) -> Iterator[Finding]:
     plan = facts.plan
     if plan is None:
         return
@@ -141,18 +164,17 @@ def _check_plan(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
             f"{format_percent(plan.blank)} of the micro-batches are blank: some ranks have nothing to do in some steps."
         )
         yield Finding(Severity.warning, what, "Raise data.global_batch_size, or use fewer devices.")
-    if isinstance(config.stage, DPOStageConfig):
-        sorting_losses = [name for name in config.stage.loss_type if name in SORTING_LOSS_TYPES]
-        if sorting_losses and plan.k * plan.world_size > 1:
-            yield Finding(
-                Severity.failure,
-                f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and it is dealt into {plan.k * plan.world_size} micro-batches.",
-                "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device.",
-            )
+    sorting_losses = find_sorting_losses(stage.preference_losses)
+    if sorting_losses and plan.k * plan.world_size > 1:
+        yield Finding(
+            Severity.failure,
+            f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and it is dealt into {plan.k * plan.world_size} micro-batches.",
+            "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device.",
+        )
 
 
-def _check_machine(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
-    yield from _check_memory(facts, config)
+def _check_machine(facts: PreflightFacts, precision: str) -> Iterator[Finding]:
+    yield from _check_memory(facts, precision)
     needed_by_free_space: dict[float, float] = {}  # folders with equal free space count as one disk
     for disk in facts.disk:
         needed_by_free_space[disk.free] = needed_by_free_space.get(disk.free, 0.0) + disk.bytes
@@ -163,7 +185,7 @@ def _check_machine(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding
             yield Finding(Severity.failure, what, "Make room, or set run_dir=... and data.index_dir=... elsewhere.")
 
 
-def _check_memory(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]:
+def _check_memory(facts: PreflightFacts, precision: str) -> Iterator[Finding]:
     memory = facts.memory
     chosen = next((row for row in memory.rows if row.chosen), None) if memory else None
     if memory is None or chosen is None or not memory.compared:
@@ -173,14 +195,14 @@ def _check_memory(facts: PreflightFacts, config: RunConfig) -> Iterator[Finding]
         fixed_bytes = sum(size for name, size in chosen.parts.items() if name not in ACTIVATION_PARTS)
         if fixed_bytes > memory.capacity:
             what += f"; weights, gradients and optimizer alone need {format_bytes(fixed_bytes)}"
-        yield Finding(Severity.failure, f"{what}.", _format_memory_remedies(facts, memory, config, fixed_bytes))
+        yield Finding(Severity.failure, f"{what}.", _format_memory_remedies(facts, memory, precision, fixed_bytes))
     elif chosen.total > MAX_MEMORY_SHARE * memory.capacity:
         what = f"About {format_bytes(chosen.total)} of the {format_bytes(memory.capacity)} of {memory.device} are needed; that is tight."
         remedy = "" if _is_fully_checkpointed(facts) else ", or set stage.activation_checkpointing to the next level"
         yield Finding(Severity.warning, what, f"Lower data.tokens_per_micro_batch a little{remedy}.")
 
 
-def _format_memory_remedies(facts: PreflightFacts, memory: MemoryFacts, config: RunConfig, fixed_bytes: float) -> str:
+def _format_memory_remedies(facts: PreflightFacts, memory: MemoryFacts, precision: str, fixed_bytes: float) -> str:
     """Format the remedies for too little memory: another strategy, smaller micro-batches if that is enough, or a smaller
     fixed part (weights, gradients, optimizer states).
     """
@@ -191,7 +213,7 @@ def _format_memory_remedies(facts: PreflightFacts, memory: MemoryFacts, config: 
         remedies.append("lower data.tokens_per_micro_batch and data.tiles_per_micro_batch")
         if not _is_fully_checkpointed(facts):
             remedies.append("set stage.activation_checkpointing=full")
-    if config.trainer.precision != "bf16-true":
+    if precision != "bf16-true":
         remedies.append("set trainer.precision=bf16-true (moments in bfloat16 too)")
     remedies.append("train fewer parts (stage.trainable), or with LoRA (stage.parts.<part>.lora.rank)")
     text = ", or ".join(remedies)

@@ -37,6 +37,7 @@ class SourceRow:
     licence: str | None = None
     homepage: str | None = None
     quarantined: dict[str, int] = field(default_factory=dict)  # by fault
+    image_root_error: str = ""  # message if all or nearly all of its images are missing
     kinds: dict[str, int] = field(default_factory=dict)
     languages: dict[str, int] = field(default_factory=dict)
     tokens: int = 0

@@ -13,8 +13,9 @@ from lit_vlm.data.chat_template import TokenSequence
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.box_drawing import ASKED, REFERENCE, draw_boxes, parse_box_marks
+from lit_vlm.formatting import format_count
 from lit_vlm.reports.preflight.facts import BadRecordExample, PromptPiece, SampleImage, ShownSample
-from lit_vlm.types import Message, PreferencePair, Record, RecordError, Role, format_count
+from lit_vlm.types import Message, PreferencePair, Record, RecordError, Role
 
 IMAGE_PX = 520  # longest side of an image on the page
 MAX_IMAGES = 4  # of one sample

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.reports.preflight.page import format_percent
+from lit_vlm.formatting import format_count, format_milliseconds, format_percent
 from lit_vlm.reports.profile.summary import MatrixProduct, PhaseTime, ProfileFacts
 from lit_vlm.reports.profile.trace import DATA, REST
 from lit_vlm.reports.templates import PageTemplate, write_page
-from lit_vlm.types import format_count
 
 MAX_PRODUCTS, MAX_OTHERS = 10, 10
 NUM_COLOURS = 11  # number of colours in the style sheet
@@ -84,14 +83,6 @@ def _make_bar_pieces(facts: ProfileFacts) -> list[dict[str, Any]]:
         {"name": name, "time": time, "style": f"c{number % NUM_COLOURS}"} for number, (name, time) in enumerate(pieces)
     ]
     return [*coloured, {"name": "idle", "time": facts.idle, "style": "idle"}]
-
-
-def format_milliseconds(time: float) -> str:
-    """Format milliseconds with about three significant digits."""
-    if not time:
-        return "-"
-    digits = 0 if time >= 100 else 1 if time >= 10 else 2 if time >= 0.095 else 3
-    return f"{time:,.{digits}f}"
 
 
 def format_rate(product: MatrixProduct) -> str:

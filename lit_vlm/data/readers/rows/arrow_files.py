@@ -35,6 +35,12 @@ class ArrowRows:
         """The local files that hold the rows."""
         return self._files
 
+    @property
+    def file_starts(self) -> list[int]:
+        """The first row of each file that has rows."""
+        starts = zip([0, *self._ends], self._ends, strict=False)
+        return [start for start, end in starts if end > start]
+
     def __len__(self) -> int:
         return len(self._dataset)
 

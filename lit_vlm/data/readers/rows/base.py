@@ -40,6 +40,12 @@ class JoinedRows:
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts, self._ends = list(parts), list(itertools.accumulate(map(len, parts)))
 
+    @property
+    def file_starts(self) -> list[int]:
+        """The first row of each file that has rows."""
+        starts = zip([0, *self._ends], self._ends, strict=False)
+        return [start for start, end in starts if end > start]
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 

@@ -141,6 +141,7 @@ def _find_line_and_column(stream: BinaryIO, offset: int) -> tuple[int, int]:
 
 _BLOCK_BYTES = 1 << 22  # bytes of one read while scanning and hashing
 _NEWLINE = 10
+_DECODER = json.JSONDecoder(object_pairs_hook=build_unique_dict)  # made once: json.loads would make one for each record
 _IS_BLANK = np.zeros(256, bool)
 _IS_BLANK[list(b" \t\n\r\x0b\x0c")] = True
 
@@ -164,7 +165,8 @@ class JsonRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, end = self._spans.array[index, :2].tolist()
-        return parse_record(_read_span(self.path, start, end, self.get_origin(index)), self.get_origin(index))
+        origin = self.get_origin(index)
+        return parse_record(read_span(self.path, start, end, origin), origin)
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the bytes from the first row to the last. Their offset in the file does not count."""
@@ -190,7 +192,7 @@ def parse_record(data: bytes, origin: str) -> dict[str, Any]:
     """Parse the bytes of one record as a JSON object; raise a RecordError if they are anything else."""
     try:
         text = data.decode("utf-8").rstrip()  # after a line break json would count columns from 1 again
-        row = json.loads(text, object_pairs_hook=build_unique_dict)
+        row = _DECODER.decode(text)
     except DuplicateKeyError as error:
         raise RecordError(origin, str(error), REMEDY) from None
     except UnicodeDecodeError as error:
@@ -204,7 +206,8 @@ def parse_record(data: bytes, origin: str) -> dict[str, Any]:
     return row
 
 
-def _read_span(path: Path, start: int, end: int, origin: str) -> bytes:
+def read_span(path: Path, start: int, end: int, origin: str) -> bytes:
+    """Read a range of bytes of a file; raise a RecordError if it cannot be read or the file has become shorter."""
     if end - start > MAX_ROW_BYTES:
         reason = f"has {end - start:,} bytes, at most {MAX_ROW_BYTES:,} are read"
         raise RecordError(origin, reason, REMEDY, Fault.too_large)

@@ -1,4 +1,4 @@
-"""Flags that ranks exchange once per optimizer step, so that all ranks take the same decision at the same place.
+"""Exchange between ranks: gather values and errors, and the flags by which all ranks take the same decision in a step.
 
 If one rank alone acted on an event (a non-finite loss, a signal, a due checkpoint), the others would wait in a
 collective for ever. So a rank only adds to a flag. One all-reduce of a few numbers before the update sums the flags over
@@ -13,10 +13,13 @@ all ranks, and every rank acts on the sums:
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning as L
 import torch
+
+from lit_vlm.types import UserError
 
 
 class StepFlag(StrEnum):
@@ -57,11 +60,7 @@ class SharedFlags:
         sums = dict.fromkeys(StepFlag, 0.0)
         for flag, value in pending:
             sums[flag] += value
-        if trainer.world_size > 1:
-            numbers = torch.tensor(list(sums.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(numbers)
-            sums = dict(zip(StepFlag, numbers.tolist(), strict=True))
-        self._sums = sums
+        self._sums = dict(zip(StepFlag, sum_over_ranks(trainer, list(sums.values())), strict=True))
 
 
 _flags_by_trainer: WeakKeyDictionary[L.Trainer, SharedFlags] = WeakKeyDictionary()
@@ -72,6 +71,24 @@ def get_shared_flags(trainer: L.Trainer) -> SharedFlags:
     return _flags_by_trainer.setdefault(trainer, SharedFlags())
 
 
-def is_last_micro_step(trainer: L.Trainer) -> bool:
-    """Return True if the current micro-batch is the last one before the update (gradient accumulation)."""
-    return (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+def sum_over_ranks(trainer: L.Trainer, numbers: list[float]) -> list[float]:
+    """Sum each number over all ranks, in float64. All ranks must call it at the same point."""
+    if trainer.world_size == 1:
+        return numbers
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_objects(value: Any, world_size: int) -> list[Any]:
+    """Gather one object from every rank, in the order of the ranks. All ranks must call it at the same point."""
+    if world_size == 1:
+        return [value]
+    values = [None] * world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def make_rank_zero_error(trainer: L.Trainer, message: str) -> UserError:
+    """Make the error that all ranks raise. Rank 0 has the message; the others exit with the same status and no message."""
+    return UserError(message if trainer.is_global_zero else "")

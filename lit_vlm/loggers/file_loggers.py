@@ -1,10 +1,11 @@
-"""Logger that writes `metrics.csv`: each row at once, and one table also for a run that was interrupted and resumed."""
+"""Loggers that write files of the run folder: `metrics.csv` and `tensorboard/`. A resumed run continues them without duplicate steps."""
 
 from __future__ import annotations
 
 import csv
 import io
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_vlm.files import write_text_atomically
+from lit_vlm.compat.lightning import set_purge_step
+from lit_vlm.files import read_csv_rows, write_text_atomically
+from lit_vlm.types import UserError
 
 
 class MetricsCsv(Logger):
@@ -48,7 +51,7 @@ class MetricsCsv(Logger):
         if self._columns is None:
             self._write_table([], sorted(row))
         if new := row.keys() - set(self._columns or ()):
-            self._write_table(_read_rows(self.path), sorted({*self._columns, *new}))
+            self._write_table(read_csv_rows(self.path), sorted({*self._columns, *new}))
         with self.path.open("a", encoding="utf-8", newline="") as stream:
             stream.write(_format_rows([row], self._columns))
         self.num_rows += 1
@@ -65,7 +68,7 @@ class MetricsCsv(Logger):
         """
         if rank_zero_only.rank:
             return []
-        rows = _read_rows(self.path)[:num_rows] + ([row] if row else [])
+        rows = read_csv_rows(self.path)[:num_rows] + ([row] if row else [])
         columns = sorted({name for one in rows for name in one})
         if rows:
             self._write_table(rows, columns)
@@ -74,28 +77,18 @@ class MetricsCsv(Logger):
 
     def read_rows(self) -> list[dict[str, Any]]:
         """Read all rows of the table, with the values as logged."""
-        rows = _read_rows(self.path)
+        rows = read_csv_rows(self.path)
         return [{name: _parse_number(value) for name, value in one.items() if value != ""} for one in rows]
 
     def read_metric_names(self) -> set[str]:
         """Read the names of all metrics in the table."""
-        return {name for row in _read_rows(self.path) for name in row} - {"step", "epoch"}
+        return {name for row in read_csv_rows(self.path) for name in row} - {"step", "epoch"}
 
     def _write_table(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = _format_rows([dict(zip(columns, columns, strict=True))], columns)
         write_text_atomically(self.path, header + _format_rows(rows, columns), remove_secrets=False)
         self._columns = columns
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the complete rows; an incomplete last row is skipped."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return list(csv.DictReader(lines))
 
 
 def _parse_number(value: Any) -> Any:
@@ -109,3 +102,35 @@ def _format_rows(rows: list[dict[str, Any]], columns: list[str]) -> str:
     stream = io.StringIO(newline="")
     csv.DictWriter(stream, columns, lineterminator="\n").writerows(rows)
     return stream.getvalue()
+
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def make_tensorboard_logger(run_dir: Path) -> Logger:
+    """Make Lightning's TensorBoard logger, extended by `replay` for resumed runs.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if find_spec("tensorboard") is None:
+        raise UserError(
+            "logger.tensorboard=true needs the package tensorboard, which is not installed: pip install '.[tensorboard]',"
+            " or leave logger.tensorboard out (metrics.csv has the same numbers)."
+        )
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    class ResumableTensorBoardLogger(TensorBoardLogger):
+        def replay(self, rows: list[dict[str, Any]]) -> None:
+            """Mark all events after the last kept step as purged (`purge_step`), because they are logged again."""
+            steps = [int(row["step"]) for row in rows]
+            if not steps:
+                for file in Path(self.log_dir).glob("events.out.tfevents.*"):  # of an earlier run in this folder
+                    file.unlink()
+                return
+            set_purge_step(self, max(steps))
+            for row in rows:
+                if int(row["step"]) == max(steps):  # more values of this step may follow
+                    self.log_metrics({key: value for key, value in row.items() if key != "step"}, step=max(steps))
+
+    return ResumableTensorBoardLogger(save_dir=run_dir, name="", version=TENSORBOARD_FOLDER)

@@ -1,0 +1,68 @@
+"""Registry of the tasks that `task=` can name: the function of each, the checks of its settings, and the name of its run.
+
+A function is named by its import path and imported when it runs, so help and errors do not wait for torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_vlm.config import validation
+from lit_vlm.config.ranges import find_range_errors
+from lit_vlm.config.schema import RunConfig, Task
+from lit_vlm.config.slurm_options import find_submit_errors
+from lit_vlm.config.sweep_overrides import find_trial_errors
+
+Check = Callable[[RunConfig], Iterable[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEntry:
+    """A task.
+
+    Attributes:
+        function: "module:name" of the function that runs it with a `Run`.
+        checks: functions that yield the errors in its settings.
+        get_run_name: returns the folder of its run below run_dir; None: that of the stage.
+    """
+
+    function: str
+    checks: tuple[Check, ...] = ()
+    get_run_name: Callable[[RunConfig], str] | None = None
+
+
+def _get_task_name(config: RunConfig) -> str:
+    return config.task.value
+
+
+def _get_sweep_name(config: RunConfig) -> str:
+    return config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
+
+
+TASKS: dict[Task, TaskEntry] = {
+    Task.pipeline: TaskEntry("lit_vlm.tasks.pipeline:run_pipeline"),
+    Task.train: TaskEntry("lit_vlm.tasks.train:train", validation.STAGE_CHECKS),
+    Task.prepare: TaskEntry("lit_vlm.tasks.prepare:prepare", validation.STAGE_CHECKS),
+    Task.preflight: TaskEntry("lit_vlm.tasks.preflight:run_preflight", validation.STAGE_CHECKS),
+    Task.sweep: TaskEntry("lit_vlm.tasks.sweep:run_sweep", (find_trial_errors,), _get_sweep_name),
+    Task.submit: TaskEntry("lit_vlm.tasks.submit:submit", (*validation.STAGE_CHECKS, find_submit_errors)),
+    Task.prefer: TaskEntry("lit_vlm.tasks.prefer:generate_preferences", validation.PREFER_CHECKS, _get_task_name),
+    Task.export: TaskEntry("lit_vlm.tasks.export:export"),
+    Task.sync: TaskEntry("lit_vlm.tasks.sync:sync", (validation.find_sync_errors,), _get_task_name),
+    Task.runs: TaskEntry("lit_vlm.tasks.runs:list_runs", (), _get_task_name),
+    Task.chat: TaskEntry("lit_vlm.tasks.chat:run_chat", (), _get_task_name),
+    Task.serve: TaskEntry("lit_vlm.tasks.serve:serve", (), _get_task_name),
+}
+
+
+def find_config_errors(config: RunConfig) -> list[str]:
+    """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
+    checks = (
+        find_range_errors,
+        validation.find_name_errors,
+        validation.find_other_task_errors,
+        *TASKS[config.task].checks,
+    )
+    return [error for check in checks for error in check(config)]
