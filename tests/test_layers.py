@@ -201,7 +201,7 @@ def list_own_names(path: Path) -> set[str]:
     """List the names that a file defines: functions, classes, fields, variables, attributes of self."""
     names = {"_exit"}  # os._exit is documented
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)

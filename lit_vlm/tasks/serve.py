@@ -9,9 +9,10 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import ServeConfig
+from lit_vlm.config.schema import ModelConfig, ServeConfig
 from lit_vlm.evaluation.generation import get_end_of_answer_id
 from lit_vlm.fault_tolerance.signals import EXIT_STATUS, StopRequest, use_listener
 from lit_vlm.model.continuous_batching import ContinuousBatcher
@@ -46,12 +47,17 @@ def serve(run: Run) -> None:
     settings = run.config.serve
     token = read_token(settings.host)
     with open_socket(settings.host, settings.port) as listening:  # first: loading a large model takes minutes
-        service = make_service(run, token)
+        options = {
+            "accelerator": run.config.trainer.accelerator,
+            "seed": run.config.seed,
+            "max_image_pixels": run.config.data.max_image_pixels,
+        }
+        service = make_service(run.init_from, settings, run.config.model, token, **options)
         service.worker.start()
         allowed_hosts = ["localhost", "127.0.0.1", "[::1]", settings.host] if token is None else None
         config = uvicorn.Config(create_app(service, allowed_hosts), log_level="warning", timeout_graceful_shutdown=10)
         server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]  # this process has a handler of its own
+        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]  # this process has a handler of its own
         requests: list[StopRequest] = []
 
         def stop(request: StopRequest) -> None:
@@ -68,15 +74,22 @@ def serve(run: Run) -> None:
         raise SystemExit(EXIT_STATUS[requests[0]])
 
 
-def make_service(run: Run, token: str | None) -> ChatService:
-    """Load the model and make its service; the worker is not started yet."""
-    settings = run.config.serve
-    pretrained = open_pretrained(run.init_from, run.config)
+def make_service(
+    init_from: str, settings: ServeConfig, model_settings: ModelConfig, token: str | None, **options: Any
+) -> ChatService:
+    """Load the model and make its service; the worker is not started yet.
+
+    Args:
+        token: see `ChatService`.
+        options: accelerator, seed and max_image_pixels.
+    """
+    max_pixels = options.pop("max_image_pixels")
+    pretrained = open_pretrained(init_from, model_settings, **options)
     processor = pretrained.processor
     reader = RequestReader(
-        model_name=settings.model_name or get_model_name(run.init_from),
+        model_name=settings.model_name or get_model_name(init_from),
         image_root=resolve_image_root(settings),
-        max_pixels=run.config.data.max_image_pixels,
+        max_pixels=max_pixels,
         has_markup=all(token in processor.template.control_ids for token in SPECIAL_TOKENS),
     )
     model = pretrained.load()

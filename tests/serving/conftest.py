@@ -50,7 +50,8 @@ def _start_folder_servers():
 
     def start(folder):
         run = parse(["task=serve", f"init_from={folder}", "serve.model_name=tiny", "trainer.accelerator=cpu"])
-        service = make_service(run, token=None)
+        options = {"accelerator": "cpu", "seed": 0, "max_image_pixels": 10**8}
+        service = make_service(str(folder), run.config.serve, run.config.model, None, **options)
         return run_server(service, running).make_client()
 
     yield start
