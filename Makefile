@@ -9,7 +9,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-long test-all lint format types sweep-demo bench bench-gpu clean
+.PHONY: help setup setup-dev quickstart test test-slow test-short test-long test-all lint format types sweep-demo bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,6 +43,14 @@ test: setup-dev  ## set up and run the tests, within 10 minutes
 
 test-slow: setup-dev
 	@$(PYTEST) -m 'slow and not long'
+
+# One file of each kind: the whole quickstart, resume, corrupt records, strategies on two ranks, Slurm, search, sources
+SHORT := tests/tasks/test_quickstart.py tests/tasks/test_resume.py tests/tasks/test_turned_bad.py \
+	tests/tasks/test_export_task.py tests/tasks/test_lora_recipe.py tests/engine tests/stages tests/slurm/test_real_slurm.py \
+	tests/sweep/test_search.py tests/data tests/config tests/test_readme.py
+
+test-short: setup-dev  ## run some slow tests of each kind, as CI does
+	@$(PYTEST) -m 'slow and not long' $(SHORT)
 
 test-long: setup-dev
 	@$(PYTEST) -m long
