@@ -39,6 +39,7 @@ from lit_vlm.cost.communication import (
 )
 from lit_vlm.cost.layers import build_layer_costs
 from lit_vlm.cost.memory import Precision, Sharding, TrainingOptions, compute_state_bytes
+from lit_vlm.formatting import format_bytes
 
 ONE_LAYER = [LayerCost(parameters=1000, trainable=1000, forward_seconds=1.0, backward_seconds=2.0)]
 FAST = Fabric("fast", inter_node_bandwidth=1e15, intra_node_bandwidth=1e15, latency=0.0)
@@ -299,7 +300,7 @@ def test_a_level_of_checkpointing_is_reported_with_the_bytes_that_decided():
     )
     assert need < situation.device.memory_bytes < before
     assert (
-        f"about {need / 1e9:.0f} GB of the 141 GB of NVIDIA H200; with none it would need {before / 1e9:,.0f} GB"
+        f"about {format_bytes(need)} of the 141 GB of NVIDIA H200; with none it would need {format_bytes(before)}"
         in selective
     )
     on_a_cpu = replace(situation, device=None)

@@ -26,6 +26,7 @@ from lit_vlm.config.schema import DPOStageConfig
 
 FILES = sorted(path.relative_to(CONF_DIR).with_suffix("").as_posix() for path in CONF_DIR.rglob("*.yaml"))
 NEEDS = {
+    "data/auto": ["data.sources.mine.path=x"],
     "data/llava_json": ["data.sources.mine.path=x"],
     "data/messages": ["data.sources.mine.path=x"],
     "data/preference": ["data.sources.mine.path=x", "stage=dpo"],

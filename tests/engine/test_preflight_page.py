@@ -139,7 +139,9 @@ def test_counts_of_one_are_singular():
     assert [format_count(number, "record") for number in (0, 1, 2000)] == ["0 records", "1 record", "2,000 records"]
     row = SourceRow("mine", 1, 1, quarantined={Fault.overlong: 1}, expected=2, unread={"model": 1, "turns[].x": 1})
     config = parse(["task=preflight", "experiment=tiny/2_sft"]).config
-    found = " ".join(each.what for each in collect_findings(PreflightFacts("x", "sft", "", "", sources=[row]), config))
+    facts = PreflightFacts("x", "sft", "", "", sources=[row])
+    findings = collect_findings(facts, config.data, config.stage, config.trainer.precision)
+    found = " ".join(each.what for each in findings)
     assert "mine: nothing is read from model (1), turns[].x (1)." in found
     assert "mine: 1 record is too long" in found and "mine: 1 record on disk where 2 are expected" in found
 

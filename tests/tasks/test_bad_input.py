@@ -243,9 +243,9 @@ def test_each_bad_record_is_named_with_its_line_and_cause(user_folder, name):
 
 
 def test_a_file_of_only_bad_records_is_refused_with_their_lines(user_folder):
-    write_records(user_folder / "all.jsonl", [make_llava_record(ASK, "a", image="none.jpg")] * 3)
+    write_records(user_folder / "all.jsonl", [{"id": "a", "conversations": 5}] * 3)
     overrides = [*LLAVA, "data.sources.mine.path=all.jsonl", "run_name=never"]
-    assert "all.jsonl:1: image 'none.jpg' not found in" in read_error(*overrides)
+    assert "all.jsonl:1: conversations is a number; it must be a list" in read_error(*overrides)
     allowed = read_error(*overrides, "data.on_bad_record=quarantine", "data.max_quarantined=1")
     assert "No usable sample for training in the sources: mine" in allowed
 
