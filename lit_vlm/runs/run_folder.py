@@ -355,6 +355,9 @@ def _find_differences(
 
 
 def _find_changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Find the settings that differ. A section that one of the two lacks counts as a section of nulls."""
+    if isinstance(old, dict) and new is None or isinstance(new, dict) and old is None:
+        old, new = old or {}, new or {}
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             key
