@@ -8,8 +8,8 @@ for padded batches of 16, and `ContinuousBatcher`. Each gets the same encoded pr
 measured; the vision tower is. First the token ids are compared; an item whose two best logits are within 1e-4 of each other
 where the answers part may differ. Then medians of CPU seconds over interleaved repeats.
 
-`--served` asks this project's server and `transformers serve`, each as a process of its own, with ten clients at once; it needs
-torchvision, which `make test` installs beside the environment. The result goes to benchmarks/results/generation.json.
+`--served` asks this project's server and `transformers serve`, each as a process of its own, with ten clients at once. The
+latter needs a torchvision that can decode images; the one that `make test` puts beside the environment cannot without CUDA. The result goes to benchmarks/results/generation.json.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.data.synthetic import BuiltinSource
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.evaluation.generation import get_end_of_answer_id
-from lit_vlm.model.build import build_model, load_model_spec
+from lit_vlm.model.build import build_model
 from lit_vlm.model.continuous_batching import ContinuousBatcher, DecodingParams
 from lit_vlm.model.generate import find_prompt_positions
 from lit_vlm.model.hub import PlainProcessor
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.types import Batch, ImagePlaceholder, Language, Sample
 
