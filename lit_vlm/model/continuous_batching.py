@@ -84,44 +84,49 @@ class PromptCache:
 class SlotCache:
     """Keys and values of all active sequences: for each layer two tensors [S, H, C, D].
 
-    Sequence b is in slot b, from position 0 on. Slots and capacity double when they are full.
+    Sequence b is in slot b, from position 0 on. Slots and capacity grow by doubling, as long as S * C stays within
+    `max_tokens`; above it, the tensors get the size that is needed now. So many short sequences and then a long one do not
+    make a cache that is as wide as the first and as long as the second.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.lengths: list[int] = []  # cached tokens of each active sequence
+        self._shape = (0, 0)  # S, C
         self._rows = self._positions = torch.empty(0, dtype=torch.int64)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that there is room for."""
+        return self._shape[0] * self._shape[1]
 
     def append(self, prompt: PromptCache, start: int, stop: int) -> None:
         """Append a sequence: the keys of positions `start` to `stop` - 1 of a prefilled row."""
         slot, length = len(self.lengths), stop - start
+        for number, (keys, values) in prompt.layers.items():
+            if number not in self.layers:
+                self.layers[number] = (keys[:0, :, :0], values[:0, :, :0])
+        self._reserve(slot + 1, max([*self.lengths, length]) + 1)
         for number, states in prompt.layers.items():
-            stored = self.layers.get(number)
-            pair = []
-            for index, state in enumerate(states):
-                tensor = self._reserve(stored[index] if stored else None, state, slot + 1, length + 1)
-                tensor[slot, :, :length] = state[0, :, start:stop]
-                pair.append(tensor)
-            self.layers[number] = (pair[0], pair[1])
+            for stored, state in zip(self.layers[number], states, strict=True):
+                stored[slot, :, :length] = state[0, :, start:stop]
         self.lengths.append(length)
 
     def remove(self, slot: int) -> None:
         """Remove the sequence of a slot. The last sequence moves to its slot."""
         last = len(self.lengths) - 1
         if slot != last:
+            length = self.lengths[last]
             for pair in self.layers.values():
-                for tensor in pair:
-                    tensor[slot, :, : self.lengths[last]] = tensor[last, :, : self.lengths[last]]
-            self.lengths[slot] = self.lengths[last]
+                for stored in pair:
+                    stored[slot, :, :length] = stored[last, :, :length]
+            self.lengths[slot] = length
         self.lengths.pop()
 
     def begin_step(self, device: torch.device) -> Tensor:
         """Reserve a position for the next token of each sequence; return these positions [B]."""
-        longest = max(self.lengths) + 1
-        for number, pair in self.layers.items():
-            if pair[0].shape[2] < longest:
-                keys, values = (self._reserve(tensor, tensor, len(self.lengths), longest) for tensor in pair)
-                self.layers[number] = (keys, values)
+        self._reserve(len(self.lengths), max(self.lengths) + 1)
         self._positions = torch.tensor(self.lengths, device=device)
         self._rows = torch.arange(len(self.lengths), device=device)
         self.lengths = [length + 1 for length in self.lengths]
@@ -129,25 +134,27 @@ class SlotCache:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write [B, H, 1, D] of the newest tokens of a layer; return all keys and values, [B, H, K, D]."""
-        longest = max(self.lengths)
         for stored, state in zip(self.layers[layer], (keys, values), strict=True):
             stored[self._rows, :, self._positions] = state[:, :, 0]
+        longest = max(self.lengths)
         all_keys, all_values = (stored[: len(self.lengths), :, :longest] for stored in self.layers[layer])
         return all_keys, all_values
 
-    @staticmethod
-    def _reserve(stored: Tensor | None, like: Tensor, slots: int, capacity: int) -> Tensor:
-        """Return a tensor with room for `slots` sequences of `capacity` tokens; the stored content is kept."""
-        if stored is not None and stored.shape[0] >= slots and stored.shape[2] >= capacity:
-            return stored
-        shape = (0, 0) if stored is None else (stored.shape[0], stored.shape[2])
-        slots, capacity = (
-            have if have >= need else max(need, 2 * have) for have, need in zip(shape, (slots, capacity), strict=True)
-        )
-        grown = like.new_zeros(slots, like.shape[1], capacity, like.shape[3])
-        if stored is not None:
-            grown[: shape[0], :, : shape[1]] = stored
-        return grown
+    def _reserve(self, slots: int, capacity: int) -> None:
+        """Make room for `slots` sequences of `capacity` tokens; the keys of the active sequences are kept."""
+        needed, have = (slots, capacity), self._shape
+        if slots <= have[0] and capacity <= have[1]:
+            return
+        shape = tuple(now if need <= now else max(need, 2 * now) for need, now in zip(needed, have, strict=True))
+        self._shape = (shape[0], shape[1]) if shape[0] * shape[1] <= self.max_tokens else needed
+        used, longest = len(self.lengths), max(self.lengths, default=0)
+        for number, pair in self.layers.items():
+            keys, values = (
+                stored.new_zeros(self._shape[0], stored.shape[1], self._shape[1], stored.shape[3]) for stored in pair
+            )
+            for grown, stored in zip((keys, values), pair, strict=True):
+                grown[:used, :, :longest] = stored[:used, :, :longest]
+            self.layers[number] = (keys, values)
 
 
 class ContinuousBatcher:
@@ -178,7 +185,7 @@ class ContinuousBatcher:
         self.max_prefill_tokens = max_prefill_tokens
         self.waiting: deque[GeneratedSequence] = deque()
         self.active: list[GeneratedSequence] = []
-        self._cache = SlotCache()
+        self._cache = SlotCache(max_cache_tokens)
         self._device = next(model.parameters()).device
 
     @property
@@ -229,7 +236,7 @@ class ContinuousBatcher:
     def clear(self) -> list[GeneratedSequence]:
         """Remove all sequences, after an error, and return them."""
         removed = [*self.active, *self.waiting]
-        self.active, self.waiting, self._cache = [], deque(), SlotCache()
+        self.active, self.waiting, self._cache = [], deque(), SlotCache(self.max_cache_tokens)
         return removed
 
     def _drop_finished(self, sequences: list[GeneratedSequence]) -> None:

@@ -29,7 +29,9 @@ from lit_vlm.serving.chat_request import ChatRequest, RequestError, RequestReade
 from lit_vlm.serving.worker import AnswerEnd, GenerationWorker, Job, TextDelta, TextStream
 from lit_vlm.types import Batch, RecordError
 
-MAX_PREPARED = 2  # requests whose body is read and whose images are decoded at the same time; the others wait
+MAX_READ = 8  # requests whose bodies are read at the same time, which bounds the memory; the others wait
+MAX_PREPARED = 2  # requests whose images are decoded at the same time
+MAX_READ_SECONDS = 120.0  # for the body of a request, so that slow clients do not keep the places of others
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class ChatService:
         self._token = token
         self._stop_id = get_end_of_answer_id(processor)
         self._num_preparing = 0
-        self._preparing = asyncio.Semaphore(MAX_PREPARED)
+        self._reading, self._preparing = asyncio.Semaphore(MAX_READ), asyncio.Semaphore(MAX_PREPARED)
         self.started = int(time.time())
 
     def check_token(self, request: Request) -> None:
@@ -86,9 +88,10 @@ class ChatService:
             raise RequestError(429, message, code="rate_limit_exceeded")
         self._num_preparing += 1
         try:
-            async with self._preparing:
-                chat = self.reader.read(await self._read_body(request))
-                job = await asyncio.to_thread(self._prepare, chat, asyncio.get_running_loop())
+            async with self._reading:
+                body = await self._read_body(request)
+                async with self._preparing:
+                    chat, job = await asyncio.to_thread(self._prepare, body, asyncio.get_running_loop())
             self.worker.submit(job)
         finally:
             self._num_preparing -= 1
@@ -96,27 +99,34 @@ class ChatService:
             return StreamingResponse(self._stream(job, chat), media_type="text/event-stream")
         return await self._answer_at_once(request, job)
 
-    async def _read_body(self, request: Request) -> Any:
+    async def _read_body(self, request: Request) -> bytes:
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.limits.max_request_bytes:
-                message = f"The request is longer than {self.limits.max_request_bytes:,} bytes (serve.max_request_mb)."
-                raise RequestError(413, message, code="request_too_large")
         try:
-            return json.loads(body)
+            async with asyncio.timeout(MAX_READ_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.limits.max_request_bytes:
+                        message = f"The request is longer than {self.limits.max_request_bytes:,} bytes (serve.max_request_mb)."
+                        raise RequestError(413, message, code="request_too_large")
+        except TimeoutError:
+            message = f"The body of the request did not arrive within {MAX_READ_SECONDS:.0f} s."
+            raise RequestError(408, message, code="request_timeout") from None
+        return bytes(body)
+
+    def _prepare(self, body: bytes, loop: asyncio.AbstractEventLoop) -> tuple[ChatRequest, Job]:
+        """Read the request, and encode its conversation and images. Runs in a thread."""
+        try:
+            values = json.loads(body)
         except (ValueError, RecursionError):
             raise RequestError(400, "The body is not JSON.") from None
-
-    def _prepare(self, chat: ChatRequest, loop: asyncio.AbstractEventLoop) -> Job:
-        """Encode the conversation and its images. Runs in a thread."""
+        chat = self.reader.read(values)
         try:
             batch = collate(self.processor, [make_prompt_sample(chat.messages, chat.images)])
         except RecordError as error:
             raise RequestError(400, f"{error.reason}.", "messages", "invalid_image") from None
         max_new_tokens = self._limit_new_tokens(batch, chat.max_new_tokens)
         params = DecodingParams(max_new_tokens, chat.temperature, chat.top_p, chat.seed)
-        return Job(batch, params, TextStream(self._decode, chat.stop), loop)
+        return chat, Job(batch, params, TextStream(self._decode, chat.stop), loop)
 
     def _limit_new_tokens(self, batch: Batch, wanted: int | None) -> int:
         num_prompt_tokens = len(find_prompt_positions(batch)[0])

@@ -131,7 +131,7 @@ class GenerationWorker(threading.Thread):
                     self._send(sequence)
             except Exception as error:
                 traceback.print_exc()
-                self._fail_all(f"{type(error).__name__}: {error}".splitlines()[0])
+                self._fail_all(describe_error(error))
 
     def _take_jobs(self) -> bool:
         """Take the jobs that have arrived; without work wait for one. False: the thread must end."""
@@ -145,8 +145,12 @@ class GenerationWorker(threading.Thread):
                 self._fail_all("the server is shutting down")
                 return False
             should_wait = False
-            (sequence,) = self.batcher.add(job.batch, [job.params])
-            self._jobs[id(sequence)] = job, sequence
+            try:
+                (sequence,) = self.batcher.add(job.batch, [job.params])
+            except Exception as error:  # of this job alone; the thread must go on
+                job.send(AnswerEnd("error", 0, 0, describe_error(error)))
+            else:
+                self._jobs[id(sequence)] = job, sequence
 
     def _cancel_jobs(self) -> None:
         for key in [key for key, (job, _) in self._jobs.items() if job.is_cancelled]:
@@ -175,3 +179,8 @@ class GenerationWorker(threading.Thread):
         for job, sequence in self._jobs.values():
             job.send(AnswerEnd("error", sequence.num_prompt_tokens, len(sequence.ids), error))
         self._jobs.clear()
+
+
+def describe_error(error: Exception) -> str:
+    """Return the type and the first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -7,7 +7,6 @@ import errno
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def serve(run: Run) -> None:
         }
         service = make_service(run.init_from, settings, run.config.model, token, **options)
         service.worker.start()
-        allowed_hosts = ["localhost", "127.0.0.1", "[::1]", settings.host] if token is None else None
+        allowed_hosts = list_loopback_names(settings.host) if token is None else None
         config = uvicorn.Config(create_app(service, allowed_hosts), log_level="warning", timeout_graceful_shutdown=10)
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]  # this process has a handler of its own
@@ -64,8 +63,7 @@ def serve(run: Run) -> None:
             requests.append(request)
             server.should_exit = True
 
-        host, port = listening.getsockname()[:2]
-        say(f"{service.reader.model_name}: serving on http://{host}:{port}/v1. Ctrl-C ends it.")
+        say(f"{service.reader.model_name}: serving on {format_url(listening)}/v1. Ctrl-C ends it.")
         with use_listener(stop):
             server.run(sockets=[listening])
         service.worker.stop()
@@ -129,6 +127,17 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def list_loopback_names(host: str) -> list[str]:
+    """List the names by which this machine's clients address the server; an IPv6 address stands in brackets."""
+    return ["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host]
+
+
+def format_url(listening: socket.socket) -> str:
+    """Format the URL of a listening socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def get_model_name(init_from: str) -> str:
     """Return the name of a model for clients: a hub id, or the name of the run or of the folder."""
     path = Path(init_from)
@@ -148,17 +157,14 @@ def resolve_image_root(settings: ServeConfig) -> Path | None:
     return folder
 
 
-@contextlib.contextmanager
-def open_socket(host: str, port: int) -> Iterator[socket.socket]:
+def open_socket(host: str, port: int) -> socket.socket:
     """Open a listening socket. UserError if the port is in use or the address is not of this machine."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(
                 f"serve.port={port} is in use on {host}. Choose another port, or end the server that has it."
             ) from None
         raise UserError(f"serve.host={host} serve.port={port}: {error.strerror or error}.") from None
-    with listening:
-        yield listening

@@ -124,9 +124,24 @@ def test_the_key_cache_stays_within_its_limit(model, processor):
     while batcher.has_work:
         batcher.step()
         assert len(batcher.active) * max((one.max_tokens for one in batcher.active), default=0) <= limit
+        assert batcher._cache.num_tokens <= limit
     assert all(len(sequence.ids) == 6 for sequence in sequences)
     with pytest.raises(ValueError, match="the key cache holds"):
         batcher.add(collate(processor, [samples[0]]), [DecodingParams(limit)])
+
+
+def test_many_short_sequences_and_then_a_long_one_stay_within_the_limit_of_the_key_cache(model, processor):
+    limit = 400
+    batcher = ContinuousBatcher(model, set(), max_cache_tokens=limit)
+    short = [sample("?", "네", seed=number) for number in range(12)]
+    long = sample("긴 글입니다. " * 9, "네")
+    expected = answer_alone(model, processor, short, 6) + answer_alone(model, processor, [long], 150)
+    sequences = [batcher.add(collate(processor, [one]), [DecodingParams(6)])[0] for one in short]
+    sequences += batcher.add(collate(processor, [long]), [DecodingParams(150)])
+    while batcher.has_work:
+        batcher.step()
+        assert batcher._cache.num_tokens <= limit
+    assert [sequence.ids for sequence in sequences] == expected
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen2 tied"])

@@ -15,7 +15,7 @@ from lit_vlm.model.continuous_batching import ContinuousBatcher
 from lit_vlm.serving.app import ChatService, ServerLimits, create_app
 from lit_vlm.serving.chat_request import RequestReader
 from lit_vlm.serving.worker import GenerationWorker
-from lit_vlm.tasks.serve import make_service
+from lit_vlm.tasks.serve import format_url, list_loopback_names, make_service, open_socket
 
 
 @dataclass
@@ -58,16 +58,17 @@ def _start_folder_servers():
     stop_servers(running)
 
 
-def run_server(service, running):
-    """Run a service in a thread, on a free port."""
+def run_server(service, running, host="127.0.0.1"):
+    """Run a service in a thread, on a free port, as task=serve does."""
     service.worker.start()
-    server = uvicorn.Server(uvicorn.Config(create_app(service, ["127.0.0.1"]), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    listening = open_socket(host, 0)
+    app = create_app(service, list_loopback_names(host))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     until(lambda: server.started)
     running.append((server, thread, service.worker))
-    port = server.servers[0].sockets[0].getsockname()[1]
-    return Server(f"http://127.0.0.1:{port}", service.worker)
+    return Server(format_url(listening), service.worker)
 
 
 def stop_servers(running):
@@ -81,7 +82,9 @@ def stop_servers(running):
 def _start_servers(model, processor):
     running = []
 
-    def start(batcher_class=ContinuousBatcher, token=None, image_root=None, max_sequences=8, **limits):
+    def start(
+        batcher_class=ContinuousBatcher, token=None, image_root=None, max_sequences=8, host="127.0.0.1", **limits
+    ):
         batcher = batcher_class(model, {get_end_of_answer_id(processor)}, max_sequences=max_sequences)
         reader = RequestReader("tiny", image_root, 10**8, has_markup=True)
         settings = {
@@ -91,7 +94,7 @@ def _start_servers(model, processor):
             "max_request_bytes": 64 * 10**6,
         }
         limits = ServerLimits(**(settings | limits))
-        return run_server(ChatService(reader, processor, GenerationWorker(batcher), limits, token), running)
+        return run_server(ChatService(reader, processor, GenerationWorker(batcher), limits, token), running, host)
 
     yield start
     stop_servers(running)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -311,3 +312,22 @@ def test_an_error_of_the_model_ends_its_answers_and_not_the_server(start_server,
     with pytest.raises(openai.InternalServerError, match="no memory is left"):
         ask(client, "?", max_tokens=8)
     assert ask(client, "?", max_tokens=8).usage.completion_tokens > 0
+
+
+def test_a_prompt_that_the_batcher_refuses_fails_alone(start_server):
+    server = start_server(max_context_tokens=2048)
+    server.batcher.max_cache_tokens = 100
+    client = server.make_client()
+    with pytest.raises(openai.InternalServerError, match="the key cache holds 100"):
+        ask(client, "?", max_tokens=1000)
+    assert ask(client, "?", max_tokens=4).choices
+
+
+def test_the_loopback_address_of_ipv6_is_served_too(start_server):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server = start_server(host="::1")
+    assert server.url.startswith("http://[::1]:")
+    assert ask(server.make_client(), "?", max_tokens=1).choices
