@@ -9,7 +9,7 @@ measured; the vision tower is. First the token ids are compared; an item whose t
 where the answers part may differ. Then medians of CPU seconds over interleaved repeats.
 
 `--served` asks this project's server and `transformers serve`, each as a process of its own, with ten clients at once. The
-latter needs a torchvision that can decode images; the one that `make test` puts beside the environment cannot without CUDA. The result goes to
+latter needs torchvision, which `make test` puts beside the environment. The result goes to
 benchmarks/results/generation.json.
 """
 

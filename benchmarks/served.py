@@ -19,12 +19,19 @@ from lit_vlm.types import ImagePlaceholder, Sample
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIENTS = 10
-# transformers' server needs torchvision; without CUDA two of its operators are missing, which are never called
+# transformers' server needs torchvision. Without CUDA two of its operators are missing, which are never called, and its
+# decoder of images, for which Pillow stands in here.
 BOOTSTRAP = """
-import sys, torch
+import io, sys, numpy, torch
+from PIL import Image
 library = torch.library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
     library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import torchvision.io
+def decode_image(data, **_):
+    pixels = numpy.array(Image.open(io.BytesIO(data.numpy().tobytes())).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+torchvision.io.decode_image = decode_image
 from transformers.cli.transformers import main
 sys.argv[0] = "transformers"
 main()
