@@ -52,9 +52,10 @@ class UserError(ValueError):
 
 
 def find_nearest(word: str, choices: Iterable[str]) -> str | None:
-    """Find the choice that is most similar to a word; None if none is similar."""
-    matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    """Find the choice that is most similar to a word, whatever their upper and lower case; None if none is similar."""
+    by_lower = {choice.lower(): choice for choice in map(str, choices)}
+    matches = difflib.get_close_matches(word.lower(), list(by_lower), n=1, cutoff=0.6)
+    return by_lower[matches[0]] if matches else None
 
 
 def format_suggestion(suggestion: str | None) -> str:

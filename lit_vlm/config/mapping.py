@@ -8,11 +8,12 @@ the item has no such key, in the record. Examples are in `conf/data/source/aihub
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from string import Formatter
+
+from lit_vlm.types import find_nearest, format_suggestion
 
 
 class BoxFormat(Enum):
@@ -81,9 +82,10 @@ def split_template(template: str) -> list[tuple[str, str | None]]:
         if format_spec or conversion or path == "":
             raise ValueError("a path alone belongs between braces; braces of the text are doubled: {{ }}")
         if path is not None and path.startswith("@") and path not in (*FILE_VARIABLES, REGIONS_VARIABLE):
-            matches = difflib.get_close_matches(path, [*FILE_VARIABLES, REGIONS_VARIABLE], n=1)
-            hint = f"; did you mean {{{matches[0]}}}?" if matches else ""
-            raise ValueError(f"there is no {{{path}}}{hint} There are {', '.join((*FILE_VARIABLES, REGIONS_VARIABLE))}")
+            known = (*FILE_VARIABLES, REGIONS_VARIABLE)
+            nearest = find_nearest(path, known)
+            hint = format_suggestion(nearest and f"{{{nearest}}}")
+            raise ValueError(f"there is no {{{path}}}. There are {', '.join(known)}.{hint}")
         parts.append((text, path))
     return parts
 

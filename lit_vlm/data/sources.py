@@ -24,7 +24,6 @@ from lit_vlm.data.readers.record_files import (
     find_pattern_files,
     find_pattern_folder,
     find_record_files,
-    format_suggestion,
     is_pattern,
     list_identity_files,
     load_hub_rows,
@@ -35,7 +34,7 @@ from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import get_file_identity
 from lit_vlm.data.subsets import SourceSubset, TileLimitedSource
 from lit_vlm.formatting import format_count
-from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError
+from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError, find_nearest, format_suggestion
 
 # By the names of config's Format, and formats that only `auto` finds.
 READERS: dict[str, RecordReader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_any_format}
@@ -286,9 +285,8 @@ def _parse_kind(name: str, kind: str | None) -> SampleKind | None:
     if kind is None:
         return None
     if kind not in SampleKind.__members__:
-        raise UserError(
-            f"data.sources.{name}.kind={kind} is unknown{format_suggestion(kind, SampleKind)}. One of: {', '.join(SampleKind)}."
-        )
+        suggestion = format_suggestion(find_nearest(kind, SampleKind))
+        raise UserError(f"data.sources.{name}.kind={kind} is unknown; one of: {', '.join(SampleKind)}.{suggestion}")
     return SampleKind(kind)
 
 

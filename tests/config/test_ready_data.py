@@ -107,7 +107,7 @@ MINE = "data.sources.mine"
     [
         (["data=mapped", f"{MINE}.mapping.anwser=x"], f"Did you mean {MINE}.mapping.answer?"),
         (["data=mapped", f"{MINE}.mapping.answer=x", f"{MINE}.mapping.task=orc"], "Did you mean ocr?"),
-        (["data=mapped", f"{MINE}.mapping.answer='{{@fodler}}'"], "did you mean {@folder}?"),
+        (["data=mapped", f"{MINE}.mapping.answer='{{@fodler}}'"], "Did you mean {@folder}?"),
         (["data=mapped"], f"{MINE}.mapping.answer is not set"),
         (["data=mapped", f"{MINE}.mapping.answer=x", f"{MINE}.markup='on'"], f"{MINE}.markup: format=mapped takes"),
         (

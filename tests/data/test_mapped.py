@@ -230,7 +230,7 @@ def test_a_label_that_does_not_fit_the_mapping_is_a_bad_record(tmp_path, record,
 @pytest.mark.parametrize(
     ("mapping", "reason"),
     [
-        ({"answer": "{@fodler}"}, r"mapping\.answer: there is no {@fodler}; did you mean {@folder}\?"),
+        ({"answer": "{@fodler}"}, r"mapping\.answer: there is no {@fodler}\. .*Did you mean {@folder}\?"),
         ({"answer": "{a"}, r"mapping\.answer: "),
         ({"questions": ["{a!r}"]}, r"mapping\.questions\[0\]: a path alone"),
         ({"answer": None}, "answer is not set"),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +18,7 @@ from lit_vlm.data.readers.rows import JoinedRows, Rows, arrow_files, csv_files, 
 from lit_vlm.data.readers.rows.image_folders import ImageTextRows, MetadataRows, is_image_name
 from lit_vlm.data.readers.splits import infer_split, select_split
 from lit_vlm.data.staging import resolve_staged_path
-from lit_vlm.types import RecordError, UserError
+from lit_vlm.types import RecordError, UserError, find_nearest, format_suggestion
 
 RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar")
 ROW_OPENERS: dict[str, Callable[[Path, Path | None], Rows]] = {
@@ -53,12 +52,12 @@ def resolve_source_path(name: str, setting: str, value: str | None, config: Sour
     path = resolve_staged_path(Path(value).expanduser())
     if not path.exists():
         folder = path.parent
-        hint = (
-            format_suggestion(path.name, os.listdir(folder)) if folder.is_dir() else f"; nor is there a folder {folder}"
-        )
+        hint = f" There is no folder {folder} either."
+        if folder.is_dir():
+            hint = format_suggestion(find_nearest(path.name, os.listdir(folder)))
         instructions = [part.rstrip(".") for part in (config.obtain, config.homepage) if part] if config else []
         how_to_get = f" How to get it: {', '.join(instructions)}." if instructions else ""
-        raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder{hint}.{how_to_get}")
+        raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder.{hint}{how_to_get}")
     if not path.is_dir() and not path.is_file():  # reading a pipe or a terminal would block for ever
         raise UserError(
             f"data.sources.{name}.{setting}={value} is a pipe, a device or a socket; give a regular file or a folder."
@@ -366,9 +365,3 @@ def _require_one_format(
                 f"data.sources.{name}.path: two forms in one source: {found}. Give each form a source of its own, "
                 f"with the file as its path."
             )
-
-
-def format_suggestion(word: str, choices: Iterable[str]) -> str:
-    """Format a suggestion for an error message, "; did you mean caption?", or "" if no choice is similar."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
