@@ -76,7 +76,14 @@ def make_dtcbench(maker, number):
     image, question, choices, right = maker.make(korean=True)
     named = {f"choice_{letter.lower()}": choice for letter, choice in zip(LETTERS, choices, strict=True)}
     category = DTC_CATEGORIES[number % 3]
-    yield {"index": number, "question": question, **named, "answer": LETTERS[right], "category": category, "image": image}
+    yield {
+        "index": number,
+        "question": question,
+        **named,
+        "answer": LETTERS[right],
+        "category": category,
+        "image": image,
+    }
 
 
 def make_mmbench(maker, number, korean=False):
@@ -173,9 +180,7 @@ def write_parquet(rows: list[dict], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     image = datasets.Image()
     features = {
-        name: ([image] if isinstance(value, list) else image)
-        for name, value in rows[0].items()
-        if name == "image"
+        name: ([image] if isinstance(value, list) else image) for name, value in rows[0].items() if name == "image"
     }
     table = {name: [encode_images(row[name]) if name == "image" else row[name] for row in rows] for name in rows[0]}
     data = datasets.Dataset.from_dict(table)
@@ -189,7 +194,9 @@ def write_tsv(rows: list[dict], path: Path) -> Path:
     with path.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t")
         writer.writeheader()
-        writer.writerows({**row, "image": base64.b64encode(encode_images(row["image"])["bytes"]).decode()} for row in rows)
+        writer.writerows(
+            {**row, "image": base64.b64encode(encode_images(row["image"])["bytes"]).decode()} for row in rows
+        )
     return path
 
 

@@ -10,7 +10,7 @@ from lit_vlm.config.choices import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that import no layer: registries whose names the configuration reads, without torch.
-REGISTRIES = {"model.projectors", "losses.loss_types"}
+REGISTRIES = {"model.projectors", "losses.loss_types", "evaluation.benchmarks"}
 BELOW_MODEL = {"types", "anyres", "compat", "formatting", "redaction", "files", "config", "cost", "losses", *REGISTRIES}
 RUN_ROOMS = {"cluster", "distributed", "checkpoint", "runs", "fault_tolerance", "loggers", "reports"}
 MAY_IMPORT = {

@@ -25,6 +25,7 @@ class Task(Enum):
     runs = "runs"  # list the runs below run_dir, and the settings in which they differ
     chat = "chat"  # chat with a finished model
     serve = "serve"  # serve a finished model with an OpenAI-compatible interface
+    evaluate = "evaluate"  # score a finished model, or an endpoint, on benchmarks with lmms-eval
 
 
 # Projector between the vision tower and the language model, from the registry.

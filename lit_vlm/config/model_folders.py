@@ -17,7 +17,10 @@ _NEEDED = f" Give the folder that holds the model's {CONFIG_FILE}, or a hub id l
 MAX_FOLDERS = 3  # that a message lists
 FOLDER_NAMES = ("runs", "models", "checkpoints", "output", "outputs", "weights")  # no owners on the hub
 # Tasks that read the model at init_from; task=export reads a run folder
-MODEL_TASKS = (Task.pipeline, Task.train, Task.prepare, Task.preflight, Task.submit, Task.prefer, Task.chat, Task.serve)
+MODEL_TASKS = (
+    *(Task.pipeline, Task.train, Task.prepare, Task.preflight, Task.submit, Task.prefer, Task.chat, Task.serve),
+    Task.evaluate,
+)
 MISSING_PARENT = (
     "no such folder: the run that should have left it does not exist. Run it first (`python run.py` runs a recipe's stages"
     " in order), or name another folder or hub id with init_from=..."
@@ -47,7 +50,10 @@ def find_model_folder_errors(run: Run) -> Iterator[str]:
         }
     names["stage.reference"] = getattr(config.stage, "reference", None)
     for setting, name in names.items():
-        if name not in (None, "tiny"):
+        if name is not None and "://" in name:
+            if config.task is not Task.evaluate or setting != "init_from":
+                yield f"{setting}={name}: is the URL of an endpoint, which only task=evaluate reads. Give a folder or a hub id."
+        elif name not in (None, "tiny"):
             yield from find_folder_errors(setting, name, Path(config.run_dir))
 
 

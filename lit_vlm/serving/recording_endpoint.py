@@ -62,12 +62,18 @@ class Upstream:
     api_key: str | None = field(default=None, repr=False)
     timeout_seconds: float = 600.0
 
+    @property
+    def is_local(self) -> bool:
+        """True if the endpoint is on this machine, so that no proxy is used."""
+        return urlsplit(self.base_url).hostname in LOOPBACK_HOSTS
+
     def make_client(self) -> httpx.AsyncClient:
-        """Make a client. No redirect is followed, and no proxy is used for this machine."""
+        """Make a client. No redirect is followed."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        is_local = urlsplit(self.base_url).hostname in LOOPBACK_HOSTS
         limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(headers=headers, timeout=self.timeout_seconds, trust_env=not is_local, limits=limits)
+        return httpx.AsyncClient(
+            headers=headers, timeout=self.timeout_seconds, trust_env=not self.is_local, limits=limits
+        )
 
 
 @dataclass(slots=True)
@@ -208,7 +214,8 @@ def create_recording_app(recorder: AnswerRecorder) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def show_error(_: Request, error: RequestError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status == 429 else None
+        # The second header tells OpenAI's client that the same request would fail again
+        headers = {"Retry-After": "1"} if error.status == 429 else {"x-should-retry": "false"}
         return JSONResponse(error.to_dict(), error.status, headers)
 
     @app.post("/v1/chat/completions")
