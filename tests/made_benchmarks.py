@@ -5,12 +5,14 @@ The benchmarks themselves are not redistributed (CC BY-NC 4.0 and others), so te
 
 import base64
 import csv
+import hashlib
 import io
 import random
+import re
 from pathlib import Path
 
 import datasets
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 COLOURS = {
     "빨간": ("red", "#d22"),
@@ -139,7 +141,7 @@ def make_llava_w(maker, number):
 
 
 def make_ocrbench(maker, number):
-    text = "".join(maker.random.choices("abcdefgh", k=4))
+    text = maker.random.choice(("abcd", "bcda", "cdab"))
     kind = OCR_TYPES[number % 3]
     question = "what is written in the image?"
     dataset = "HME100k" if number % 3 == 2 else "made"
@@ -149,14 +151,14 @@ def make_ocrbench(maker, number):
 def make_pope(maker, number):
     name = maker.random.choice(list(COLOURS))
     word, rgb = COLOURS[name]
-    asked = COLOURS[maker.random.choice(list(COLOURS))][0]
+    asked = word if maker.random.random() < 0.5 else COLOURS[maker.random.choice(list(COLOURS))][0]
     yield {
         "id": str(number),
         "question_id": str(number),
         "question": f"Is there a {asked} circle in the image?",
         "answer": "yes" if asked == word else "no",
         "image_source": "made",
-        "image": draw_shapes(rgb, 4, maker.side),
+        "image": draw_shapes(rgb, maker.random.randint(1, 9), maker.side),
         "category": ("adversarial", "popular", "random")[number % 3],
     }
 
@@ -173,6 +175,46 @@ MAKERS = {
     "ocrbench": make_ocrbench,
     "pope": make_pope,
 }
+
+
+def read_shapes(image: Image.Image) -> tuple[str, int]:
+    """Read a picture of `draw_shapes`: the Korean name of the colour, and the number of circles."""
+    image = image.convert("RGB")
+    step = image.width // 3
+    cells = [image.getpixel((step * (number % 3) + step // 2, step * (number // 3) + step // 2)) for number in range(9)]
+    filled = [cell for cell in cells if cell != (255, 255, 255)]
+    names = {ImageColor.getrgb(rgb): name for name, (_, rgb) in COLOURS.items()}
+    return names.get(filled[0], "?") if filled else "?", len(filled)
+
+
+def answer_request(body: dict) -> str:
+    """Answer a chat request about a made row: right in two of three, as a letter, a sentence, or a word."""
+    (message,) = body["messages"]
+    text = "".join(part.get("text", "") for part in message["content"])
+    url = next(part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url")
+    data = base64.b64decode(url.partition(",")[2])
+    choice = int(hashlib.sha256(data + text.encode()).hexdigest(), 16)
+    if "written in" in text:
+        return "abcd" if choice % 3 else "The text is 'abcd efgh'."
+    name, count = read_shapes(Image.open(io.BytesIO(data)))
+    if text.startswith("Is there a"):
+        is_right = COLOURS.get(name, ("?",))[0] in text
+        return ("yes" if is_right else "no") if choice % 3 else "Yes."
+    options = dict(re.findall(r"\b([A-D])[:.] ?([^\n,]+)", text))
+    wanted = {f"{count}개", str(count), f"{name}색", COLOURS.get(name, ("?",))[0]}
+    right = next((letter for letter, option in options.items() if option.strip() in wanted), "A")
+    wrong = "ABCD"[("ABCD".index(right) + 1) % 4]
+    return (
+        right,
+        f"({right})",
+        f"정답은 {right}입니다.",
+        right,
+        right,
+        wrong,
+        right,
+        options.get(right, right),
+        right,
+    )[choice % 9]
 
 
 def write_parquet(rows: list[dict], path: Path) -> Path:

@@ -26,6 +26,7 @@ TASK_PREFIX = "lit_vlm_"  # of our variants of the harness's tasks
 POLL_SECONDS = 0.2
 END_SECONDS = 10.0  # within which the harness ends when it is told to
 MAX_SHOWN_LINES = 8
+_RESULTS = re.compile(r"\d{8}_\d{6}_results\.json")  # some tasks write files of a similar name themselves
 _INCLUDE = re.compile(r"^include\s*:\s*['\"]?([^'\"\n#]+?)['\"]?\s*$", re.MULTILINE)
 
 
@@ -208,7 +209,7 @@ def read_results(output: Path, task: str) -> list[tuple[str, HarnessResult]]:
     Raises:
         UserError: there are none.
     """
-    paths = sorted(output.glob("**/*_results.json"))
+    paths = sorted(path for path in output.glob("**/*_results.json") if _RESULTS.fullmatch(path.name))
     results = read_json_or_none(paths[-1]) if paths else None
     found = []
     for name, values in (results or {}).get("results", {}).items():

@@ -82,6 +82,7 @@ class RequestCounts:
 
     Attributes:
         received: all chat requests.
+        answered: requests that got an answer, also one that another equal request waited for.
         from_log: answered from the log.
         asked: answered by the upstream endpoint.
         collected: answered with the placeholder.
@@ -89,6 +90,7 @@ class RequestCounts:
     """
 
     received: int = 0
+    answered: int = 0
     from_log: int = 0
     asked: int = 0
     collected: int = 0
@@ -102,7 +104,6 @@ class AnswerRecorder:
         counts: numbers of requests.
         failures: requests without an answer by key: the beginning of the question and the error. A request that is answered
             later is taken out.
-        answered: keys of the requests that got an answer since the start, from the log or not.
         asking_seconds: time during which the upstream endpoint had at least one request.
     """
 
@@ -120,7 +121,6 @@ class AnswerRecorder:
         self.requests, self.placeholder = requests, placeholder
         self.counts = RequestCounts()
         self.failures: dict[str, tuple[str, str]] = {}
-        self.answered: set[str] = set()
         self.asking_seconds = 0.0
         self._num_asking, self._asking_since = 0, 0.0
         self._running: dict[str, asyncio.Task[LoggedAnswer]] = {}
@@ -149,7 +149,7 @@ class AnswerRecorder:
             self.failures[key] = (describe_request(canonical), f"{error.status}: {error.message}")
             raise
         self.failures.pop(key, None)
-        self.answered.add(key)
+        self.counts.answered += 1
         return _make_response(found, str(body.get("model", "")))
 
     async def _find_answer(

@@ -64,7 +64,7 @@ except ImportError:  # packages of the extra `serve`
     find_model = None  # type: ignore[assignment]
 
 TASK_PACK = Path(__file__).parents[1] / "evaluation" / "task_pack"
-MAX_SHOWN = 5  # requests without an answer that a message lists
+MAX_SHOWN = 5  # reasons for requests without an answer that a message lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,11 +288,15 @@ def run_job(
 
 def format_failures(name: str, num_rows: int, recorder: AnswerRecorder) -> str:
     """Format the message about requests without an answer, which are not scored."""
-    failures = list(recorder.failures.values())
-    shown = "\n".join(f"  {question!r}: {error}" for question, error in failures[:MAX_SHOWN])
-    more = f"\n  and {len(failures) - MAX_SHOWN} more" if len(failures) > MAX_SHOWN else ""
+    questions: dict[str, list[str]] = {}
+    for question, error in recorder.failures.values():
+        questions.setdefault(error, []).append(question)
+    shown = "\n".join(
+        f"  {error} {format_count(len(found), 'request')}, e.g. {found[0]!r}"
+        for error, found in list(questions.items())[:MAX_SHOWN]
+    )
     return (
-        f"{name}: {format_count(len(failures), 'request')} of {num_rows:,} had no answer, so there is no score:\n{shown}{more}\n"
+        f"{name}: {format_count(len(recorder.failures), 'request')} of {num_rows:,} had no answer, so there is no score:\n{shown}\n"
         "The other answers are kept: the same command asks only these again. evaluate.leave_out=true scores without them and"
         " counts them."
     )

@@ -27,25 +27,29 @@ def show_requests(name: str, total: int | None, recorder: AnswerRecorder) -> Ite
 
     That function raises UserError when the endpoint no longer answers, and SystemExit after a stop request.
     """
-    asked, known = recorder.counts.asked, recorder.counts.from_log
-    last_line = time.monotonic()
+    before, known = recorder.counts.answered, recorder.counts.from_log
+    last_line, said = time.monotonic(), ""
     stops: list[StopRequest] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
 
     def format_counts() -> str:
-        new, old = recorder.counts.asked - asked, recorder.counts.from_log - known
-        numbers = f"{new + old:,} of {total:,} requests" if total else f"{new + old:,} requests"
+        answered, old = recorder.counts.answered - before, recorder.counts.from_log - known
+        numbers = f"{answered:,} of {total:,} requests" if total else f"{answered:,} requests"
         return f"{name}: {numbers} answered" + (f", {old:,} of them from the log" if old else "")
+
+    def say_counts() -> None:
+        nonlocal said
+        if said != (said := format_counts()):
+            say(said)
 
     def on_wait() -> None:
         nonlocal last_line
-        answered = recorder.counts.asked - asked + recorder.counts.from_log - known
         if bar is not None:
-            bar.update(line, completed=answered)
+            bar.update(line, completed=recorder.counts.answered - before)
         elif time.monotonic() - last_line > PROGRESS_SECONDS:
             last_line = time.monotonic()
-            say(format_counts())
+            say_counts()
         if stops:
             say(f"Stopped: {format_counts()}. They are kept: the same command asks only for what is missing.")
             raise SystemExit(EXIT_STATUS[stops[0]])
@@ -59,4 +63,4 @@ def show_requests(name: str, total: int | None, recorder: AnswerRecorder) -> Ite
     with use_listener(stops.append), bar or nullcontext():
         line = bar.add_task(name, total=total) if bar is not None else None
         yield on_wait
-    say(format_counts())
+    say_counts()
