@@ -190,9 +190,10 @@ def test_k_viscuit_counts_exactly_the_letter_and_beside_it_any_sentence(answer, 
     assert (scores["k_viscuit_exact"], scores["k_viscuit_read_letter"]) == (exact, read)
 
 
-def test_k_viscuit_finds_the_pictures_of_its_published_folder(tmp_path):
+def test_k_viscuit_finds_the_pictures_of_its_published_folder(tmp_path, monkeypatch):
     Image.new("RGB", (3, 2), "red").save(tmp_path / "0.png")
-    (picture,) = k_viscuit.load_pictures({"image_path": "0.png", "image_root": str(tmp_path)})
+    monkeypatch.setenv("K_VISCUIT_IMAGES", str(tmp_path))
+    (picture,) = k_viscuit.load_pictures({"image_path": "0.png"})
     assert picture.size == (3, 2)
 
 

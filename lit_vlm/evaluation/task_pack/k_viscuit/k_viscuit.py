@@ -6,6 +6,7 @@ The published rule takes at most three tokens and counts an answer only if it is
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ LETTERS = "ABCD"
 
 
 def load_pictures(doc: dict[str, Any]) -> list[Image.Image]:
-    """Load the picture of a row: the column `image`, or the file `image_path` of the published folder (`image_root`)."""
+    """Load the picture of a row: the column `image`, or the file `image_path` in the folder that K_VISCUIT_IMAGES names.
+
+    The published `annotations.jsonl` has the file, the copy on the hub has the picture.
+    """
     if doc.get("image") is not None:
         return [load_picture(doc["image"])]
-    return [Image.open(Path(doc.get("image_root") or ".") / doc["image_path"]).convert("RGB")]
+    return [Image.open(Path(os.environ.get("K_VISCUIT_IMAGES", ".")) / doc["image_path"]).convert("RGB")]
 
 
 def make_prompt(doc: dict[str, Any]) -> str:
