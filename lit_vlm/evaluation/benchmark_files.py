@@ -83,10 +83,10 @@ def open_rows(name: str, benchmark: Benchmark, files: Path | None, cache_dir: Pa
         nearest = None
         if files.is_dir() and not folder.exists():
             nearest = find_nearest(name, (child.name for child in files.iterdir() if child.is_dir()))
-        command = f"hf download {benchmark.hub} --repo-type dataset --local-dir {folder}"
+        command = f": `hf download {benchmark.hub} --repo-type dataset --local-dir {folder}`" if benchmark.hub else ""
         raise UserError(
             f"{name}: no file ending in {', '.join(SUFFIXES)} in {folder}.{format_suggestion(nearest)} Get it from"
-            f" {benchmark.how_to_get}: `{command}`; or leave out evaluate.files, and it is loaded from the hub."
+            f" {benchmark.how_to_get}{command}."
         )
     parts = [
         arrow_files.open_parquet([path])
@@ -98,6 +98,11 @@ def open_rows(name: str, benchmark: Benchmark, files: Path | None, cache_dir: Pa
 
 
 def _load_from_hub(name: str, benchmark: Benchmark) -> Rows:
+    if benchmark.hub is None:
+        raise UserError(
+            f"{name}: is not on the hub. Get it from {benchmark.how_to_get}, put it into <folder>/{name}, and set"
+            " evaluate.files=<folder>."
+        )
     try:
         return arrow_files.load_hub_dataset(name, benchmark.hub, benchmark.hub_config, benchmark.split, None)
     except UserError as error:

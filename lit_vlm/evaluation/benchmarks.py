@@ -13,6 +13,7 @@ from enum import StrEnum
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
+from typing import Any
 
 CHOICES = frozenset("ABCD")
 YES_NO = frozenset({"yes", "no"})
@@ -46,9 +47,10 @@ class Benchmark:
     Attributes:
         title: its name in tables.
         task: its task in the harness.
-        hub: data set on the Hugging Face hub.
+        hub: data set on the Hugging Face hub; None: it is not there, and `obtain` says where it is.
         hub_config: configuration of the data set there.
         split: its split.
+        obtain: where the data comes from, if it is not on the hub.
         licence: of the data; None: the card names none.
         columns: columns that the task reads, with the kind of their values.
         other_names: other names of columns, such as those of VLMEvalKit's TSV files.
@@ -70,11 +72,12 @@ class Benchmark:
 
     title: str
     task: str
-    hub: str
     split: str
     columns: Mapping[str, ColumnKind]
     metric: str
+    hub: str | None = None
     hub_config: str | None = None
+    obtain: str = ""
     licence: str | None = None
     other_names: Mapping[str, str] = field(default_factory=dict)
     num_rows: int | None = None
@@ -96,7 +99,8 @@ class Benchmark:
         """Sentence that says where the data comes from, with its licence."""
         rows = f", {self.num_rows:,} rows" if self.num_rows else ""
         licence = self.licence or "its card names no licence"
-        return f"https://huggingface.co/datasets/{self.hub} (split {self.split}{rows}; {licence})"
+        place = f"https://huggingface.co/datasets/{self.hub}" if self.hub else self.obtain
+        return f"{place} (split {self.split}{rows}; {licence})"
 
 
 _TEXT, _IMAGE = ColumnKind.text, ColumnKind.image
@@ -132,6 +136,16 @@ _MMSTAR_METRICS = (
     *("coarse perception", "fine-grained perception", "instance reasoning", "logical reasoning"),
     *("science & technology", "math"),
 )
+_ICDAR = "https://rrc.cvc.uab.es, after registration, through lit_vlm/evaluation/task_pack/ocr_popeval/prepare_icdar.py"
+_POPEVAL: dict[str, Any] = {
+    "split": "test",
+    "columns": {"ground_truth": _TEXT, "image": _IMAGE},
+    "metric": "popeval_h",
+    "scale": 1.0,
+    "other_metrics": ("popeval_precision", "popeval_recall"),
+    "in_task_pack": True,
+    "note": "The score is PopEval's H, in percent of characters.",
+}
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {
@@ -303,6 +317,109 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             metric="pope_f1_score",
             other_metrics=("pope_accuracy", "pope_precision", "pope_recall"),
             note="The score is F1 of 'yes'; an answer other than 'yes' and 'no', also 'Yes.', is wrong.",
+        ),
+        "kreta": Benchmark(
+            title="KRETA",
+            task="kreta",
+            hub="tabtoyou/KRETA",
+            split="test",
+            columns={
+                "question": _TEXT,
+                **{letter: ColumnKind.optional_text for letter in "ABCD"},
+                "answer": _TEXT,
+                "topic_difficulty": ColumnKind.optional_text,
+                "image": _IMAGE,
+            },
+            num_rows=2577,
+            answers=CHOICES,
+            metric="kreta_acc",
+            scale=1.0,
+            other_metrics=("kreta_acc_guess", "kreta_read_letter", "kreta_unread"),
+            in_task_pack=True,
+            note="The published rule guesses where it reads no letter; here such an answer is wrong.",
+        ),
+        "koffvqa": Benchmark(
+            title="KOFFVQA",
+            task="koffvqa",
+            hub="maum-ai/KOFFVQA_Data",
+            split="test",
+            licence="Apache-2.0",
+            columns={
+                "index": ColumnKind.optional_text,
+                "question": _TEXT,
+                "answer": _TEXT,
+                "category": ColumnKind.optional_text,
+                "image": _IMAGE,
+            },
+            num_rows=275,
+            metric="koffvqa_score",
+            scale=1.0,
+            other_metrics=("koffvqa_not_korean", "koffvqa_unjudged"),
+            judge=JudgeUse.needed,
+            judge_url_is_full=True,
+            in_task_pack=True,
+            note="The published judge is google/gemma-2-9b-it with its own prompt.",
+        ),
+        "k_viscuit": Benchmark(
+            title="K-Viscuit",
+            task="k_viscuit",
+            hub="ddehun/k-viscuit",
+            split="test",
+            columns={
+                "question": _TEXT,
+                "options": ColumnKind.texts,
+                "answer": ColumnKind.integer,
+                "image": _IMAGE,
+            },
+            other_names={"image": "image_path"},
+            answers=frozenset("0123"),
+            max_new_tokens=32,
+            metric="k_viscuit_exact",
+            scale=1.0,
+            other_metrics=("k_viscuit_read_letter", "k_viscuit_unread"),
+            in_task_pack=True,
+            note="Only an answer that is exactly the letter counts. The questions are in English.",
+        ),
+        "cord_popeval": Benchmark(
+            title="CORD (PopEval)",
+            task="cord_popeval",
+            hub="naver-clova-ix/cord-v2",
+            licence="CC BY 4.0",
+            num_rows=100,
+            **_POPEVAL,
+        ),
+        "icdar2013_popeval": Benchmark(
+            title="ICDAR 2013 (PopEval)", task="icdar2013_popeval", num_rows=233, obtain=_ICDAR, **_POPEVAL
+        ),
+        "icdar2015_popeval": Benchmark(
+            title="ICDAR 2015 (PopEval)", task="icdar2015_popeval", num_rows=500, obtain=_ICDAR, **_POPEVAL
+        ),
+        "xm3600_ko": Benchmark(
+            title="Crossmodal-3600 (ko)",
+            task="xm3600_ko",
+            hub="floschne/xm3600",
+            split="ko",
+            licence="CC BY 4.0",
+            columns={"captions": ColumnKind.texts, "image": _IMAGE},
+            num_rows=3600,
+            max_new_tokens=128,
+            metric="caption_rouge_l",
+            scale=1.0,
+            other_metrics=("caption_chrf", "caption_not_korean"),
+            in_task_pack=True,
+            note="The score is ROUGE-L on syllables.",
+        ),
+        "grounding_markup": Benchmark(
+            title="Grounding (own rows)",
+            task="grounding_markup",
+            split="test",
+            obtain="your own rows: image, question, and answer with boxes in markup",
+            columns={"question": _TEXT, "answer": _TEXT, "image": _IMAGE},
+            metric="grounding_acc_50",
+            scale=1.0,
+            other_metrics=("grounding_iou",),
+            in_task_pack=True,
+            note="The score is the share of boxes with IoU of 0.5 or more.",
         ),
     }
 )

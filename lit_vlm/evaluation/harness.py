@@ -26,6 +26,7 @@ TASK_PREFIX = "lit_vlm_"  # of our variants of the harness's tasks
 POLL_SECONDS = 0.2
 END_SECONDS = 10.0  # within which the harness ends when it is told to
 MAX_SHOWN_LINES = 8
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RESULTS = re.compile(r"\d{8}_\d{6}_results\.json")  # some tasks write files of a similar name themselves
 _INCLUDE = re.compile(r"^include\s*:\s*['\"]?([^'\"\n#]+?)['\"]?\s*$", re.MULTILINE)
 
@@ -218,9 +219,17 @@ def read_results(output: Path, task: str) -> list[tuple[str, HarnessResult]]:
         if metrics and samples:
             rows = sorted(read_json_lines(samples[-1]), key=lambda row: int(row["doc_id"]))
             found.append((name, HarnessResult(metrics, rows)))
-    if not found:
-        raise UserError(f"{HARNESS} {VERSION} gave no score for {task}. Its output is in {output / 'harness.log'}.")
+    if not found:  # it ends with status 0 after an error, too
+        raise UserError(f"{HARNESS} {VERSION} gave no score for {task}:{_format_log(output / 'harness.log')}")
     return found
+
+
+def _format_log(path: Path) -> str:
+    """Format the end of the harness's output for a message."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = [line for line in _COLOUR.sub("", text).splitlines() if line.strip()]
+    shown = "\n".join(f"  {line}" for line in lines[-MAX_SHOWN_LINES:])
+    return redact_text(f"\n{shown}\nAll of it is in {path}.")
 
 
 def _read_metrics(values: dict[str, Any]) -> dict[str, float]:
