@@ -163,7 +163,20 @@ def make_pope(maker, number):
     }
 
 
+def make_kreta(maker, number):
+    image, question, choices, right = maker.make(korean=True)
+    row = {"question": question, **dict(zip(LETTERS, choices, strict=True)), "answer": LETTERS[right], "image": image}
+    yield row | {"topic_difficulty": ("System1", "System2")[number % 2]}
+
+
+def make_k_viscuit(maker, number):
+    image, question, choices, right = maker.make(korean=False)
+    yield {"question": question, "options": choices, "answer": right, "image": image}
+
+
 MAKERS = {
+    "kreta": make_kreta,
+    "k_viscuit": make_k_viscuit,
     "k_dtcbench": make_dtcbench,
     "k_mmbench": lambda maker, number: make_mmbench(maker, number, korean=True),
     "k_seed": lambda maker, number: make_seed(maker, number, korean=True),
