@@ -192,7 +192,6 @@ MAKERS = {
 
 def read_shapes(image: Image.Image) -> tuple[str, int]:
     """Read a picture of `draw_shapes`: the Korean name of the colour, and the number of circles."""
-    image = image.convert("RGB")
     step = image.width // 3
     cells = [image.getpixel((step * (number % 3) + step // 2, step * (number // 3) + step // 2)) for number in range(9)]
     filled = [cell for cell in cells if cell != (255, 255, 255)]
@@ -205,11 +204,11 @@ def answer_request(body: dict) -> str:
     (message,) = body["messages"]
     text = "".join(part.get("text", "") for part in message["content"])
     url = next(part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url")
-    data = base64.b64decode(url.partition(",")[2])
-    choice = int(hashlib.sha256(data + text.encode()).hexdigest(), 16)
+    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    choice = int(hashlib.sha256(image.tobytes() + text.encode()).hexdigest(), 16)
     if "written in" in text:
         return "abcd" if choice % 3 else "The text is 'abcd efgh'."
-    name, count = read_shapes(Image.open(io.BytesIO(data)))
+    name, count = read_shapes(image)
     if text.startswith("Is there a"):
         is_right = COLOURS.get(name, ("?",))[0] in text
         return ("yes" if is_right else "no") if choice % 3 else "Yes."

@@ -283,9 +283,9 @@ class _RowReader:
         if self._by_index is None:
             self._by_index = {}
             column, image = self.names.get("index"), self.names["image"]
-            for number in range(len(self.rows)) if column else ():
+            for number in range(len(self.rows)):
                 row = self._read(number)
-                if row is not None and len(str(row.get(image) or "")) > MAX_REFERENCE_CHARACTERS:
+                if column is not None and row is not None and len(str(row.get(image) or "")) > MAX_REFERENCE_CHARACTERS:
                     self._by_index[str(row.get(column))] = number
         return self._by_index.get(index)
 
@@ -333,7 +333,7 @@ def _match_columns(name: str, benchmark: Benchmark, rows: Rows) -> dict[str, str
             missing.append(column)
     if missing:
         raise UserError(
-            f"{name}: {rows.get_origin(0)}: no {format_count(len(missing), 'column')} {', '.join(missing)}; there are"
+            f"{name}: {rows.get_origin(0)}: lacks {format_count(len(missing), 'column')}, {', '.join(missing)}. It has"
             f" {format_untrusted(', '.join(map(str, first)), 300)}. Get the files from {benchmark.how_to_get}."
         )
     return found

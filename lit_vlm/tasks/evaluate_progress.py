@@ -45,7 +45,7 @@ def show_requests(name: str, total: int | None, recorder: AnswerRecorder) -> Ite
 
     def on_wait() -> None:
         nonlocal last_line
-        if bar is not None:
+        if bar is not None and line is not None:
             bar.update(line, completed=recorder.counts.answered - before)
         elif time.monotonic() - last_line > PROGRESS_SECONDS:
             last_line = time.monotonic()
@@ -61,6 +61,6 @@ def show_requests(name: str, total: int | None, recorder: AnswerRecorder) -> Ite
             )
 
     with use_listener(stops.append), bar or nullcontext():
-        line = bar.add_task(name, total=total) if bar is not None else None
+        line = None if bar is None else bar.add_task(name, total=total)
         yield on_wait
     say_counts()
