@@ -211,6 +211,9 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     config.sync = [_make_absolute(path) for path in config.sync]
     config.prefer.output = _make_absolute(config.prefer.output)
     config.prefer.judge = resolve_model_name(config.prefer.judge)
+    for name in ("answers", "against", "output", "prompt", "image_root"):
+        if (path := getattr(config.judge, name)) is not None:
+            setattr(config.judge, name, _make_absolute(path))
     if isinstance(config.stage, DPOStageConfig):
         config.stage.reference = resolve_model_name(config.stage.reference)
     return config
