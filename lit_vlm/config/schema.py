@@ -647,7 +647,7 @@ class EndpointConfig:
     max_new_tokens: int = ranged(1024, COUNT)  # maximum tokens of a reply
     extra: dict[str, Any] = field(
         default_factory=dict
-    )  # further fields of each request; null removes one: {max_tokens: null, max_completion_tokens: 1024}
+    )  # further fields of each request, e.g. extra.top_p=0.9; null removes one: extra.max_tokens=null
     concurrency: int = ranged(8, PROCESSES)  # requests at the same time
     timeout_seconds: float = ranged(120.0, TIMEOUT_SECONDS)  # seconds without data after which a request is sent again
     max_retries: int = ranged(6, COUNT_OR_ZERO)  # maximum retries of a request; the waits double from 1 s to 60 s

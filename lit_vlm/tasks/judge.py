@@ -33,7 +33,7 @@ from lit_vlm.evaluation.reply_ledger import EndpointReply, ReplyLedger, TokenUsa
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.files import atomic_write, handle_write_errors, read_json, write_json
 from lit_vlm.formatting import format_count, format_percent
-from lit_vlm.redaction import redact
+from lit_vlm.redaction import redact, redact_text
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import Language, UserError
 
@@ -230,7 +230,7 @@ def write_judged(
             "origin": row.origin,
             "group": row.group,
             "language": row.language.value,
-            **row.material,
+            **{name: redact_text(text, "prompt") for name, text in row.material.items()},
             **{name: value for name, value in asdict(judgement).items() if value is not None},
             "votes": [
                 {"is_swapped": key.is_swapped, "number": key.number, **asdict(answer_votes[key])}
@@ -243,7 +243,7 @@ def write_judged(
         atomic_write(path, "The results", OUTPUT_KEY) as draft,
         draft.open("w", encoding="utf-8", errors="replace") as stream,
     ):
-        stream.writelines(json.dumps(redact(line, "prompt"), ensure_ascii=False) + "\n" for line in lines)
+        stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def show_estimate(
