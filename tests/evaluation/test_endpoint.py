@@ -149,9 +149,9 @@ def test_retry_after_is_read_as_seconds_or_as_a_date():
 
 
 def test_a_rest_of_an_hour_ends_the_run_and_says_so(make_endpoint):
-    with ChatServer(lambda number, body: (429, b"", {"Retry-After": "3600"})) as server:
-        with pytest.raises(EndpointError, match="asks for 3600 s of rest"):
-            collect(make_endpoint(server.url), ["a"])
+    server = ChatServer(lambda number, body: (429, b"", {"Retry-After": "3600"}))
+    with server, pytest.raises(EndpointError, match="asks for 3600 s of rest"):
+        collect(make_endpoint(server.url), ["a"])
 
 
 def test_a_request_that_always_fails_is_a_failure_with_its_reason_and_is_asked_again_at_the_next_start(make_endpoint):
@@ -198,9 +198,9 @@ def test_an_error_that_no_retry_mends_ends_the_run_at_once(make_endpoint, status
 
 def test_a_redirect_is_not_followed(make_endpoint):
     with ChatServer(echo) as other:
-        with ChatServer(lambda number, body: (307, b"", {"Location": f"{other.url}/chat/completions"})) as server:
-            with pytest.raises(EndpointError, match="Redirects are not followed"):
-                collect(make_endpoint(server.url, key="k" * 20), ["a"])
+        server = ChatServer(lambda number, body: (307, b"", {"Location": f"{other.url}/chat/completions"}))
+        with server, pytest.raises(EndpointError, match="Redirects are not followed"):
+            collect(make_endpoint(server.url, key="k" * 20), ["a"])
         assert other.bodies == []
 
 
