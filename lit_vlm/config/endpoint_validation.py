@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from lit_vlm.config.schema import EndpointConfig, JudgeKind, RunConfig
+from lit_vlm.config.choices import JudgeKind
+from lit_vlm.config.schema import EndpointConfig, RunConfig
 from lit_vlm.redaction import is_secret_name
 
 ENDPOINT_PATH = "/chat/completions"

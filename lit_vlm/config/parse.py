@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lit_vlm.config.choices import Format, Task
 from lit_vlm.config.compose import compose_config, compute_defaults_list, is_group_choice, list_groups
 from lit_vlm.config.key_validation import find_choice_errors, find_file_errors, find_override_errors
 from lit_vlm.config.overrides import (
@@ -26,7 +27,7 @@ from lit_vlm.config.overrides import (
 from lit_vlm.config.pipeline import build_stage_overrides, find_pipeline_errors
 from lit_vlm.config.recipe import SOURCE_TABLE_PREFIXES, get_experiment, is_pipeline, list_stages
 from lit_vlm.config.run_name import get_previous_stage_folder, get_run_name
-from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
+from lit_vlm.config.schema import DPOStageConfig, RunConfig, SourceConfig, StageConfig
 from lit_vlm.config.settings import list_settings
 from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep
 from lit_vlm.config.tasks import TASKS, find_config_errors
@@ -199,22 +200,21 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     for source in [*config.data.sources.values(), *config.data.validation.sources.values()]:
         _make_source_paths_absolute(source)
     model = config.model
-    model.vision_tower, model.language_model = (
-        resolve_model_name(model.vision_tower),
-        resolve_model_name(model.language_model),
-    )
+    model.vision_tower, model.language_model = map(resolve_model_name, (model.vision_tower, model.language_model))
     if model.chat_template not in (None, "chatml"):
         model.chat_template = _make_absolute(model.chat_template)
     config.run_dir = _make_absolute(config.run_dir)
-    config.init_from = resolve_model_name(config.init_from)
+    if config.init_from is not None:
+        config.init_from = resolve_model_name(config.init_from)
     config.image = [path if "://" in path else _make_absolute(path) for path in config.image]
     config.sync = [_make_absolute(path) for path in config.sync]
     config.prefer.output = _make_absolute(config.prefer.output)
-    config.prefer.judge = resolve_model_name(config.prefer.judge)
+    if config.prefer.judge is not None:
+        config.prefer.judge = resolve_model_name(config.prefer.judge)
     for name in ("answers", "against", "output", "prompt", "image_root"):
         if (path := getattr(config.judge, name)) is not None:
             setattr(config.judge, name, _make_absolute(path))
-    if isinstance(config.stage, DPOStageConfig):
+    if isinstance(config.stage, DPOStageConfig) and config.stage.reference is not None:
         config.stage.reference = resolve_model_name(config.stage.reference)
     return config
 
@@ -228,9 +228,9 @@ def _make_source_paths_absolute(source: SourceConfig) -> None:
         source.image_root = _make_absolute(str(source.image_root))
 
 
-def resolve_model_name(name: str | None) -> str | None:
+def resolve_model_name(name: str) -> str:
     """Resolve a model name: a folder to its absolute path; a hub id (`owner/model`), "tiny" or "previous" unchanged."""
-    if name is None or name in ("tiny", "previous"):
+    if name in ("tiny", "previous"):
         return name
     local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
     return _make_absolute(name) if local else name

@@ -67,14 +67,15 @@ class CompletionClient:
 
     def __init__(self, settings: EndpointConfig, section: str, key: str | None) -> None:
         self.settings, self.section = settings, section
-        self.url = f"{settings.endpoint.rstrip('/')}/chat/completions"
+        base_url = get_base_url(settings)
+        self.url = f"{base_url}/chat/completions"
         seconds = settings.timeout_seconds
         self._client = httpx2.Client(
             headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx2.Timeout(seconds, connect=min(seconds, MAX_CONNECT_SECONDS), pool=None),
             limits=httpx2.Limits(max_connections=settings.concurrency),
             follow_redirects=False,  # the key belongs to this address
-            trust_env=not is_loopback_url(settings.endpoint),  # no proxy between two programs of one machine
+            trust_env=not is_loopback_url(base_url),  # no proxy between two programs of one machine
         )
 
     def post(self, content: bytes, estimate: TokenUsage) -> EndpointReply:
@@ -161,10 +162,10 @@ def parse_completion(data: bytes, estimate: TokenUsage) -> EndpointReply:
 
 
 def _parse_usage(usage: Any, estimate: TokenUsage) -> TokenUsage:
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-    if len(counts) == 2 and all(type(count) is int and count >= 0 for count in counts):
-        return TokenUsage(*counts)
-    return estimate
+    names = ("prompt_tokens", "completion_tokens")
+    counts = [usage.get(name) for name in names] if isinstance(usage, dict) else []
+    numbers = [count for count in counts if type(count) is int and count >= 0]
+    return TokenUsage(numbers[0], numbers[1]) if len(numbers) == len(names) else estimate
 
 
 def extract_error_text(data: bytes) -> str:
@@ -194,6 +195,12 @@ def parse_retry_after(value: str | None) -> float | None:
         return None
     date = date if date.tzinfo else date.replace(tzinfo=UTC)
     return max(0.0, (date - datetime.now(UTC)).total_seconds())
+
+
+def get_base_url(settings: EndpointConfig) -> str:
+    """Return the address of an endpoint without a slash at its end. The settings were checked before."""
+    assert settings.endpoint is not None
+    return settings.endpoint.rstrip("/")
 
 
 def is_loopback_url(url: str) -> bool:

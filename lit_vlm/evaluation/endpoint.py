@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_vlm.config.schema import EndpointConfig
-from lit_vlm.evaluation.completion_client import CompletionClient, EndpointError, RejectedError, RetryableError
+from lit_vlm.evaluation.completion_client import (
+    CompletionClient,
+    EndpointError,
+    RejectedError,
+    RetryableError,
+    get_base_url,
+)
 from lit_vlm.evaluation.reply_ledger import Budget, EndpointReply, ReplyLedger, estimate_usage
 from lit_vlm.formatting import format_count
 from lit_vlm.types import UserError
@@ -274,7 +280,7 @@ def make_lmms_eval_variables(settings: EndpointConfig, key: str | None, *, has_f
         has_full_url: the task posts to OPENAI_API_URL itself, as its MMBench tasks do. False: the URL is a base address,
             as for its `llm_judge`, which LLaVA-W uses.
     """
-    base = settings.endpoint.rstrip("/")
+    base = get_base_url(settings)
     return {
         "API_TYPE": "openai",
         "OPENAI_API_URL": f"{base}/chat/completions" if has_full_url else base,

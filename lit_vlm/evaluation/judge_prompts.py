@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_vlm.config.schema import JudgeKind
+from lit_vlm.config.choices import JudgeKind
 from lit_vlm.types import Language, UserError, find_nearest, format_suggestion
 
 MATERIAL = ("question", "context", "rubric", "reference", "answer", "other")

@@ -20,8 +20,9 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.compat.lightning import get_batch_index, get_trainer, set_hparams
-from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import StageConfig, StageName
+from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.config.choices import StageName
+from lit_vlm.config.schema import StageConfig
 from lit_vlm.config.settings import build_stage_config, convert_to_plain
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.next_token import compute_next_token_loss
@@ -193,6 +194,7 @@ class Stage(L.LightningModule):
 
     def set_train_modes(self) -> None:
         """Set train mode for parts that train, and eval mode for frozen ones."""
+        assert self.model is not None
         set_train_modes(self.model, self.trainable, checkpointed=self.level is not Level.none)
 
     @property
@@ -281,6 +283,7 @@ class Stage(L.LightningModule):
 
     def compute_token_losses(self, batch: Batch) -> Tensor:
         """Compute the cross-entropy loss of each supervised token, [R] nats."""
+        assert self.model is not None
         (log_probs,) = self.model(batch=batch, vision_features=self.get_vision_features(batch))
         return -log_probs if batch.num_supervised_tokens else log_probs * 0.0
 
@@ -310,6 +313,7 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make AdamW and the learning-rate schedule, which advances once per optimizer step."""
+        assert self.model is not None
         optimizer = make_optimizer(self.model, self.config)
         return {
             "optimizer": optimizer,

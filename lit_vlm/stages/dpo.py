@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
-from lit_vlm.config.schema import DPOStageConfig, ModelConfig, StageName
+from lit_vlm.config.choices import StageName
+from lit_vlm.config.schema import DPOStageConfig, ModelConfig
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import find_sorting_losses
 from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, pad_answer_scores
@@ -81,6 +82,7 @@ class DPOStage(Stage):
         elif not has_lora and not self.config.cache_reference:
             self.reference = _copy_model(self.model, with_tower=not self.shares_tower)
         super()._prepare_training()
+        assert self.model is not None
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
         for module in self.model.modules():  # dropout off: only then policy and reference are equal at the first step
@@ -146,6 +148,7 @@ class DPOStage(Stage):
         if self.reference is not None:
             yield self.reference
         else:
+            assert self.model is not None
             with disable_adapters(self.model):
                 yield self.model
 
@@ -195,6 +198,7 @@ class DPOStage(Stage):
         self, batch: Batch, metrics: PreferenceMetrics, training: bool
     ) -> tuple[Tensor, PreferenceOutput | None]:
         """Compute the micro-batch's part of the preference loss, and the loss output (None for a dummy batch)."""
+        assert self.model is not None
         *scores, vision_features = self.model(
             batch=batch, statistics=True, vision_features=self.get_vision_features(batch)
         )

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import ImageSettings, Tiling
-from lit_vlm.config.schema import ActivationCheckpointing as Level
+from lit_vlm.config.choices import ActivationCheckpointing as Level
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.activation_checkpointing import has_checkpointed_layers
 from lit_vlm.model.build import build_model
@@ -99,7 +99,7 @@ def require_images(index: Any, trainable: Sequence[ModelPart]) -> None:
         )
 
 
-def require_activation_checkpointing(model: nn.Module | None, level: Level) -> None:
+def require_activation_checkpointing(model: nn.Module, level: Level) -> None:
     """Raise UserError when activation checkpointing is set and no layer is checkpointed."""
     if level is not Level.none and not has_checkpointed_layers(model):
         raise UserError(

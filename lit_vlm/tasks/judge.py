@@ -15,7 +15,8 @@ from typing import Any
 from rich.table import Table
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import JudgeConfig, JudgeKind
+from lit_vlm.config.choices import JudgeKind
+from lit_vlm.config.schema import JudgeConfig
 from lit_vlm.evaluation.endpoint import ChatEndpoint, compute_request_key, make_body, read_api_key
 from lit_vlm.evaluation.judge import (
     Judgement,
@@ -52,6 +53,7 @@ def judge_answers(run: Run) -> None:
     settings = run.config.judge
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("task=judge is one process. Start it with python run.py, not with torchrun.")
+    assert settings.answers is not None
     path = Path(settings.answers)
     rows = read_answers(path, settings, run.config.data.max_image_pixels)
     prompts = load_prompts(settings.kind, Path(settings.prompt) if settings.prompt else None)

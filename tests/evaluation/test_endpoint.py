@@ -89,9 +89,13 @@ def test_requests_are_read_only_as_far_as_there_is_room(make_endpoint):
 
 
 def test_equal_requests_are_sent_once_and_equal_votes_each(make_endpoint):
-    with ChatServer(echo) as server:
+    def answer(number, body):
+        time.sleep(0.2)  # equal requests meet in flight
+        return echo(number, body)
+
+    with ChatServer(answer) as server:
         requests = [ask("a"), ask("a"), ask("a", number=1), ask("b")]
-        results = list(make_endpoint(server.url, concurrency=1).send_all(requests))
+        results = list(make_endpoint(server.url, concurrency=4).send_all(requests))
         assert len(results) == 4 and len(server.bodies) == 3
 
 
