@@ -48,7 +48,7 @@ MANAGED_TRAINER_ARGUMENTS = {
     "accumulate_grad_batches": "it follows from data.global_batch_size and the two memory caps, and is printed",
     "default_root_dir": "a run's folder is run_dir/run_name",
     "enable_checkpointing": "checkpoints are written by the program, one layout for all strategies",
-    "use_distributed_sampler": "the plan deals the samples to the ranks",
+    "use_distributed_sampler": "the plan distributes the samples over the ranks",
     "reload_dataloaders_every_n_epochs": "the plan knows every step beforehand",
     "val_check_interval": "set data.validation.every_steps",
     "check_val_every_n_epoch": "set data.validation.every_steps",

@@ -168,7 +168,7 @@ class TestAmounts:
     @pytest.mark.parametrize("amount", (SourceAmount(weight=1), SourceAmount(count=3)))
     def test_an_empty_source_with_a_requested_amount_is_reported(self, amount):
         rest = SourceAmount(weight=1) if amount.weight else SourceAmount()
-        with pytest.raises(UserError, match=r"data\.sources\.a is to be drawn, but has no usable sample"):
+        with pytest.raises(UserError, match=r"data\.sources\.a is in the mixture, but has no usable sample"):
             make_mixture(make_index({"a": 0, "b": 5}), {"a": amount, "b": rest}).sample(5, 0)
 
     def test_an_empty_source_without_an_amount_is_ignored(self):
