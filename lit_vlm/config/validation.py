@@ -15,7 +15,6 @@ from lit_vlm.config.choices import Format, Markup, ScorerName, StageName, Strate
 from lit_vlm.config.mapping import find_mapping_errors
 from lit_vlm.config.schema import (
     DataConfig,
-    DPOStageConfig,
     PartConfig,
     RunConfig,
     ShareConfig,
@@ -24,7 +23,7 @@ from lit_vlm.config.schema import (
 )
 from lit_vlm.config.settings import get_field_types
 from lit_vlm.config.stage_validation import (
-    find_preference_loss_errors,
+    find_stage_config_errors,
     find_unused_data_settings,
     find_unused_stage_settings,
 )
@@ -82,8 +81,7 @@ def _find_stage_errors(config: RunConfig) -> Iterator[str]:
     trainable = {part.value for part in stage.trainable}
     for field in fields(stage.parts):
         yield from _find_part_errors(field.name, getattr(stage.parts, field.name), field.name in trainable)
-    if isinstance(stage, DPOStageConfig):
-        yield from find_preference_loss_errors(stage)
+    yield from find_stage_config_errors(stage)
 
 
 def _find_projector_errors(config: RunConfig) -> Iterator[str]:
