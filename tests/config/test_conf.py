@@ -22,6 +22,7 @@ from lit_vlm.config.compose import (
     register_schema,
 )
 from lit_vlm.config.key_validation import get_setting_type
+from lit_vlm.config.schema import DPOStageConfig
 
 FILES = sorted(path.relative_to(CONF_DIR).with_suffix("").as_posix() for path in CONF_DIR.rglob("*.yaml"))
 NEEDS = {
