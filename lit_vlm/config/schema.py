@@ -8,7 +8,7 @@ beside it (`lit_vlm/config/ranges.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -236,6 +236,8 @@ class PartsConfig:
 class StageConfig:
     """Settings of a training stage: trained parts, loss, optimizer and learning-rate schedule."""
 
+    MODEL_FIELDS: ClassVar[tuple[str, ...]] = ()  # settings that name another model
+
     name: StageName = MISSING  # set by the group's files
     trainable: list[ModelPart] = MISSING  # parts that train; all other parts are frozen
     learning_rate: float = ranged(MISSING, LEARNING_RATE)  # peak learning rate of every part without its own
@@ -259,7 +261,7 @@ class StageConfig:
     @property
     def model_folders(self) -> list[str]:
         """Folders or hub ids of models that the stage reads besides the one that it trains."""
-        return []
+        return [folder for name in self.MODEL_FIELDS if (folder := getattr(self, name))]
 
     @property
     def has_reference_model(self) -> bool:
@@ -274,6 +276,8 @@ class StageConfig:
 @dataclass(kw_only=True, slots=True)
 class DPOStageConfig(StageConfig):
     """Settings of preference optimisation; names and losses are those of TRL."""
+
+    MODEL_FIELDS: ClassVar[tuple[str, ...]] = ("reference",)
 
     beta: float = ranged(0.1, ABOVE_0)  # beta of DPO; from LLaVA-NeXT's dpo_ov7b.sh, VARCO's is not published
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # losses; several are summed with loss_weights
@@ -296,10 +300,6 @@ class DPOStageConfig(StageConfig):
         return self.loss_type
 
     @property
-    def model_folders(self) -> list[str]:
-        return [self.reference] if self.reference else []
-
-    @property
     def has_reference_model(self) -> bool:
         return not self.cache_reference
 
@@ -307,7 +307,8 @@ class DPOStageConfig(StageConfig):
         return replace(self, cache_features=False, reference=None, cache_reference=True)
 
 
-# Config class of each stage; `config_class` of its class in `STAGES` is the same.
+# Config class of each stage; `config_class` of its class in `STAGES` is the same. A stage with a config class of its own
+# names it in conf/stage/ as /schema/stage/<stage>, all others name /schema/stage/base.
 STAGE_CONFIGS: dict[StageName, type[StageConfig]] = {
     StageName.align: StageConfig,
     StageName.sft: StageConfig,
