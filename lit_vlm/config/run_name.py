@@ -40,6 +40,7 @@ NON_IDENTITY_KEYS = (
     "serve",
     "benchmarks",
     "evaluate",
+    "judge",
     "logger",
     "callbacks",
     "export",
