@@ -58,7 +58,8 @@ test-long: setup-dev
 test-all: test test-slow test-long  ## run all tests, also the slow and the long ones, within 60 minutes
 
 .PHONY: test-outside
-test-outside: setup-dev .venv-outside/vllm/.setup  ## test the exported folder with vLLM, in an environment of its own (2 GB)
+test-outside: setup-dev .venv-outside/vllm/.setup  ## test with vLLM and lmms-eval, each in an environment of its own (5 GB)
+	@$(BIN)/python -m lit_vlm.evaluation.harness_environment .venv-outside/lmms_eval
 	@$(BIN)/python -m pytest -rs -s -m outside tests/outside
 
 .venv-outside/vllm/.setup:

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lit_vlm.config.endpoint_validation import find_endpoint_errors
 from lit_vlm.config.schema import RunConfig
-from lit_vlm.evaluation.benchmarks import BENCHMARKS, list_harness_tasks
+from lit_vlm.evaluation.benchmarks import BENCHMARKS, JudgeUse, list_harness_tasks
 from lit_vlm.types import find_nearest, format_suggestion
 
 _UNSAFE = re.compile(r"[^\w.+-]+")
@@ -38,8 +39,11 @@ def find_evaluate_errors(config: RunConfig) -> Iterator[str]:
                 f"benchmarks: there is no {name}; there are {', '.join(BENCHMARKS)}, and the tasks of"
                 f" lmms-eval.{format_suggestion(nearest)}"
             )
-    if settings.files is not None and not Path(settings.files).expanduser().is_dir():
-        yield f"evaluate.files={settings.files}: no such folder. Each benchmark has a folder of its name in it."
+    judged = [name for name in config.benchmarks if name in BENCHMARKS and BENCHMARKS[name].judge is JudgeUse.needed]
+    if judged and config.judge.endpoint is None:
+        yield f"benchmarks: {', '.join(judged)}: scored by a judge. Set judge.endpoint=http://... and judge.model=..., or leave it out."
+    elif config.judge.endpoint is not None:
+        yield from find_endpoint_errors("judge", config.judge)
     if config.evaluate.num_concurrent > config.serve.max_waiting:
         yield (
             f"evaluate.num_concurrent={settings.num_concurrent}: more requests than serve.max_waiting={config.serve.max_waiting}"

@@ -35,7 +35,7 @@ class BenchmarkScore:
         prompt: the first request, its text parts only.
         task_digest: SHA-256 of the task's files.
         max_new_tokens: maximum tokens of an answer, where it was changed; None: as the task says.
-        seconds: time of all; `model_seconds` of it the model had a request.
+        seconds: time of all; `model_seconds` of it the model had a request, and `judge_seconds` the judge.
         num_asked: requests to the model in this run; the others were answered before.
         notes: sentences about the score.
         identity: digest of everything that decides the score.
@@ -59,13 +59,14 @@ class BenchmarkScore:
     seconds: float
     model_seconds: float
     num_asked: int
+    judge_seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     identity: str = ""
 
     @property
     def harness_seconds(self) -> float:
         """Time in which the harness alone worked: its start, its reading of rows and its scoring."""
-        return self.seconds - self.model_seconds
+        return self.seconds - self.model_seconds - self.judge_seconds
 
 
 def read_scores(folder: Path) -> dict[str, BenchmarkScore]:

@@ -26,6 +26,8 @@ TASK_PREFIX = "lit_vlm_"  # of our variants of the harness's tasks
 POLL_SECONDS = 0.2
 END_SECONDS = 10.0  # within which the harness ends when it is told to
 MAX_SHOWN_LINES = 8
+_NO_LETTER = "GPT output includes 0 / >1 letter"
+JUDGE_TRIES = 3  # of the harness's MMBench tasks
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _RESULTS = re.compile(r"\d{8}_\d{6}_results\.json")  # some tasks write files of a similar name themselves
 _INCLUDE = re.compile(r"^include\s*:\s*['\"]?([^'\"\n#]+?)['\"]?\s*$", re.MULTILINE)
@@ -39,7 +41,7 @@ class HarnessTask:
         name: for --tasks.
         folder: for --include_path; None: a task of the harness by its own name.
         text: text of its YAML files, ours first.
-        digest: SHA-256 of these files and of the Python files beside them, where prompt and rule are.
+        digest: SHA-256 of these files and of the Python and JSON files beside them, where prompt and rule are.
     """
 
     name: str
@@ -98,7 +100,7 @@ def write_task(
 
 
 def read_task(yaml_file: Path, overrides: str = "") -> tuple[str, str]:
-    """Read the text of a task, with the files that it includes, and its digest, with the Python files beside it."""
+    """Read the text of a task, with the files that it includes, and its digest, with the Python and JSON files beside it."""
     texts = [overrides] if overrides else []
     hasher = hashlib.sha256(overrides.encode())
     pending, seen = [yaml_file], set[Path]()
@@ -252,6 +254,12 @@ def list_unreadable_reviews(samples: Sequence[dict[str, Any]], metric: str) -> l
         if isinstance(scores, list) and any(score == -1 for score in scores):
             found.append(int(row["doc_id"]))
     return found
+
+
+def count_random_letters(log: Path) -> int:
+    """Count the answers for which the harness drew a letter at random, as the judge's three replies named none (MMBench)."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return text.count(_NO_LETTER) // JUDGE_TRIES
 
 
 def compute_relative_score(samples: Sequence[dict[str, Any]], metric: str) -> float | None:

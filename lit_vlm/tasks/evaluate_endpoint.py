@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,10 +12,12 @@ from typing import Any
 import httpx
 
 from lit_vlm.config.evaluate_validation import is_url
-from lit_vlm.config.schema import EvaluateConfig, ModelConfig, ServeConfig
+from lit_vlm.config.schema import EndpointConfig, EvaluateConfig, JudgeConfig, ModelConfig, ServeConfig
+from lit_vlm.evaluation.endpoint import make_lmms_eval_variables, read_api_key
 from lit_vlm.files import compute_weights_digest
+from lit_vlm.serving.answer_log import ChatAnswerLog
 from lit_vlm.serving.app import create_app
-from lit_vlm.serving.recording_endpoint import LOOPBACK_HOSTS, Upstream, run_in_thread
+from lit_vlm.serving.recording_endpoint import LOOPBACK_HOSTS, AnswerRecorder, Upstream, run_in_thread, run_recorder
 from lit_vlm.tasks.serve import get_model_name, make_service
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import UserError
@@ -58,7 +59,8 @@ def find_model(init_from: str, settings: EvaluateConfig, device: str) -> Evaluat
     """
     if is_url(init_from):
         base_url = init_from.rstrip("/").removesuffix("/chat/completions")
-        upstream = Upstream(base_url, settings.model_name, read_key(settings), settings.timeout_seconds)
+        key = read_api_key(EndpointConfig(key_variable=settings.key_variable), "evaluate")
+        upstream = Upstream(base_url, settings.model_name, key, settings.timeout_seconds)
         name = settings.model_name or find_served_name(upstream)
         digest = hashlib.sha256(f"{base_url} {name}".encode()).hexdigest()
         return EvaluatedModel(init_from, name, digest, replace(upstream, model=name))
@@ -71,22 +73,6 @@ def find_model(init_from: str, settings: EvaluateConfig, device: str) -> Evaluat
     else:
         hasher.update(init_from.encode())
     return EvaluatedModel(init_from, get_model_name(init_from), hasher.hexdigest())
-
-
-def read_key(settings: EvaluateConfig) -> str | None:
-    """Read the endpoint's key from the environment variable that the settings name; None if they name none.
-
-    Raises:
-        UserError: the variable is not set.
-    """
-    name = settings.key_variable
-    if name is None:
-        return None
-    if not os.environ.get(name):
-        raise UserError(
-            f"evaluate.key_variable={name}: this environment variable is not set. Put the endpoint's key into it."
-        )
-    return os.environ[name]
 
 
 def find_served_name(upstream: Upstream) -> str:
@@ -141,3 +127,45 @@ def open_endpoint(
     finally:
         service.worker.stop()
         service.worker.join()
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationJudge:
+    """Judge behind a recorder, which keeps its replies.
+
+    Attributes:
+        recorder: its replies and failures.
+        base_url: address of the recorder.
+    """
+
+    settings: JudgeConfig
+    recorder: AnswerRecorder
+    base_url: str
+
+    @property
+    def name(self) -> str:
+        """Model and address, for tables."""
+        return f"{self.settings.model} at {self.settings.endpoint}"
+
+    def make_variables(self, *, has_full_url: bool) -> dict[str, str]:
+        """Make the environment variables by which the harness finds the judge."""
+        return make_lmms_eval_variables(replace(self.settings, endpoint=self.base_url), None, has_full_url=has_full_url)
+
+
+@contextmanager
+def open_judge(settings: JudgeConfig, folder: Path) -> Iterator[EvaluationJudge | None]:
+    """Put a recorder before the judge for the duration of a block; None if no judge is set.
+
+    Args:
+        folder: folder of its replies. Replies of different judges are in different files.
+    """
+    if settings.endpoint is None:
+        yield None
+        return
+    base_url = settings.endpoint.rstrip("/")
+    key = read_api_key(settings, "judge")
+    digest = hashlib.sha256(f"{base_url} {settings.model}".encode()).hexdigest()
+    upstream = Upstream(base_url, settings.model, key, settings.timeout_seconds)
+    recorder = AnswerRecorder(ChatAnswerLog(folder / f"{digest[:16]}.jsonl"), upstream=upstream)
+    with run_recorder(recorder) as url:
+        yield EvaluationJudge(settings, recorder, url)

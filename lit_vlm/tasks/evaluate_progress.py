@@ -22,10 +22,13 @@ _UNREACHABLE = ("502", "504")  # statuses of the recorder for an endpoint that d
 
 
 @contextmanager
-def show_requests(name: str, total: int | None, recorder: AnswerRecorder) -> Iterator[Callable[[], None]]:
+def show_requests(
+    name: str, total: int | None, recorder: AnswerRecorder, judge: AnswerRecorder | None
+) -> Iterator[Callable[[], None]]:
     """Show how many requests of a benchmark were answered. Yields the function to call while the harness runs.
 
-    That function raises UserError when the endpoint no longer answers, and SystemExit after a stop request.
+    That function raises UserError when the model's endpoint or the judge no longer answers, and SystemExit after a stop
+    request.
     """
     before, known = recorder.counts.answered, recorder.counts.from_log
     last_line, said = time.monotonic(), ""
@@ -36,7 +39,8 @@ def show_requests(name: str, total: int | None, recorder: AnswerRecorder) -> Ite
     def format_counts() -> str:
         answered, old = recorder.counts.answered - before, recorder.counts.from_log - known
         numbers = f"{answered:,} of {total:,} requests" if total else f"{answered:,} requests"
-        return f"{name}: {numbers} answered" + (f", {old:,} of them from the log" if old else "")
+        text = f"{name}: {numbers} answered" + (f", {old:,} of them from the log" if old else "")
+        return text + (f"; {judge.counts.answered:,} by the judge" if judge and judge.counts.answered else "")
 
     def say_counts() -> None:
         nonlocal said
@@ -53,12 +57,14 @@ def show_requests(name: str, total: int | None, recorder: AnswerRecorder) -> Ite
         if stops:
             say(f"Stopped: {format_counts()}. They are kept: the same command asks only for what is missing.")
             raise SystemExit(EXIT_STATUS[stops[0]])
-        unreachable = [error for _, error in list(recorder.failures.values()) if error.startswith(_UNREACHABLE)]
-        if len(unreachable) >= MAX_UNREACHABLE:
-            raise UserError(
-                f"{format_counts()}, then the endpoint no longer answered: {unreachable[-1]} Start it again, and then the same"
-                " command: the answers are kept, and it asks only for what is missing."
-            )
+        for title, asked in (("the endpoint", recorder), ("the judge", judge)):
+            errors = [] if asked is None else [error for _, error in list(asked.failures.values())]
+            unreachable = [error for error in errors if error.startswith(_UNREACHABLE)]
+            if len(unreachable) >= MAX_UNREACHABLE:
+                raise UserError(
+                    f"{format_counts()}, then {title} no longer answered: {unreachable[-1]} Start it again, and then the same"
+                    " command: the answers are kept, and it asks only for what is missing."
+                )
 
     with use_listener(stops.append), bar or nullcontext():
         line = None if bar is None else bar.add_task(name, total=total)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,14 +73,20 @@ def test_only_the_first_character_of_an_answer_counts_in_lmms_evals_korean_sets(
     )
 
 
-def test_a_circular_question_counts_only_if_all_its_rotations_are_right():
-    groups = {}
-    for position, sample in enumerate(RECORDED["runs"]["k_mmbench"]["samples"]):
-        answer, right = sample["filtered_resps"], sample["target"]
-        groups.setdefault(position // 4, []).append(
-            (right in answer and f"({right}" not in answer) or answer == f"({right})"
-        )
-    assert get_recorded_score("k_mmbench") <= 100 * sum(map(all, groups.values())) / len(groups) < 100
+def read_choice(sample):
+    """Read the letter of an answer: alone, in brackets, in a sentence, or by the text of its option."""
+    options = {text: letter for letter, text in re.findall(r"^([A-D])\. (.*)$", sample["input"], re.MULTILINE)}
+    answer = sample["filtered_resps"]
+    return options.get(answer) or re.search("[A-D]", answer)[0]
+
+
+@pytest.mark.parametrize("name", ["k_mmbench", "mmbench"])
+def test_a_circular_question_counts_only_if_all_its_rotations_are_right(name):
+    samples = RECORDED["runs"][name]["samples"]
+    groups = [samples[start : start + 4] for start in range(0, len(samples), 4)]
+    hits = [all(read_choice(sample) == sample["target"] for sample in group) for group in groups]
+    assert get_recorded_score(name) == pytest.approx(100 * sum(hits) / len(hits))
+    assert 0 < sum(hits) < len(hits)
 
 
 def test_a_request_without_an_answer_is_found_by_its_row():
