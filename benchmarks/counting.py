@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_vlm.config.schema import ModelConfig, StrategyName, TrainerConfig
+from lit_vlm.config.choices import StrategyName
+from lit_vlm.config.schema import ModelConfig, TrainerConfig
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.synthetic import BuiltinSource

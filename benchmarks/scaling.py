@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.config.schema import ActivationCheckpointing, DeviceName, StrategyName
+from lit_vlm.config.choices import ActivationCheckpointing, DeviceName, StrategyName
 from lit_vlm.cost import (
     DEVICES,
     Cluster,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_vlm.compat.lightning import is_last_micro_step
-from lit_vlm.config.schema import OnNonfinite
+from lit_vlm.config.choices import OnNonfinite
 from lit_vlm.distributed.collectives import StepFlag, gather_objects, get_shared_flags, make_rank_zero_error
 from lit_vlm.distributed.gradients import compute_grad_square_sum, skip_update
 from lit_vlm.fault_tolerance.exit_status import RollbackRequest

@@ -17,7 +17,7 @@ from benchmarks.scaling import (
     render_tables,
     simulate_all,
 )
-from lit_vlm.config.schema import ActivationCheckpointing, DeviceName, StrategyName
+from lit_vlm.config.choices import ActivationCheckpointing, DeviceName, StrategyName
 from lit_vlm.cost import (
     DEVICES,
     Cluster,

@@ -6,8 +6,8 @@ from alive import Alive
 from support import blueprint_of, sample
 
 from lit_vlm.anyres import Tiling
-from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import DeviceName
+from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.config.choices import DeviceName
 from lit_vlm.cost import DEVICES, Flops, MicroBatchSize, ModelShape, ParameterCounts, TrainingOptions, estimate_memory
 from lit_vlm.cost.memory import (
     Precision,

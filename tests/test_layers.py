@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_vlm.config.schema import Task
+from lit_vlm.config.choices import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that import no layer: registries whose names the configuration reads, without torch.

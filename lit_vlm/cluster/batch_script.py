@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_vlm.config.schema import ContainerRuntime, SubmitConfig, TrainerConfig
+from lit_vlm.config.choices import ContainerRuntime
+from lit_vlm.config.schema import SubmitConfig, TrainerConfig
 from lit_vlm.config.slurm_options import GPU_ACCELERATORS, get_gpus_per_node, render_job_environment
 from lit_vlm.data.staging import STAGING_VARIABLE
 

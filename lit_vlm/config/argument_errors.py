@@ -10,8 +10,9 @@ import re
 import shlex
 from pathlib import Path
 
+from lit_vlm.config.choices import Task
 from lit_vlm.config.other_programs import CHOICE_ALIASES, KEY_ALIASES, format_key_remedy
-from lit_vlm.config.schema import RunConfig, Task
+from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.settings import find_nearest_key, get_field_types, list_settings
 from lit_vlm.config.yaml_reader import is_text_setting
 

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import yaml
 
-from lit_vlm.config import schema
+from lit_vlm.config import choices, schema
 from lit_vlm.config.callbacks import CALLBACKS, Use
 from lit_vlm.config.compose import CONF_DIR, list_choices
 from lit_vlm.config.recipe import list_recipes
@@ -105,7 +105,7 @@ def _format_overview() -> str:
 
 
 def _format_tasks() -> str:
-    return "\n".join(f"  {name:<12}{meaning}" for name, meaning in _get_member_meanings(schema.Task).items())
+    return "\n".join(f"  {name:<12}{meaning}" for name, meaning in _get_member_meanings(choices.Task).items())
 
 
 def _format_callbacks() -> str:
@@ -166,7 +166,7 @@ def _get_meaning(setting: Setting) -> str:
 
 
 def _get_member_meanings(enum_class: type[Enum]) -> dict[str, str]:
-    if enum_class is schema.ProjectorName:
+    if enum_class is choices.ProjectorName:
         return {name: projector.description for name, projector in PROJECTORS.items()}
     return {name: read_field_comments().get((enum_class.__name__, name), "") for name in enum_class.__members__}
 
@@ -234,7 +234,7 @@ def _make_table(name: str) -> str:
         ]
         return _format_table(("group", "meaning", "choices"), rows)
     if name == "tasks":
-        members = _get_member_meanings(schema.Task).items()
+        members = _get_member_meanings(choices.Task).items()
         return _format_table(("task", "what runs"), [(f"`task={member}`", text) for member, text in members])
     if name == "callbacks":
         chosen = {key: entry for key, entry in CALLBACKS.items() if entry.use in (Use.default, Use.named)}

@@ -15,6 +15,7 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
+from lit_vlm.config.choices import ActivationCheckpointing, Task
 from lit_vlm.config.compose import list_choices, list_config_dirs, list_groups
 from lit_vlm.config.other_programs import (
     CHOICE_ALIASES,
@@ -24,7 +25,7 @@ from lit_vlm.config.other_programs import (
     format_key_remedy,
 )
 from lit_vlm.config.overrides import CHECKPOINTING_ALIASES, parse_override, quote_value
-from lit_vlm.config.schema import ActivationCheckpointing, DPOStageConfig, RunConfig, StageConfig, Task
+from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.config.settings import (
     describe_type,
     extract_dataclass,

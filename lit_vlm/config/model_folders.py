@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from lit_vlm.config.choices import Task
 from lit_vlm.config.overrides import ConfigError
 from lit_vlm.config.parse import Run
-from lit_vlm.config.schema import Task
 
 CONFIG_FILE, ADAPTER_FILE = "config.json", "adapter_config.json"
 _NEEDED = f" Give the folder that holds the model's {CONFIG_FILE}, or a hub id like 'owner/name'."

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lit_vlm.config.choices import Format, Task
 from lit_vlm.config.compose import compose_config, compute_defaults_list, is_group_choice, list_groups
 from lit_vlm.config.key_validation import find_choice_errors, find_file_errors, find_override_errors
 from lit_vlm.config.overrides import (
@@ -26,7 +27,7 @@ from lit_vlm.config.overrides import (
 from lit_vlm.config.pipeline import build_stage_overrides, find_pipeline_errors
 from lit_vlm.config.recipe import SOURCE_TABLE_PREFIXES, get_experiment, is_pipeline, list_stages
 from lit_vlm.config.run_name import get_previous_stage_folder, get_run_name
-from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
+from lit_vlm.config.schema import DPOStageConfig, RunConfig, SourceConfig, StageConfig
 from lit_vlm.config.settings import list_settings
 from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep
 from lit_vlm.config.tasks import TASKS, find_config_errors

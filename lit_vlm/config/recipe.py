@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from lit_vlm.config.choices import Format, StageName, Task
 from lit_vlm.config.compose import compose_config, list_choices
 from lit_vlm.config.overrides import SOURCES_KEY, ConfigError, add_implied_overrides, get_override_key, parse_override
-from lit_vlm.config.schema import Format, StageName, Task
 from lit_vlm.types import SampleKind, find_nearest, format_suggestion
 
 _STAGE_SELECTION_KEYS = ("task", "recipe", "experiment")

@@ -8,13 +8,31 @@ beside it (`lit_vlm/config/ranges.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from enum import Enum, StrEnum
 from typing import Any
 
 from omegaconf import MISSING
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.callbacks import list_default_callbacks
+from lit_vlm.config.choices import (
+    ActivationCheckpointing,
+    ContainerRuntime,
+    DebugMode,
+    DeviceName,
+    LearningRateSchedule,
+    MarkerMeaning,
+    Markup,
+    OnBadRecord,
+    OnNonfinite,
+    OnOverlong,
+    PairKind,
+    ProjectorName,
+    ScorerName,
+    StageName,
+    StrategyName,
+    Task,
+    WeightUnit,
+)
 from lit_vlm.config.mapping import MappingConfig
 from lit_vlm.config.ranges import (
     ABOVE_0,
@@ -38,176 +56,7 @@ from lit_vlm.config.ranges import (
     SIGNAL_SECONDS,
     ranged,
 )
-from lit_vlm.model.projectors import PROJECTORS
 from lit_vlm.types import Language, ModelPart
-
-# OmegaConf writes an enum by the name of its member, so every name equals its value.
-
-
-class Task(Enum):
-    pipeline = "pipeline"  # all stages of a recipe, in order
-    train = "train"  # one stage
-    prepare = "prepare"  # index and verify the data of a stage and build its plan; needs no GPU
-    preflight = "preflight"  # check the data, the memory and the settings of a stage; seconds, no GPU, no weights
-    sweep = "sweep"  # run the trials of a sweep file and write a page with the results
-    submit = "submit"  # submit one stage or the whole recipe as Slurm jobs
-    prefer = "prefer"  # make preference pairs from the answers of a finished model
-    export = "export"  # export the model folder from a run's checkpoint
-    sync = "sync"  # upload offline runs, or the missing part of a run, to Weights & Biases
-    runs = "runs"  # list the runs below run_dir, and the settings in which they differ
-    chat = "chat"  # chat with a finished model
-    serve = "serve"  # serve a finished model with an OpenAI-compatible interface
-
-
-# Projector between the vision tower and the language model, from the registry.
-ProjectorName = StrEnum("ProjectorName", {name: name for name in PROJECTORS})  # type: ignore[misc]
-
-
-class StageName(Enum):
-    """Training stage."""
-
-    align = "align"
-    sft = "sft"
-    highres = "highres"
-    dpo = "dpo"
-
-
-class LearningRateSchedule(Enum):
-    """Learning-rate schedule after the warm-up."""
-
-    cosine = "cosine"
-    linear = "linear"
-    constant = "constant"
-
-
-class ActivationCheckpointing(Enum):
-    """Level of activation checkpointing."""
-
-    auto = "auto"  # the first level below with which the estimated memory fits on the device
-    none = "none"  # keep all activations for the backward pass
-    selective = "selective"  # keep the results of matrix products and attention, recompute the rest of a layer
-    full = "full"  # keep only the input of each layer and recompute the layer: a third more time, least memory
-
-
-class Format(StrEnum):
-    """Format of the records of a source."""
-
-    auto = "auto"  # detected from the file extension and the keys of the first record
-    llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations (MiniCPM-V's role and content too)
-    sharegpt = "sharegpt"  # ShareGPT: conversations of human and gpt, an images column, a system column
-    messages = (
-        "messages"  # Hugging Face messages or OpenAI content lists: JSONL, parquet, Arrow; images as paths or bytes
-    )
-    preference = "preference"  # prompt, chosen, rejected: of TRL, LLaVA-NeXT, LLaMA-Factory, ms-swift, RLAIF-V
-    caption = "caption"  # an image and its caption or text, in two columns; the question comes from prompts
-    question_answer = "question_answer"  # columns image, question, answer
-    alpaca = "alpaca"  # instruction, input, output, history (LLaMA-Factory)
-    query_response = "query_response"  # query, response, history (ms-swift)
-    prompt_completion = "prompt_completion"  # prompt, completion, as text or messages (TRL)
-    cauldron = "cauldron"  # texts of user and assistant (The Cauldron, FineVision), or conversation (ms-swift)
-    webdataset = "webdataset"  # tar files: images with a caption (.txt) or a record (.json) of the same key
-    mapped = "mapped"  # labels of another structure, converted by data.sources.<name>.mapping (AIHub)
-    builtin = "builtin"  # synthetic samples, generated on demand
-    digits = "digits"  # handwritten digits of scikit-learn
-
-
-class Markup(Enum):
-    """Conversion of markup in texts to control tokens."""
-
-    auto = "auto"  # on for sources of kind ocr, grounding and referring
-    on = "on"  # convert well-formed <obj>, <char>, <bbox>, <gro>, <ocr> in the text to control tokens
-    off = "off"  # keep them as text
-
-
-class MarkerMeaning(Enum):
-    """Meaning of `<image>`, `<video>`, `<bbox>` and similar markers in a text whose format does not define them."""
-
-    place = "place"  # <image> is an image placeholder if the counts match; a record with any other marker is an error
-    text = "text"  # ordinary text, for data about HTML or data formats
-
-
-class OnBadRecord(Enum):
-    """Action for a bad record."""
-
-    quarantine = "quarantine"  # exclude it and list it in quarantine.jsonl, up to data.max_quarantined
-    stop = "stop"  # stop after all records were checked; bad_records.jsonl in the run folder lists them
-
-
-class OnOverlong(Enum):
-    """Action for a sample that is longer than the limits."""
-
-    quarantine = "quarantine"  # treat it as a bad record, see data.on_bad_record
-    fewer_tiles = "fewer_tiles"  # use fewer tiles for its images until it fits; else quarantine
-    cut_turn = "cut_turn"  # remove its last turns until it fits, but keep at least one answer; else quarantine
-
-
-class WeightUnit(Enum):
-    """Unit of the mixture weights."""
-
-    samples = "samples"  # a weight is a share of the sampled samples
-    tokens = "tokens"  # a weight is a share of the sampled tokens
-
-
-class DeviceName(Enum):
-    """Accelerator whose memory and speed preflight assumes."""
-
-    h200 = "h200"
-    h100 = "h100"
-    a100_80gb = "a100_80gb"
-    a100_40gb = "a100_40gb"
-    l40s = "l40s"
-    rtx4090 = "rtx4090"
-
-
-class StrategyName(Enum):
-    """Distributed training strategy."""
-
-    auto = "auto"  # one device: single; several: the choice of task=preflight, reported with its reason
-    single = "single"
-    ddp = "ddp"  # a full copy on each device, gradients are averaged
-    deepspeed_zero2 = "deepspeed_zero2"  # optimizer states and gradients are sharded
-    deepspeed_zero3 = "deepspeed_zero3"  # weights are sharded as well
-    deepspeed_zero3_offload = "deepspeed_zero3_offload"  # ZeRO-3 with idle shards in host memory
-    fsdp2 = "fsdp2"  # weights, gradients and optimizer states are sharded by PyTorch's fully_shard
-    hsdp = "hsdp"  # fsdp2 inside a group of devices, replicas between the groups
-
-
-class OnNonfinite(Enum):
-    """Action for a loss or a gradient that is not finite."""
-
-    stop = "stop"  # stop before the step changes the weights
-    skip = "skip"  # skip the step; weights and optimizer stay unchanged
-    rollback = "rollback"  # return to the last checkpoint and skip the step from there
-
-
-class PairKind(Enum):
-    """Kind of preference pair that task=prefer makes."""
-
-    response = "response"  # the better answer of the model is chosen, the worse one rejected
-    control = "control"  # an answer with boxes is chosen, one that ignores <gro> or <ocr> rejected
-
-
-class ScorerName(Enum):
-    """Scorer of the answers in task=prefer."""
-
-    exact = "exact"  # compare with the reference answer by the metric of its kind: boxes, text lines, else exact match
-    judge = "judge"  # score with prefer.judge
-
-
-class ContainerRuntime(Enum):
-    """Program that runs submit.container on the nodes."""
-
-    pyxis = "pyxis"  # Slurm's plugin with enroot: srun --container-image
-    apptainer = "apptainer"  # apptainer exec inside srun
-    singularity = "singularity"  # singularity exec inside srun
-
-
-class DebugMode(Enum):
-    """Debug mode of a run."""
-
-    fast = "fast"  # a few steps of every phase
-    overfit = "overfit"  # train on the same batch in every step
-    profile = "profile"  # trainer.profile=true in a run of only the steps that it needs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -670,12 +519,3 @@ class RunConfig:
     image: list[str] = field(default_factory=list)  # task=chat: images of the conversation
     prompt: str | None = None  # task=chat: answer this prompt and exit; null: a conversation
     max_new_tokens: int = ranged(256, COUNT)  # task=chat: maximum tokens of an answer
-
-
-@dataclass(kw_only=True, slots=True)
-class RunIdentity:
-    """Name and experiment of a run; computed by parse, not a setting."""
-
-    name: str  # e.g. tiny/2_sft or tiny/2_sft-3fa2b1c0
-    experiment: str | None
-    overrides: list[str] = field(default_factory=list)

@@ -6,7 +6,8 @@ import re
 import shlex
 from collections.abc import Iterator
 
-from lit_vlm.config.schema import ContainerRuntime, RunConfig, SubmitConfig, TrainerConfig
+from lit_vlm.config.choices import ContainerRuntime
+from lit_vlm.config.schema import RunConfig, SubmitConfig, TrainerConfig
 from lit_vlm.formatting import format_count
 
 _TIME_LIMIT = re.compile(

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.choices import Format, StrategyName
 from lit_vlm.config.mapping import MappingConfig, RegionTask
-from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, StrategyName
+from lit_vlm.config.schema import DataConfig, DPOStageConfig, RunConfig, SourceConfig
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import (
     F_DIVERGENCE,

@@ -10,9 +10,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_vlm.config.choices import Task
 from lit_vlm.config.compose import compose_config, list_choices
 from lit_vlm.config.overrides import ConfigError, get_override_key, parse_override, split_sweep_values
-from lit_vlm.config.schema import RunConfig, Task
+from lit_vlm.config.schema import RunConfig
 from lit_vlm.redaction import find_secret_errors
 from lit_vlm.types import find_nearest, format_suggestion
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_vlm.config import validation
+from lit_vlm.config.choices import Task
 from lit_vlm.config.ranges import find_range_errors
-from lit_vlm.config.schema import RunConfig, Task
+from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.slurm_options import find_submit_errors
 from lit_vlm.config.sweep_overrides import find_trial_errors
 

@@ -11,22 +11,16 @@ from functools import cache
 from pathlib import Path
 
 from lit_vlm.config.callbacks import find_callback_errors
+from lit_vlm.config.choices import Format, Markup, ScorerName, StageName, StrategyName, Task, WeightUnit
 from lit_vlm.config.mapping import find_mapping_errors
 from lit_vlm.config.schema import (
     DataConfig,
     DPOStageConfig,
-    Format,
-    Markup,
     PartConfig,
     RunConfig,
-    ScorerName,
     ShareConfig,
     SourceConfig,
-    StageName,
-    StrategyName,
-    Task,
     TrainerConfig,
-    WeightUnit,
 )
 from lit_vlm.config.settings import get_field_types
 from lit_vlm.config.stage_validation import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import DeviceName
+from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.config.choices import DeviceName
 from lit_vlm.cost.model_shape import ModelShape, TextShape, VisionShape
 from lit_vlm.types import LOGITS_CHUNK_TOKENS
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import PreflightConfig, StageConfig, StrategyName, TrainerConfig
+from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.config.choices import StrategyName
+from lit_vlm.config.schema import PreflightConfig, StageConfig, TrainerConfig
 from lit_vlm.cost.communication import (
     BytesPerValue,
     Cluster,

@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.config.schema import PairKind, PreferConfig
+from lit_vlm.config.choices import PairKind
+from lit_vlm.config.schema import PreferConfig
 from lit_vlm.curation.pairs import (
     AnswerOrigin,
     AnswerPair,

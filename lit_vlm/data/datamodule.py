@@ -17,7 +17,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_vlm.compat.lightning import has_distributed_sampler, set_num_steps
-from lit_vlm.config.schema import OnOverlong
+from lit_vlm.config.choices import OnOverlong
 from lit_vlm.cost import Flops
 from lit_vlm.data.index.build import build_index
 from lit_vlm.data.index.fingerprint import verify_unchanged

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.config.schema import OnBadRecord, SourceConfig
+from lit_vlm.config.choices import OnBadRecord
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.files import append_line, atomic_write, read_json_lines
 from lit_vlm.types import Fault, RecordError, UserError

@@ -12,7 +12,8 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
+from lit_vlm.config.choices import Format, MarkerMeaning, Markup
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.config.user_classes import is_class_path
 from lit_vlm.data.readers.columns import check_columns, get_columns, rename_columns
 from lit_vlm.data.readers.context import ReaderSettings, RecordContext, find_mark

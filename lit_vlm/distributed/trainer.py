@@ -17,7 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_vlm.config.schema import StrategyName, TrainerConfig
+from lit_vlm.config.choices import StrategyName
+from lit_vlm.config.schema import TrainerConfig
 from lit_vlm.distributed.ranks import make_cluster_plugins
 from lit_vlm.types import UserError
 

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 
 from lit_vlm.checkpoint.index import compute_plan_digest
-from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import StrategyName
+from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.config.choices import StrategyName
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.distributed.collectives import gather_objects
 from lit_vlm.formatting import format_count

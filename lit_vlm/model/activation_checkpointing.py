@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
 
 from lit_vlm.compat.torch import GROUPED_MM, get_argument_names
-from lit_vlm.config.schema import ActivationCheckpointing as Level
+from lit_vlm.config.choices import ActivationCheckpointing as Level
 
 MATMUL_OPERAND_INDICES = {
     torch.ops.aten.mm.default: (0, 1),

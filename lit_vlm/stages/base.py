@@ -20,8 +20,9 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.compat.lightning import get_batch_index, get_trainer, set_hparams
-from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import StageConfig, StageName
+from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.config.choices import StageName
+from lit_vlm.config.schema import StageConfig
 from lit_vlm.config.settings import build_stage_config, convert_to_plain
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.next_token import compute_next_token_loss

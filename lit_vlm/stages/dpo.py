@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
-from lit_vlm.config.schema import DPOStageConfig, ModelConfig, StageName
+from lit_vlm.config.choices import StageName
+from lit_vlm.config.schema import DPOStageConfig, ModelConfig
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import find_sorting_losses
 from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, pad_answer_scores

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import ImageSettings, Tiling
-from lit_vlm.config.schema import ActivationCheckpointing as Level
+from lit_vlm.config.choices import ActivationCheckpointing as Level
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.activation_checkpointing import has_checkpointed_layers
 from lit_vlm.model.build import build_model

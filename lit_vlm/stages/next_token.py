@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lit_vlm.config.schema import StageName
+from lit_vlm.config.choices import StageName
 from lit_vlm.stages.base import Stage
 from lit_vlm.types import ModelPart
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lit_vlm.compat.lightning import allow_clipping
-from lit_vlm.config.schema import LearningRateSchedule, LoraConfig, StageConfig
+from lit_vlm.config.choices import LearningRateSchedule
+from lit_vlm.config.schema import LoraConfig, StageConfig
 from lit_vlm.model.parts import iter_parameters
 from lit_vlm.types import ModelPart
 

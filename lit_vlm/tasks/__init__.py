@@ -6,9 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 
 from lit_vlm.config import tasks
+from lit_vlm.config.choices import Task
 from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.parse import Run
-from lit_vlm.config.schema import Task
 
 
 def _import_lazily(target: str) -> Callable[[Run], None]:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import DeviceName, PreflightConfig, StageConfig, StrategyName, TrainerConfig
+from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.config.choices import DeviceName, StrategyName
+from lit_vlm.config.schema import PreflightConfig, StageConfig, TrainerConfig
 from lit_vlm.cost import DEVICES, Device, MicroBatchSize, ModelShape, ParameterCounts
 from lit_vlm.cost.strategy import StrategyDecision, make_training_setup, select_cpu_strategy, select_strategy
 from lit_vlm.data.datamodule import DataModule

@@ -10,7 +10,8 @@ import lightning as L
 from callbacks import Heartbeat
 from callbacks.out_of_memory import save_previous_step
 from lit_vlm.cluster.slurm import get_own_job
-from lit_vlm.config.schema import DataConfig, OnBadRecord
+from lit_vlm.config.choices import OnBadRecord
+from lit_vlm.config.schema import DataConfig
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.micro_batches import RecordLoggedError
 from lit_vlm.data.quarantine import Ledger

@@ -13,7 +13,8 @@ from typing import Any
 from rich.table import Table
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import PreferConfig, ScorerName, ValidationConfig
+from lit_vlm.config.choices import ScorerName
+from lit_vlm.config.schema import PreferConfig, ValidationConfig
 from lit_vlm.curation.answer_log import IMAGES, AnswerLog, find_template_day, get_log_folder
 from lit_vlm.curation.generator import PAIR, PairGenerator, PairImages, find_image_root, get_sample_key, summarize_lines
 from lit_vlm.curation.scorers import ExactScorer, ModelJudge, Scorer, load_custom_scorer

@@ -14,17 +14,15 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.config import Run
+from lit_vlm.config.choices import ActivationCheckpointing, StageName, StrategyName
 from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.schema import (
-    ActivationCheckpointing,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
     PreflightConfig,
     SourceConfig,
     StageConfig,
-    StageName,
-    StrategyName,
     TrainerConfig,
 )
 from lit_vlm.cost import ModelShape

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import DataConfig, OnBadRecord
+from lit_vlm.config.choices import OnBadRecord
+from lit_vlm.config.schema import DataConfig
 from lit_vlm.data.index.verify import verify_images
 from lit_vlm.formatting import format_count
 from lit_vlm.model.spec import load_model_spec

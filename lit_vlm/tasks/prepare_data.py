@@ -10,15 +10,8 @@ from pathlib import Path
 
 import torch
 
-from lit_vlm.config.schema import (
-    DataConfig,
-    DebugMode,
-    ModelConfig,
-    OnBadRecord,
-    StageConfig,
-    StageName,
-    TrainerConfig,
-)
+from lit_vlm.config.choices import DebugMode, OnBadRecord, StageName
+from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig, TrainerConfig
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.sample_index import SampleIndex

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_vlm.config import Run
+from lit_vlm.config.choices import StageName
 from lit_vlm.config.run_name import is_non_identity_key
-from lit_vlm.config.schema import StageName
 from lit_vlm.config.validation import RUN_SUBFOLDERS
 from lit_vlm.evaluation.metrics import METRICS
 from lit_vlm.fault_tolerance.run_lock import is_holder_alive, read_holder

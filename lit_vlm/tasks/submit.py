@@ -14,8 +14,9 @@ from typing import Any
 from lit_vlm.cluster.batch_script import SlurmJob, render_batch_script, to_one_line
 from lit_vlm.cluster.slurm import build_sbatch_command, get_job_state, require_slurm, submit_job
 from lit_vlm.config import ConfigError, Run, build_stage_overrides, is_pipeline, list_stages, parse
+from lit_vlm.config.choices import Format
 from lit_vlm.config.overrides import get_override_key
-from lit_vlm.config.schema import DataConfig, Format, ModelConfig, StageConfig, TrialsConfig
+from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig, TrialsConfig
 from lit_vlm.config.slurm_options import get_cpus_per_task
 from lit_vlm.data.readers.record_files import find_pattern_folder, is_pattern
 from lit_vlm.fault_tolerance.signals import postpone_signals

@@ -15,10 +15,10 @@ from rich.table import Table
 from callbacks import check_user_callbacks, make_callbacks
 from lit_vlm.checkpoint.index import RunFingerprint
 from lit_vlm.config.callbacks import choose_callbacks
+from lit_vlm.config.choices import DebugMode
 from lit_vlm.config.schema import (
     CheckpointConfig,
     DataConfig,
-    DebugMode,
     GuardConfig,
     ModelConfig,
     PreflightConfig,

@@ -11,7 +11,7 @@ import yaml
 from waiting import PATIENCE
 
 import run as program
-from lit_vlm.config.schema import Task
+from lit_vlm.config.choices import Task
 from lit_vlm.config.settings import list_settings
 from lit_vlm.tasks import TASKS
 from lit_vlm.types import UserError

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from lit_vlm.config import ConfigError, build_stage_overrides, list_stages, parse
+from lit_vlm.config.choices import StageName, Task
 from lit_vlm.config.overrides import parse_override, quote_value
-from lit_vlm.config.schema import DPOStageConfig, StageName, Task
+from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.validation import list_trainer_arguments
 from lit_vlm.losses.loss_types import PREFERENCE_LOSSES
 from lit_vlm.types import UserError

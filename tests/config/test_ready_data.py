@@ -7,10 +7,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from lit_vlm.config import parse
+from lit_vlm.config.choices import Format
 from lit_vlm.config.compose import CONF_DIR, compose_config
 from lit_vlm.config.mapping import MappingConfig, find_mapping_errors
 from lit_vlm.config.overrides import ConfigError
-from lit_vlm.config.schema import Format
 from lit_vlm.config.settings import KEY_ALIASES, list_settings
 
 STAGES = {"align": "tiny/1_align", "sft": "tiny/2_sft", "highres": "tiny/3_highres", "preference": "tiny/4_dpo"}

@@ -11,8 +11,8 @@ from waiting import PATIENCE
 import callbacks
 from callbacks import make_callbacks
 from lit_vlm.config.callbacks import CALLBACKS, CallbackEntry, Use, choose_callbacks, find_callback_errors
+from lit_vlm.config.choices import StageName
 from lit_vlm.config.help import PAGE, format_help, write_tables
-from lit_vlm.config.schema import StageName
 from lit_vlm.stages import STAGES
 
 ROOT = Path(callbacks.__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ def test_a_task_is_a_member_an_entry_and_a_file(tmp_path):
     for folder in ("lit_vlm", "conf"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "run.py", tmp_path)
-    insert_after(tmp_path / "lit_vlm/config/schema.py", "class Task(Enum)", '    greet = "greet"  # greet the user')
+    insert_after(tmp_path / "lit_vlm/config/choices.py", "class Task(Enum)", '    greet = "greet"  # greet the user')
     entry = (
         '    Task.greet: TaskEntry("lit_vlm.tasks.greet:greet", (lambda config: ["no seed"] * (config.seed == 0),)),'
     )

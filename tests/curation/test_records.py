@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from support import picture
 
-from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.config.choices import Format
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.curation.generator import PairImages, build_pair_row, find_image_root
 from lit_vlm.curation.pairs import AnswerOrigin, AnswerPair, AnswerState, CandidateAnswer
 from lit_vlm.data.lazy_images import BytesImage, FileImage

@@ -8,8 +8,9 @@ import zipfile
 from PIL import Image
 
 from lit_vlm.config import parse
+from lit_vlm.config.choices import Format, MarkerMeaning
 from lit_vlm.config.mapping import MappingConfig
-from lit_vlm.config.schema import Format, MarkerMeaning, SourceConfig
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.sources import open_source
 
 

@@ -14,7 +14,7 @@ from image_bytes import encode, make_photo
 from test_images import MAX_PIXELS, audit  # noqa: F401 - a fixture
 from waiting import PATIENCE
 
-from lit_vlm.config.schema import OnBadRecord
+from lit_vlm.config.choices import OnBadRecord
 from lit_vlm.data.collate import collate
 from lit_vlm.data.lazy_images import BytesImage, FileImage
 from lit_vlm.data.quarantine import Quarantine

@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from source_cases import encode_png, make_llava, open_path, write
 
-from lit_vlm.config.schema import MarkerMeaning
+from lit_vlm.config.choices import MarkerMeaning
 from lit_vlm.types import SPECIAL_TOKENS, RecordError
 
 CONTROLS = [*SPECIAL_TOKENS, "<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]

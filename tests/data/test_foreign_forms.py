@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 from source_cases import get_contents, open_path, read_record, write
 
-from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
+from lit_vlm.config.choices import Format, MarkerMeaning, Markup
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.build import build_index
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import ImagePlaceholder, RecordError, Role

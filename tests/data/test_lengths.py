@@ -7,7 +7,7 @@ import pytest
 from index_cases import LinesSource, save_photo, write
 from support import builtin, sample
 
-from lit_vlm.config.schema import OnOverlong
+from lit_vlm.config.choices import OnOverlong
 from lit_vlm.data.index.build import build_index
 from lit_vlm.data.index.lengths import apply_length_policy
 from lit_vlm.data.index.sample_index import SampleIndex

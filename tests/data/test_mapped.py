@@ -9,8 +9,8 @@ import pytest
 from delivery import decompose, label, make_pair, make_zip, open_mapped, open_named_set, picture
 from PIL import Image
 
+from lit_vlm.config.choices import MarkerMeaning
 from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, RegionTask
-from lit_vlm.config.schema import MarkerMeaning
 from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.data.markup import parse_mentions
 from lit_vlm.types import (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lit_vlm.config.schema import OnBadRecord
+from lit_vlm.config.choices import OnBadRecord
 from lit_vlm.data.quarantine import BAD_RECORDS_FILE, Quarantine
 from lit_vlm.types import Fault, RecordError, UserError
 

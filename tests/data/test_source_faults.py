@@ -8,7 +8,8 @@ import unicodedata
 import pytest
 from source_cases import ANSWER, GPT, HUMAN, USER, make_llava, open_path, read_record, write
 
-from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.config.choices import Format
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import Fault, RecordError, UserError
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from source_cases import ANSWER, GPT, HUMAN, encode_png, get_contents, make_llava, open_path, read_record, write
 
-from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.config.choices import Format
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.sources import open_source
 from lit_vlm.data.subsets import SourceSubset, choose_positions
 from lit_vlm.types import Fault, ImagePlaceholder, RecordError, Role, SampleKind, UserError

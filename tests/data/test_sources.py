@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from source_cases import ANSWER, GPT, HUMAN, USER, encode_png, get_contents, make_llava, open_path, read_record, write
 
-from lit_vlm.config.schema import Format, Markup, SourceConfig
+from lit_vlm.config.choices import Format, Markup
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.lazy_images import BytesImage, FileImage
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import ControlToken, ImagePlaceholder, Language, RecordError, Role, SampleKind, UserError

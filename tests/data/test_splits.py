@@ -9,8 +9,9 @@ from delivery import label, make_zip, open_mapped, picture
 from source_cases import open_path, write
 
 from lit_vlm.config import parse
+from lit_vlm.config.choices import Format
 from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, MappingConfig, RegionTask
-from lit_vlm.config.schema import DataConfig, Format, SourceConfig
+from lit_vlm.config.schema import DataConfig, SourceConfig
 from lit_vlm.config.stage_validation import find_unused_data_settings
 from lit_vlm.data.readers.splits import infer_split, normalize_split
 from lit_vlm.data.sources import open_source

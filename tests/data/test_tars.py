@@ -13,7 +13,7 @@ import pytest
 from hostile_tars import CANARY, CASES, build_archive, make_member
 from source_cases import get_contents, open_path
 
-from lit_vlm.config.schema import Format
+from lit_vlm.config.choices import Format
 from lit_vlm.data.readers.rows.tar_samples import open_tar
 from lit_vlm.types import Fault, ImagePlaceholder, Language, RecordError, SampleKind, UserError
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lit_vlm.config.choices import Format, OnOverlong
 from lit_vlm.config.mapping import MappingConfig
-from lit_vlm.config.schema import Format, OnOverlong, SourceConfig
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data import micro_batches
 from lit_vlm.data.index.build import build_index
 from lit_vlm.data.index.lengths import apply_length_policy

@@ -10,7 +10,8 @@ import torch
 import torch.multiprocessing as mp
 from waiting import PATIENCE
 
-from lit_vlm.config.schema import RunConfig, StrategyName
+from lit_vlm.config.choices import StrategyName
+from lit_vlm.config.schema import RunConfig
 from lit_vlm.distributed.collectives import SharedFlags, StepFlag, get_shared_flags
 from lit_vlm.distributed.trainer import make_strategy
 from lit_vlm.fault_tolerance.rank_check import collect_rank_settings, require_equal_facts

@@ -11,7 +11,8 @@ from rank_cases import STAGE_CASES, AnswerRecorder, Case, StateRecorder, assembl
 from rank_runs import require_equal, run_ranks
 from waiting import PATIENCE
 
-from lit_vlm.config.schema import StrategyName, TrainerConfig
+from lit_vlm.config.choices import StrategyName
+from lit_vlm.config.schema import TrainerConfig
 from lit_vlm.distributed.trainer import make_strategy
 
 WORKER = Path(__file__).with_name("zero_worker.py")

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText
 from waiting import PATIENCE
 
 from callbacks.export import Export
-from lit_vlm.config.schema import StrategyName, TrainerConfig
+from lit_vlm.config.choices import StrategyName
+from lit_vlm.config.schema import TrainerConfig
 from lit_vlm.distributed.fsdp import FSDP2Strategy
 from lit_vlm.distributed.trainer import make_strategy
 from lit_vlm.types import UserError

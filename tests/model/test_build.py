@@ -218,7 +218,7 @@ def test_a_padded_embedding_table_keeps_its_size_and_a_full_one_grows(small_part
 
 
 def test_a_linear_projector_trains_one_matrix_and_the_identity_after_it_is_frozen(small_parts):
-    from lit_vlm.config.schema import ProjectorName
+    from lit_vlm.config.choices import ProjectorName
     from lit_vlm.stages import AlignStage
 
     model = build_model(blueprint_of(small_parts, projector=ProjectorName.linear))

@@ -11,7 +11,7 @@ from support import blueprint_of, builtin
 from torch import nn
 
 from lit_vlm.config import parse
-from lit_vlm.config.schema import ProjectorName
+from lit_vlm.config.choices import ProjectorName
 from lit_vlm.config.tasks import find_config_errors
 from lit_vlm.cost import Flops, ModelShape, TrainingOptions
 from lit_vlm.cost.memory import Precision, compute_tile_activation_bytes

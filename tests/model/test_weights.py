@@ -12,7 +12,8 @@ from support import blueprint_of
 from test_build import FAMILIES, make_language_folder
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen3MoeConfig, SiglipConfig, SiglipModel
 
-from lit_vlm.config.schema import ModelConfig, ProjectorName
+from lit_vlm.config.choices import ProjectorName
+from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model import export
 from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model

@@ -14,9 +14,9 @@ from waiting import PATIENCE
 
 from lit_vlm.cluster.batch_script import render_batch_script
 from lit_vlm.config import ConfigError, parse
+from lit_vlm.config.choices import Task
 from lit_vlm.config.compose import CONF_DIR, VERSION_BASE
 from lit_vlm.config.launcher import make_launcher_config, register_launcher
-from lit_vlm.config.schema import Task
 from lit_vlm.tasks import TASKS
 from lit_vlm.tasks.submit import make_job, submit
 from lit_vlm.types import UserError

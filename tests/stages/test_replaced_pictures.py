@@ -8,7 +8,8 @@ import pytest
 from fits import export_copy, fit
 from PIL import Image
 
-from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.config.choices import Format
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.sources import open_source
 from lit_vlm.stages import AlignStage, DPOStage
 from lit_vlm.types import UserError

@@ -8,15 +8,9 @@ import torch
 from support import blueprint_of, builtin
 
 from lit_vlm.anyres import Tiling
-from lit_vlm.config.schema import (
-    STAGE_CONFIGS,
-    DPOStageConfig,
-    LearningRateSchedule,
-    LoraConfig,
-    PartConfig,
-    PartsConfig,
-)
-from lit_vlm.config.schema import ActivationCheckpointing as Level
+from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.config.choices import LearningRateSchedule
+from lit_vlm.config.schema import STAGE_CONFIGS, DPOStageConfig, LoraConfig, PartConfig, PartsConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule, TrainMicroBatches
 from lit_vlm.data.processor import Processor

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 from run_helpers import make_llava_record, run, write_records
 
 from lit_vlm.config import ConfigError, parse
-from lit_vlm.config.schema import Format, Markup, SourceConfig
+from lit_vlm.config.choices import Format, Markup
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.curation import generator
 from lit_vlm.curation.answer_log import AnswerLog
 from lit_vlm.data.sources import open_source

@@ -167,7 +167,8 @@ def test_the_stages_follow_each_other_on_photographs(user_folder):
 
 
 def test_a_photograph_of_640_by_427_is_split_into_tiles(user_folder, parts):
-    from lit_vlm.config.schema import Format, SourceConfig
+    from lit_vlm.config.choices import Format
+    from lit_vlm.config.schema import SourceConfig
     from lit_vlm.data.sources import open_source
 
     settings = SourceConfig(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_vlm.config.schema import OnOverlong
+from lit_vlm.config.choices import OnOverlong
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.index.shard_cache import get_origin
 from lit_vlm.data.processor import Processor

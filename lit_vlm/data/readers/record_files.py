@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.config.choices import Format
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.readers.columns import rename_columns
 from lit_vlm.data.readers.formats import NEEDED_KEYS, detect_record_format, format_keys
 from lit_vlm.data.readers.rows import JoinedRows, Rows, arrow_files, csv_files, json_files, tar_samples

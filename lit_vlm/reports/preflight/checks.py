@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lit_vlm.config.schema import (
-    ActivationCheckpointing,
-    DataConfig,
-    OnBadRecord,
-    OnOverlong,
-    StageConfig,
-)
+from lit_vlm.config.choices import ActivationCheckpointing, OnBadRecord, OnOverlong
+from lit_vlm.config.schema import DataConfig, StageConfig
 from lit_vlm.data.quarantine import format_unused_keys
 from lit_vlm.formatting import format_bytes, format_count, format_percent
 from lit_vlm.losses.loss_types import find_sorting_losses

@@ -14,14 +14,8 @@ from typing import Any
 
 import torch
 
-from lit_vlm.config.schema import (
-    ActivationCheckpointing,
-    CheckpointConfig,
-    PreflightConfig,
-    StageConfig,
-    StrategyName,
-    TrainerConfig,
-)
+from lit_vlm.config.choices import ActivationCheckpointing, StrategyName
+from lit_vlm.config.schema import CheckpointConfig, PreflightConfig, StageConfig, TrainerConfig
 from lit_vlm.cost import (
     DEVICES,
     Device,
