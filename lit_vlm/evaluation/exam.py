@@ -162,8 +162,10 @@ class ExamAnswers:
         sizes = {cell: get_cell_size(cell[0], hard=cell[2]) for cell in cells}
         return min((counts[cell] for cell in cells if counts[cell] < sizes[cell]), default=max(sizes.values()))
 
-    def take(self, items_per_cell: int) -> ExamAnswers:
-        """Take the first items of each cell."""
+    def take(self, items_per_cell: int | None) -> ExamAnswers:
+        """Take the first items of each cell; None: all."""
+        if items_per_cell is None:
+            return self
         rows = [row for row in self.rows if row["number"] < items_per_cell]
         return ExamAnswers(self.path, self.identity, self.weights, rows)
 
@@ -228,6 +230,15 @@ def _is_row(row: dict[str, Any]) -> bool:
         and row.get("instruction") in instructions
         and all(isinstance(row.get(name), int | float) for name in ("hard", "number", "score", "obeys"))
     )
+
+
+def get_answers_path(model: str, run_dir: Path) -> Path:
+    """Return the file of a model's answers: in its run folder, or below run_dir/exam for a model without one."""
+    folder = Path(model)
+    if folder.name == "hf" and (folder.parent / "manifest.json").is_file():
+        return folder.parent / EXAM_FILE
+    name = folder.parent.name if folder.name == "hf" else folder.name
+    return run_dir / "exam" / (name if folder.is_dir() else model) / EXAM_FILE
 
 
 class ExamLog:

@@ -17,6 +17,7 @@ from rich.table import Table
 from lit_vlm.evaluation.metrics import METRICS
 from lit_vlm.formatting import format_change, format_count, format_duration, format_short
 from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
+from lit_vlm.reports.exam import collect_exam, list_exams
 from lit_vlm.reports.run_record import RunRecord, read_run, split_group
 from lit_vlm.reports.templates import PageTemplate, write_page
 from lit_vlm.types import SPECIAL_TOKENS
@@ -43,6 +44,7 @@ def write_report(path: Path, runs: list[Path], title: str) -> None:
             for record in records
         ],
         ladder=_collect_stage_scores(records),
+        exam=collect_exam(list_exams(runs)),
         lead=_format_totals(records),
         origin=_collect_origin(records),
     )
