@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.data.markup import parse_mentions
-from lit_vlm.data.synthetic import GENERATOR_VERSION, TASKS, BuiltinSource
+from lit_vlm.data.synthetic import GENERATOR_VERSION, TASKS, BuiltinSource, Picture
 from lit_vlm.evaluation.metrics import compute_score
 from lit_vlm.files import append_line, handle_write_errors, read_json_lines
 from lit_vlm.types import SPECIAL_TOKENS, ControlToken, Language, Sample, SampleKind, UserError
@@ -28,7 +28,9 @@ ITEMS_PER_CELL = 150  # 300 for each kind and language: easy and hard
 CELL_SIZES = {(SampleKind.text, False): 100, (SampleKind.text, True): 200}
 EXTRA_TOKENS = 16  # tokens beyond the reference answer after which an answer is cut
 LANGUAGES = (Language.ko, Language.en)
-KINDS = tuple(TASKS)  # digits are left out: there are 297 held-out ones. Preference pairs ask the questions of other kinds
+KINDS = tuple(
+    TASKS
+)  # digits are left out: there are 297 held-out ones. Preference pairs ask the questions of other kinds
 INSTRUCTIONS = ("gro", "ocr", "plain")  # task token of the question
 ALL_CELL = "mean"  # of all cells but those of obedience
 EXAM_FILE = "exam.jsonl"
@@ -57,7 +59,7 @@ class ExamItem:
     def content(self) -> str:
         """Hash of question, answer and images, 16 hex digits. Equal ids with other contents are other items."""
         texts = [message.text for message in self.sample.messages]
-        images = [image.content().hex() for image in self.sample.images]
+        images = [image.content().hex() for image in self.sample.images if isinstance(image, Picture)]
         return hashlib.blake2b(json.dumps([texts, images]).encode(), digest_size=8).hexdigest()
 
 
@@ -83,7 +85,8 @@ def _make_cells(kind: SampleKind, language: Language) -> tuple[list[ExamItem], l
     for cell, hard in zip(cells, (False, True), strict=True):
         options: dict[str, Any] = {"hard": hard, "seed": EXAM_SEED, "held_out": True}
         source = BuiltinSource("exam", kind, language=language, num_samples=10_000, **options)
-        for record in source:
+        for number in range(len(source)):
+            record = source[number]
             assert isinstance(record, Sample)  # KINDS has no pairs
             item = ExamItem(record, len(cell), hard)
             if item.content not in seen:

@@ -147,9 +147,7 @@ def collect_exam(exams: list[tuple[str, ExamAnswers]]) -> dict[str, Any]:
         {
             "title": title,
             "language": language,
-            "cells": [
-                _make_cell(column, f"{group}_{difficulty}") for column in columns for difficulty in DIFFICULTIES
-            ],
+            "cells": [_make_cell(column, f"{group}_{difficulty}") for column in columns for difficulty in DIFFICULTIES],
         }
         for title, language, group in list_rows()
     ]
