@@ -16,7 +16,7 @@ from enum import StrEnum
 from functools import lru_cache
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from lit_vlm.evaluation.exam import ALL_CELL, ExamAnswers
 from lit_vlm.types import UserError
@@ -129,7 +129,7 @@ def _resample(values: tuple[float, ...], counts: tuple[int, ...], num_cells: int
     drawn = rng.multinomial(total, np.array(counts) / total, size=NUM_RESAMPLES)
     means = drawn @ np.array(values) / total
     mean = float(np.array(counts) @ np.array(values)) / total
-    ratio = float(stats.t.isf(tail, total - 1) / stats.norm.isf(tail)) * math.sqrt(total / (total - 1))
+    ratio = float(special.stdtrit(total - 1, tail) / special.ndtri(tail)) * math.sqrt(total / (total - 1))
     low, high = np.quantile(means, tail, method="lower"), np.quantile(means, 1 - tail, method="higher")
     return max(-1.0, mean - ratio * (mean - float(low))), min(1.0, mean + ratio * (float(high) - mean))
 
