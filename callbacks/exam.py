@@ -26,11 +26,11 @@ from lit_vlm.evaluation.exam import (
     make_items,
     score_answer,
 )
-from lit_vlm.evaluation.generation import generate_answers, generate_answers_continuously
+from lit_vlm.evaluation.generation import count_answer_tokens, generate_answers, generate_answers_continuously
 from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
 from lit_vlm.loggers.tracker import require_logged_metric
 from lit_vlm.model.generate import use_eval_mode
-from lit_vlm.types import Sample, UserError
+from lit_vlm.types import UserError
 
 TILE_LIMIT_FACTOR = 4  # factor on the training tile limit: generation keeps no activations for a backward pass
 
@@ -188,14 +188,8 @@ def _answer_together(
     longest = max(cost.num_tokens for cost in costs) + EXTRA_TOKENS
     most_tiles = max(1, *(cost.num_tiles for cost in costs))
     size = max(1, min(max_tokens // longest, TILE_LIMIT_FACTOR * max_tiles // most_tiles))
-    new_tokens = max(_count_answer_tokens(datamodule, item.sample) for item in items) + EXTRA_TOKENS
     for start in range(0, len(own), size):
         group = own[start : start + size]
         samples = [item.sample for item in group]
-        yield from zip(group, generate_answers(pl_module.model, datamodule.processor, samples, new_tokens), strict=True)
-
-
-def _count_answer_tokens(datamodule: DataModule, sample: Sample) -> int:
-    """Count the tokens of the last answer."""
-    whole = datamodule.processor.compute_cost(sample).num_tokens
-    return whole - datamodule.processor.encode_prompt(sample).num_tokens
+        limits = [count_answer_tokens(datamodule.processor, sample) + EXTRA_TOKENS for sample in samples]
+        yield from zip(group, generate_answers(pl_module.model, datamodule.processor, samples, limits), strict=True)

@@ -14,7 +14,7 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.continuous_batching import ContinuousBatcher, DecodingParams, GeneratedSequence
-from lit_vlm.model.generate import SamplingParams, find_prompt_positions, generate
+from lit_vlm.model.generate import SamplingParams, generate
 from lit_vlm.types import (
     SPECIAL_TOKENS,
     ContentPart,
@@ -57,16 +57,24 @@ def make_prompt_sample(messages: Sequence[Message], images: Sequence[LazyImage])
 
 
 def generate_answers(
-    model: LlavaOnevisionForConditionalGeneration, processor: Processor, samples: Sequence[Sample], max_new_tokens: int
+    model: LlavaOnevisionForConditionalGeneration,
+    processor: Processor,
+    samples: Sequence[Sample],
+    max_new_tokens: int | Sequence[int],
 ) -> list[str]:
     """Generate the last answer of each conversation with greedy decoding. Returns texts with control tokens spelled out.
 
     All samples are one generation batch: the caller keeps it within the memory. The samples' own last messages are not read.
+
+    Args:
+        max_new_tokens: maximum number of tokens of each answer, or one number for all.
     """
+    limits = [max_new_tokens] * len(samples) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
     stop_id = get_end_of_answer_id(processor)
-    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id)
-    return [processor.decode([token for token in ids if token != stop_id]) for ids in outputs]
+    outputs = generate(model, batch, max(limits), eos_token_id=stop_id)
+    cropped = [ids[:limit] for ids, limit in zip(outputs, limits, strict=True)]
+    return [processor.decode([token for token in ids if token != stop_id]) for ids in cropped]
 
 
 def generate_answers_continuously(
@@ -100,10 +108,7 @@ def generate_answers_continuously(
     while True:
         while len(batcher.waiting) < MAX_PROMPTS and (group := next(groups, None)) is not None:
             batch = collate(processor, [samples[number] for number in group])
-            lengths = [
-                total - len(prompt)
-                for total, prompt in zip(batch.segment_lengths, find_prompt_positions(batch), strict=True)
-            ]
+            lengths = [count_answer_tokens(processor, samples[number]) for number in group]
             params = [DecodingParams(max_new_tokens=length + extra_tokens) for length in lengths]
             numbers |= zip(batcher.add(batch, params), group, strict=True)
         if not batcher.has_work:
@@ -111,6 +116,13 @@ def generate_answers_continuously(
         for sequence in batcher.step():
             if sequence.finish_reason:
                 yield numbers.pop(sequence), processor.decode([token for token in sequence.ids if token != stop_id])
+
+
+def count_answer_tokens(processor: Processor, sample: Sample) -> int:
+    """Count the tokens of a sample's last answer, with all that follows it."""
+    (sequence,) = processor.encode_sequences(sample)
+    starts = np.flatnonzero(np.diff(sequence.supervised.astype(np.int8)) == 1)  # the token before an answer
+    return sequence.num_tokens - int(starts[-1]) - 1
 
 
 def group_in_order(sizes: Sequence[tuple[int, int]], *, max_tokens: int, max_tiles: int) -> Iterator[list[int]]:

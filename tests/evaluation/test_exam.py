@@ -269,5 +269,3 @@ def test_a_comparison_gives_the_same_intervals_each_time():
     differences = np.random.default_rng(1).uniform(-1, 1, 60)
     first = compute_interval(differences, 12)
     assert compute_interval(np.random.default_rng(2).permutation(differences), 12) == first
-
-
