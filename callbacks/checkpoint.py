@@ -78,11 +78,17 @@ class Checkpoint(L.Callback):
         self.timeout_minutes = timeout_minutes
         self.stall_seconds: list[float] = []  # seconds that each save stalled training
         self._writer: CheckpointWriter | None = None
-        self._shards: ShardedState | None = None
+        self._shards: ShardedState  # set in on_fit_start
         self._sample_hash: SampleHash | None = None
         self._saved_step = 0  # last saved step
         self._best_value: float | None = None  # of best_metric
         self._last_save_time = time.monotonic()
+
+    @property
+    def writer(self) -> CheckpointWriter:
+        """Writer of this run's checkpoints; there is one while a fit runs."""
+        assert self._writer is not None
+        return self._writer
 
     # ---- resume
 
@@ -217,7 +223,7 @@ class Checkpoint(L.Callback):
             self._wait_for_save(trainer)
             if trainer.global_step > self._saved_step:
                 pieces = list(self._shards.iter_shards()) if self._shards.is_writer else []
-                self._writer.start(self._make_index(trainer), pieces, asynchronous=self.asynchronous)
+                self.writer.start(self._make_index(trainer), pieces, asynchronous=self.asynchronous)
                 self._saved_step, self._last_save_time = trainer.global_step, time.monotonic()
             if wait or not self.asynchronous:
                 self._wait_for_save(trainer)
@@ -251,13 +257,13 @@ class Checkpoint(L.Callback):
         """Wait for the current save and return its error message; "" if the checkpoint is on disk."""
         # The writer of rank 0 waits for the files of the other ranks. It stops early if one of them failed.
         world_size = trainer.world_size
-        own_error = "" if trainer.is_global_zero else _format_error(self._writer.wait())
+        own_error = "" if trainer.is_global_zero else _format_error(self.writer.wait())
         other_errors = gather_objects(own_error, world_size)
-        errors = gather_objects(_format_error(self._writer.wait(aborting=any(other_errors))), world_size)
+        errors = gather_objects(_format_error(self.writer.wait(aborting=any(other_errors))), world_size)
         if not any(errors):
             return ""
         if trainer.is_global_zero:
-            self._writer.remove_unfinished()
+            self.writer.remove_unfinished()
         steps = self.folder.list_steps()
         kept = f"The one before, of step {steps[0]:,}, is whole" if steps else "There is none before"
         return (

@@ -116,6 +116,7 @@ class Samples(L.Callback):
     ) -> list[ScoredAnswer]:
         """Generate the answers in batches of similar length, and return them in the order of the index."""
         index = datamodule.held_out
+        assert index is not None
         lengths = get_reference_lengths(index)
         answers: dict[int, ScoredAnswer] = {}
         limits = {
@@ -171,7 +172,9 @@ def _generate_batch(
     pl_module: L.LightningModule, datamodule: DataModule, indices: list[int], max_new_tokens: int
 ) -> list[ScoredAnswer]:
     """Generate the answers to a batch of held-out samples. Raise RecordError if one cannot be read."""
-    samples = [_to_sample(datamodule.held_out.get_record(i)) for i in indices]
+    index = datamodule.held_out
+    assert index is not None
+    samples = [_to_sample(index.get_record(i)) for i in indices]
     texts = generate_answers(pl_module.model, datamodule.processor, samples, max_new_tokens)
     return [_score_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
 

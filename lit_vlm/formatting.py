@@ -1,4 +1,4 @@
-"""Formats of numbers in messages, tables and pages. This module imports nothing of the package."""
+"""Formats of numbers and sentences in messages, tables and pages. This module imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ def format_count(count: int, noun: str, plural: str | None = None) -> str:
         plural: the plural of `noun`, where it is not `noun` + "s".
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def end_sentence(text: str) -> str:
+    """End a text with a full stop, unless it ends a sentence already."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def format_number(number: float, estimated: bool = False) -> str:

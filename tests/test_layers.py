@@ -11,7 +11,21 @@ from lit_vlm.config.choices import Task
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that import no layer: registries whose names the configuration reads, without torch.
 REGISTRIES = {"model.projectors", "losses.loss_types"}
-BELOW_MODEL = {"types", "anyres", "compat", "formatting", "redaction", "files", "config", "cost", "losses", *REGISTRIES}
+# Tasks of lmms-eval, which run in its environment without this package: scores that `data` and `evaluation` share with them
+TASK_PACK = "evaluation.task_pack"
+BELOW_MODEL = {
+    "types",
+    "anyres",
+    "compat",
+    "formatting",
+    "redaction",
+    "files",
+    "config",
+    "cost",
+    "losses",
+    *REGISTRIES,
+    TASK_PACK,
+}
 RUN_ROOMS = {"cluster", "distributed", "checkpoint", "runs", "fault_tolerance", "loggers", "reports"}
 MAY_IMPORT = {
     "types": {"anyres"},
@@ -22,6 +36,7 @@ MAY_IMPORT = {
     "secret_patterns": set(),
     "files": {"types", "redaction"},
     **{registry: set() for registry in REGISTRIES},
+    TASK_PACK: set(),
     "config": {"types", "anyres", "compat", "formatting", "redaction", *REGISTRIES},
     "cost": {"types", "config", "formatting", *REGISTRIES},
     "losses": {"types", "config", "compat", *REGISTRIES},
@@ -61,11 +76,11 @@ MAY_IMPORT_HYDRA = {"compat", "config", "run"}
 def get_package(module: str) -> str | None:
     """Get the package of a module: `lit_vlm.data.collate` -> `data`, `callbacks.export` -> `callbacks`, `torch.nn` -> None.
 
-    A registry is a package of its own: `lit_vlm.model.projectors` -> `model.projectors`.
+    A registry and the task pack are packages of their own: `lit_vlm.model.projectors` -> `model.projectors`.
     """
     parts = module.split(".")
-    if (registry := ".".join(parts[1:3])) in REGISTRIES:
-        return registry
+    if (part := ".".join(parts[1:3])) in {*REGISTRIES, TASK_PACK}:
+        return part
     name = parts[1] if parts[0] == "lit_vlm" and len(parts) > 1 else parts[0]
     return name if name in MAY_IMPORT else None
 

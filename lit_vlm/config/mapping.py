@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from string import Formatter
 
+from lit_vlm.formatting import end_sentence
 from lit_vlm.types import find_nearest, format_suggestion
 
 
@@ -103,7 +104,7 @@ def find_mapping_errors(key: str, mapping: MappingConfig) -> Iterator[str]:
         try:
             paths = [path for _, path in split_template(template or "")]
         except ValueError as error:
-            yield f"{key}.{name}: {error}."
+            yield f"{key}.{name}: {end_sentence(str(error))}"
             continue
         if REGIONS_VARIABLE in paths:
             names_with_regions.append(name.partition("[")[0])

@@ -200,19 +200,18 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     for source in [*config.data.sources.values(), *config.data.validation.sources.values()]:
         _make_source_paths_absolute(source)
     model = config.model
-    model.vision_tower, model.language_model = (
-        resolve_model_name(model.vision_tower),
-        resolve_model_name(model.language_model),
-    )
+    model.vision_tower, model.language_model = map(resolve_model_name, (model.vision_tower, model.language_model))
     if model.chat_template not in (None, "chatml"):
         model.chat_template = _make_absolute(model.chat_template)
     config.run_dir = _make_absolute(config.run_dir)
-    config.init_from = resolve_model_name(config.init_from)
+    if config.init_from is not None:
+        config.init_from = resolve_model_name(config.init_from)
     config.image = [path if "://" in path else _make_absolute(path) for path in config.image]
     config.sync = [_make_absolute(path) for path in config.sync]
     config.prefer.output = _make_absolute(config.prefer.output)
-    config.prefer.judge = resolve_model_name(config.prefer.judge)
-    if isinstance(config.stage, DPOStageConfig):
+    if config.prefer.judge is not None:
+        config.prefer.judge = resolve_model_name(config.prefer.judge)
+    if isinstance(config.stage, DPOStageConfig) and config.stage.reference is not None:
         config.stage.reference = resolve_model_name(config.stage.reference)
     return config
 
@@ -226,9 +225,9 @@ def _make_source_paths_absolute(source: SourceConfig) -> None:
         source.image_root = _make_absolute(str(source.image_root))
 
 
-def resolve_model_name(name: str | None) -> str | None:
+def resolve_model_name(name: str) -> str:
     """Resolve a model name: a folder to its absolute path; a hub id (`owner/model`), "tiny" or "previous" unchanged."""
-    if name is None or name in ("tiny", "previous"):
+    if name in ("tiny", "previous"):
         return name
     local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
     return _make_absolute(name) if local else name

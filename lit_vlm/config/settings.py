@@ -40,7 +40,8 @@ class Setting:
 
 def get_stage_config_class(name: str | None) -> type[StageConfig]:
     """Return the config dataclass of a stage; the plain one for an unknown name."""
-    return {stage.value: config_class for stage, config_class in schema.STAGE_CONFIGS.items()}.get(name, StageConfig)
+    classes = {stage.value: config_class for stage, config_class in schema.STAGE_CONFIGS.items()}
+    return classes.get(name or "", StageConfig)
 
 
 @cache

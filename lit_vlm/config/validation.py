@@ -252,7 +252,9 @@ def list_trainer_arguments() -> tuple[str, ...]:
 
     Importing Lightning takes seconds, and an error message should not wait for it.
     """
-    package = Path(importlib.util.find_spec("lightning").origin).parent
+    spec = importlib.util.find_spec("lightning")
+    assert spec is not None and spec.origin is not None
+    package = Path(spec.origin).parent
     tree = ast.parse((package / "pytorch/trainer/trainer.py").read_text(encoding="utf-8"))
     trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
     init = next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")

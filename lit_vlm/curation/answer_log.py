@@ -61,7 +61,7 @@ class AnswerLog:
                 raise
             manifest = {"question": {}, "status": "damaged"}
         differences = _find_differences(manifest["question"], log.request) if manifest else []
-        is_finished = bool(manifest) and manifest["status"] == "finished" and output.exists()
+        is_finished = manifest is not None and manifest["status"] == "finished" and output.exists()
         if manifest is None and (output.exists() or log.folder.exists()):
             log._require_own_files(overwrite)
         elif differences and not overwrite:

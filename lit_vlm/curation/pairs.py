@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from lit_vlm.data.markup import parse_mentions
-from lit_vlm.evaluation.metrics import normalize_answer
+from lit_vlm.evaluation.task_pack.text_scores import normalize_answer
 from lit_vlm.types import SPECIAL_TOKENS, ContentPart, ControlToken, Message, Role, Sample
 
 BOX_REQUEST_TOKENS = (ControlToken("<gro>"), ControlToken("<ocr>"))

@@ -141,12 +141,12 @@ class LookAheadVerifier:
         index = self.plan.index
         if not index.images[sample]:
             return
-        for wait in (*RETRY_DELAYS, None):
+        for wait in (*RETRY_DELAYS, 0.0):
             fault = self._find_fault(sample)
             if fault is None:
                 return
-            if wait is not None:
-                time.sleep(wait)
+            time.sleep(wait)
+        assert fault is not None
         source, position = index.sources[index.source_ids[sample]].name, int(index.position[sample])
         with suppress(OSError, UserError):  # the run folder is full: the reader of the record reports the error
             if not Ledger.read(self.ledger.path).has(source, position):

@@ -7,22 +7,18 @@ NCSOFT/VARCO-VISION-14B-HF.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 
+from lit_vlm.evaluation.task_pack.box_scores import PHRASE_PATTERN, parse_box, read_mentions
 from lit_vlm.types import SPECIAL_TOKENS, Box, ContentPart, ControlToken
 
 BOX_DECIMALS = 3  # as in the release
 
 _CONTROL = {token: ControlToken(token) for token in SPECIAL_TOKENS}
-_ANY_TOKEN = "|".join(re.escape(token) for token in SPECIAL_TOKENS)
-# A phrase ends at the first control token, so an unclosed <obj> cannot swallow the mention that follows it.
-_PHRASE = rf"<(?P<tag>obj|char)>(?P<phrase>(?:(?!{_ANY_TOKEN}).)+)</(?P=tag)>"
 _FRACTION = r"(?:0(?:\.[0-9]+)?|1(?:\.0+)?)"
 _STRICT_BOX = rf"{_FRACTION}(?:,\s*{_FRACTION}){{3}}"
-_STRICT = re.compile(rf"{_PHRASE}<bbox>(?P<boxes>{_STRICT_BOX}(?:<delim>{_STRICT_BOX})*)</bbox>")
-_LENIENT = re.compile(rf"{_PHRASE}\s*<bbox>(?P<boxes>[^<]*(?:<delim>[^<]*)*)</bbox>", re.DOTALL)
+_STRICT = re.compile(rf"{PHRASE_PATTERN}<bbox>(?P<boxes>{_STRICT_BOX}(?:<delim>{_STRICT_BOX})*)</bbox>")
 _TASK = re.compile(r"(?P<space>\s*)(?P<task><gro>|<ocr>)")
 
 
@@ -59,7 +55,7 @@ def parse_markup(text: str) -> tuple[ContentPart, ...]:
         position = task.end()
     for found in _STRICT.finditer(text, position):
         boxes = found["boxes"].split("<delim>")
-        if all(_parse_box(box) for box in boxes):
+        if all(parse_box(box) for box in boxes):
             pieces.append(text[position : found.start()])
             pieces += _build_mention(found["tag"], found["phrase"], boxes)
             position = found.end()
@@ -70,15 +66,9 @@ def parse_markup(text: str) -> tuple[ContentPart, ...]:
 def parse_mentions(text: str) -> list[tuple[str, str, list[Box]]]:
     """Parse the mentions in a model's output, in order: ("obj" or "char", phrase, boxes).
 
-    The output must be decoded with `skip_special_tokens=False`. Spaces are optional and numbers may be outside of 0..1. A
-    mention is not returned if one of its boxes is not four finite numbers with the upper left corner first.
+    The output must be decoded with `skip_special_tokens=False`. `read_mentions` says what is readable.
     """
-    mentions = []
-    for found in _LENIENT.finditer(text):
-        numbers = [_parse_box(box) for box in found["boxes"].split("<delim>")]
-        if all(numbers):
-            mentions.append((found["tag"], found["phrase"].strip(), [Box(*values) for values in numbers]))
-    return mentions
+    return [(tag, phrase, [Box(*corners) for corners in boxes]) for tag, phrase, boxes in read_mentions(text)]
 
 
 def _build_mention(tag: str, phrase: str, boxes: list[str]) -> tuple[ContentPart, ...]:
@@ -88,15 +78,3 @@ def _build_mention(tag: str, phrase: str, boxes: list[str]) -> tuple[ContentPart
         pieces += [_CONTROL["<delim>"], box] if position else [box]
     pieces.append(_CONTROL["</bbox>"])
     return tuple(pieces)
-
-
-def _parse_box(box: str) -> tuple[float, ...]:
-    """Parse a box: four finite numbers, upper left corner first; () if it is none."""
-    try:
-        values = tuple(float(value) for value in box.split(","))
-    except ValueError:
-        return ()
-    if len(values) != 4 or not all(map(math.isfinite, values)):
-        return ()
-    x1, y1, x2, y2 = values
-    return values if x1 <= x2 and y1 <= y2 else ()

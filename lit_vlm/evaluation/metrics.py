@@ -1,30 +1,22 @@
 """Metrics of an answer against its references, from 0 to 1. The score of a run is the mean over samples.
 
 `METRICS` is the one place where a metric is registered: `Samples`, metrics.csv, W&B, the reports and the checks of a sweep
-read it. All functions get texts from `normalize_answer`: in NFC a Hangul syllable is one character.
+read it. All functions get texts from `normalize_answer`: in NFC a Hangul syllable is one character. The scores that the
+tasks of `task_pack/` share stand there.
 """
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
-from rapidfuzz.distance import LCSseq, Levenshtein
+from rapidfuzz.distance import Levenshtein
 
 from lit_vlm.data.markup import parse_mentions
+from lit_vlm.evaluation.task_pack.box_scores import MIN_IOU, compute_box_iou
+from lit_vlm.evaluation.task_pack.text_scores import compute_chrf, compute_rouge_l, normalize_answer, take_best
 from lit_vlm.types import Box, SampleKind
-
-MIN_IOU = 0.5  # minimum overlap with the true box for a text line to count as found
-
-_END = re.compile(r"(?:\s|<\|im_end\|>)+$")
-# One token: a Hangul syllable or letter, a Chinese character or kana alone, or a word of letters and digits of another script
-_SYLLABLE = "\uac00-\ud7a3\u1100-\u11ff\u3131-\u318e\u4e00-\u9fff\u3400-\u4dbf\u3041-\u30ff"
-_TOKEN = re.compile(rf"[{_SYLLABLE}]|[^\W_{_SYLLABLE}]+")
 
 MetricFunction = Callable[[str, Sequence[str]], float]  # of an answer and its references
 
@@ -47,11 +39,6 @@ class AnswerMetric:
     kinds: tuple[SampleKind, ...]
     is_main: bool = False
     higher_is_better: bool = True
-
-
-def take_best(compute_one: Callable[[str, str], float]) -> MetricFunction:
-    """Make a metric of several references from a function of one: the best reference counts; 0 without references."""
-    return lambda answer, references: max((compute_one(answer, reference) for reference in references), default=0.0)
 
 
 def compute_score(kind: SampleKind, prediction: str, reference: str) -> float:
@@ -92,56 +79,12 @@ def list_score_names(languages: Sequence[str] = ("ko", "en")) -> list[str]:
     return [f"score/{prefix}{kind.value}_{language}" for kind, prefix in prefixes for language in languages]
 
 
-def normalize_answer(text: str) -> str:
-    """Normalise a text to NFC, without surrounding white space and trailing `<|im_end|>`."""
-    return _END.sub("", unicodedata.normalize("NFC", text)).strip()
-
-
 # ---- text
 
 
 def compute_exact_match(answer: str, reference: str) -> float:
     """Compute an exact match, 0 or 1."""
     return float(answer == reference)
-
-
-def compute_chrf(answer: str, references: Sequence[str]) -> float:
-    """Compute chrF2 of a sentence with sacrebleu's defaults: F-score (beta 2) of the character n-grams up to n = 6.
-
-    White space does not count, case does. Orders that a short text does not have are left out (sacrebleu's "effective
-    order"), so a perfect answer of one syllable scores 1. The best of several references counts.
-    """
-    if answer in references:
-        return 1.0  # also if both are empty
-    return float(_load_chrf().sentence_score(answer, list(references)).score) / 100 if references else 0.0
-
-
-@cache
-def _load_chrf() -> Any:
-    from sacrebleu.metrics import CHRF
-
-    return CHRF()
-
-
-def compute_rouge_l(answer: str, reference: str) -> float:
-    """Compute ROUGE-L: F1 (beta 1) of the longest common subsequence of tokens (`split_tokens`).
-
-    A text without tokens, such as "!", matches only itself.
-    """
-    found, expected = split_tokens(answer), split_tokens(reference)
-    if not found or not expected:
-        return float(answer == reference)
-    return 2 * LCSseq.similarity(found, expected) / (len(found) + len(expected))
-
-
-def split_tokens(text: str) -> list[str]:
-    """Split a text into tokens for ROUGE-L, in lower case.
-
-    A Hangul syllable is a token, so that a changed particle or space costs little: "원이" and "원은" share one of two tokens.
-    So is a Chinese character. In other scripts a token is a word of letters and digits, as in the original ROUGE-L.
-    Punctuation is dropped.
-    """
-    return _TOKEN.findall(text.lower())
 
 
 def compute_anls(answer: str, reference: str) -> float:
@@ -198,17 +141,7 @@ def compute_text_line_f1(prediction: str, reference: str) -> float:
 
 def compute_iou(a: Box, b: Box) -> float:
     """Compute intersection over union; 1 for equal boxes, also for boxes without area."""
-    if a == b:
-        return 1.0
-    width = min(a.x2, b.x2) - max(a.x1, b.x1)
-    height = min(a.y2, b.y2) - max(a.y1, b.y1)
-    shared = max(width, 0.0) * max(height, 0.0)
-    union = _compute_area(a) + _compute_area(b) - shared
-    return shared / union if union > 0 else 0.0
-
-
-def _compute_area(box: Box) -> float:
-    return max(box.x2 - box.x1, 0.0) * max(box.y2 - box.y1, 0.0)
+    return compute_box_iou((a.x1, a.y1, a.x2, a.y2), (b.x1, b.y1, b.x2, b.y2))
 
 
 def _find_text_lines(text: str) -> list[tuple[str, Box]]:

@@ -50,8 +50,9 @@ class MetricsCsv(Logger):
         row["step"] = self.num_rows if step is None else step
         if self._columns is None:
             self._write_table([], sorted(row))
-        if new := row.keys() - set(self._columns or ()):
+        elif new := row.keys() - set(self._columns):
             self._write_table(read_csv_rows(self.path), sorted({*self._columns, *new}))
+        assert self._columns is not None
         with self.path.open("a", encoding="utf-8", newline="") as stream:
             stream.write(_format_rows([row], self._columns))
         self.num_rows += 1

@@ -190,8 +190,8 @@ class RunTracker:
             return "interrupted"
         if not isinstance(error, SystemExit) or error.code not in (RESTART, TERMINATED):
             return "failed"
-        asked = not isinstance(error, CoordinatedExit) and is_in_sweep() and self.wandb is not None
-        return "stopped early" if asked and self.wandb.is_asked_to_stop() else "preempted"
+        asks_server = not isinstance(error, CoordinatedExit) and is_in_sweep() and self.wandb is not None
+        return "stopped early" if asks_server and self.wandb and self.wandb.is_asked_to_stop() else "preempted"
 
 
 def require_logged_metric(metric: str, names: set[str]) -> None:

@@ -105,7 +105,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         dtype, chunk_size = ctx.dtype, ctx.chunk
         matrix, token_matrix = weight.to(dtype), None if token_rows is None else token_rows.to(dtype)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = d_token_rows = None  # sums over chunks are in float32, whatever type multiplies
+        d_weight = d_token_rows = d_new = None  # sums over chunks are in float32, whatever type multiplies
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
             inputs = hidden[part].to(dtype)
@@ -113,7 +113,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
             d_logits = (logits.float() - log_normalizers[part, None]).exp_().neg_()
             d_logits[torch.arange(len(d_logits), device=d_logits.device), targets[part]] += 1
             d_logits = d_logits.mul_(gradient[part, None]).to(dtype)
-            d_new = None
             if token_ids is not None:
                 d_new = d_logits[:, token_ids]
                 d_logits.index_fill_(1, token_ids, 0.0)
@@ -121,7 +120,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 d_hidden[part] = d_logits @ matrix if d_new is None else d_logits @ matrix + d_new @ token_matrix
             if wants_weight:
                 d_weight = _accumulate(d_weight, d_logits.T @ inputs)
-            if wants_token_rows:
+            if wants_token_rows and d_new is not None:
                 d_token_rows = _accumulate(d_token_rows, d_new.T @ inputs)
         return (
             d_hidden,
@@ -141,7 +140,9 @@ def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
 def _compute_logits(hidden: Tensor, matrix: Tensor, token_ids: Tensor | None, token_rows: Tensor | None) -> Tensor:
     """Compute logits [C, V] of one chunk, with the logits of tokens that have rows of their own."""
     logits = F.linear(hidden, matrix)
-    return logits if token_ids is None else logits.index_copy_(-1, token_ids, F.linear(hidden, token_rows))
+    if token_ids is None or token_rows is None:
+        return logits
+    return logits.index_copy_(-1, token_ids, F.linear(hidden, token_rows))
 
 
 def _compute_chunk_scores(logits: Tensor, targets: Tensor, log_normalizer: Tensor, statistics: bool) -> TokenScores:

@@ -52,6 +52,7 @@ def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaO
 
 def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
     """Build the model from its parts; projector and newline are initialised from `seed`."""
+    assert spec.vision_tower is not None and spec.language_model is not None
     model = build_on_meta(spec.config)
     config, source = spec.config, spec.hub_options
     tower = _load_pretrained(type(model.model.vision_tower), spec.vision_tower, config.vision_config, dtype, source)

@@ -122,7 +122,7 @@ class MergedStateDict:
             adapters = _list_adapters(self.lora_layers[module]) if leaf == "weight" else []
             return [base, *(f"{module}.lora_{side}.{adapter}.weight" for adapter in adapters for side in "AB")]
         rows = {EMBEDDINGS: "new_tokens.embedding", HEAD: "new_tokens.head"}.get(memory_name)
-        return [memory_name, rows] if rows in self.parameters else [memory_name]
+        return [memory_name, rows] if rows is not None and rows in self.parameters else [memory_name]
 
     def _is_in_files(self, name: str) -> bool:
         return self.initial_weights is not None and not self.parameters[name].requires_grad

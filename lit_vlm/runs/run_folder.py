@@ -103,8 +103,9 @@ def open_run_folder(
     """
     plain = redact(settings)
     known, rebuilt = read_or_rebuild_manifest(path, name)
+    known = known or {}
     differences = _find_differences(known, plain, data_digest, parent) if known else []
-    is_finished = bool(known) and known.get("status") == "finished"
+    is_finished = known.get("status") == "finished"
     if known and not overwrite:
         if differences:
             state = "a finished" if is_finished else "an unfinished"
@@ -208,13 +209,16 @@ def describe_parent(init_from: str | None) -> dict[str, str] | None:
     """Return path and digest of the model that a run starts from; None without one. A hub id has an empty digest."""
     if init_from is None:
         return None
-    folder = Path(init_from)
-    if not folder.is_dir():
-        return {"path": init_from, "digest": ""}
+    return {"path": init_from, "digest": compute_model_digest(init_from)}
 
+
+def compute_model_digest(name: str) -> str:
+    """Return the digest of a model folder's weights; "" for a hub id."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return ""
     digest = read_manifest_or_empty(folder.parent).get("weights_digest")
-    # if the manifest is lost, hash the weights themselves
-    return {"path": init_from, "digest": digest or compute_weights_digest(folder)}
+    return digest or compute_weights_digest(folder)  # if the manifest is lost, hash the weights themselves
 
 
 def require_finished_parent(init_from: str | None) -> None:

@@ -194,6 +194,7 @@ class Stage(L.LightningModule):
 
     def set_train_modes(self) -> None:
         """Set train mode for parts that train, and eval mode for frozen ones."""
+        assert self.model is not None
         set_train_modes(self.model, self.trainable, checkpointed=self.level is not Level.none)
 
     @property
@@ -282,6 +283,7 @@ class Stage(L.LightningModule):
 
     def compute_token_losses(self, batch: Batch) -> Tensor:
         """Compute the cross-entropy loss of each supervised token, [R] nats."""
+        assert self.model is not None
         (log_probs,) = self.model(batch=batch, vision_features=self.get_vision_features(batch))
         return -log_probs if batch.num_supervised_tokens else log_probs * 0.0
 
@@ -311,6 +313,7 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make AdamW and the learning-rate schedule, which advances once per optimizer step."""
+        assert self.model is not None
         optimizer = make_optimizer(self.model, self.config)
         return {
             "optimizer": optimizer,

@@ -82,6 +82,7 @@ class DPOStage(Stage):
         elif not has_lora and not self.config.cache_reference:
             self.reference = _copy_model(self.model, with_tower=not self.shares_tower)
         super()._prepare_training()
+        assert self.model is not None
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
         for module in self.model.modules():  # dropout off: only then policy and reference are equal at the first step
@@ -147,6 +148,7 @@ class DPOStage(Stage):
         if self.reference is not None:
             yield self.reference
         else:
+            assert self.model is not None
             with disable_adapters(self.model):
                 yield self.model
 
@@ -196,6 +198,7 @@ class DPOStage(Stage):
         self, batch: Batch, metrics: PreferenceMetrics, training: bool
     ) -> tuple[Tensor, PreferenceOutput | None]:
         """Compute the micro-batch's part of the preference loss, and the loss output (None for a dummy batch)."""
+        assert self.model is not None
         *scores, vision_features = self.model(
             batch=batch, statistics=True, vision_features=self.get_vision_features(batch)
         )

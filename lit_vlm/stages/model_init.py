@@ -99,7 +99,7 @@ def require_images(index: Any, trainable: Sequence[ModelPart]) -> None:
         )
 
 
-def require_activation_checkpointing(model: nn.Module | None, level: Level) -> None:
+def require_activation_checkpointing(model: nn.Module, level: Level) -> None:
     """Raise UserError when activation checkpointing is set and no layer is checkpointed."""
     if level is not Level.none and not has_checkpointed_layers(model):
         raise UserError(

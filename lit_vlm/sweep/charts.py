@@ -70,11 +70,11 @@ def draw_parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) 
     plottable = [record for record in records if _has_plottable_value(record)]
     if not keys or not plottable:
         return ""
-    goal = sweep.metric.goal if sweep.metric else Goal.minimize
+    goal = sweep.goal
     left, right = PARALLEL_FRAME.left, PARALLEL_FRAME.right_end
     step = (right - left) / len(keys)
     axes = [_make_axis(key, records, sweep, round(left + number * step, 1)) for number, key in enumerate(keys)]
-    metric_axis = _make_metric_axis([record.value for record in plottable], goal, sweep)
+    metric_axis = _make_metric_axis([record.logged_value for record in plottable], goal, sweep)
     relative_ranks = compute_relative_ranks(plottable, goal)
     best = find_best_trial(records, goal)
     order = sorted(records, key=lambda record: (record is best, relative_ranks.get(record.number, -1.0)))
@@ -91,7 +91,7 @@ def draw_metric_by_trial(records: Sequence[TrialRecord], goal: Goal, metric: str
     if not plottable:
         return ""
     frame = TRIAL_FRAME
-    values = [record.value for record in plottable]
+    values = [record.logged_value for record in plottable]
     ends = compute_axis_range(values, goal)
     is_log = _should_use_log(ends)
     low, high = _pad_range(ends, is_log)
@@ -111,7 +111,7 @@ def draw_metric_by_trial(records: Sequence[TrialRecord], goal: Goal, metric: str
     for record in plottable:
         title = f"<title>{escape(f'trial {record.number}: {metric} {record.value:.5g}, {record.state}')}</title>"
         parts.append(
-            f'<circle class="{record.state}" cx="{x(record.number)}" cy="{y(record.value)}" r="4">{title}</circle>'
+            f'<circle class="{record.state}" cx="{x(record.number)}" cy="{y(record.logged_value)}" r="4">{title}</circle>'
         )
     for record in records:
         if record.state == "failed" and not _has_plottable_value(record):
@@ -124,7 +124,7 @@ def draw_metric_by_trial(records: Sequence[TrialRecord], goal: Goal, metric: str
 def compute_relative_ranks(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
     """Compute relative ranks by trial number: 0 for the worst value, 1 for the best."""
     sign = -1 if goal is Goal.minimize else 1
-    ranks = compute_ranks([sign * record.value for record in records])
+    ranks = compute_ranks([sign * record.logged_value for record in records])
     max_rank = max(1, len(records) - 1)
     return {record.number: (rank - 1) / max_rank for record, rank in zip(records, ranks, strict=True)}
 
@@ -229,8 +229,8 @@ def _compute_best_so_far(records: Sequence[TrialRecord], goal: Goal, x: AxisScal
     points: list[str] = []
     best: float | None = None
     for record in records:
-        if record.state == "finished" and (best is None or (record.value < best) == (goal is Goal.minimize)):
+        if record.state == "finished" and (best is None or (record.logged_value < best) == (goal is Goal.minimize)):
             points += [f"{x(record.number)},{y(best)}"] if best is not None else []
-            best = record.value
+            best = record.logged_value
             points.append(f"{x(record.number)},{y(best)}")
     return " ".join([*points, f"{x(x.high)},{y(best)}"] if best is not None else points)

@@ -99,7 +99,7 @@ class SweepReport:
 
     @property
     def goal(self) -> Goal:
-        return self.sweep.metric.goal if self.sweep.metric else Goal.minimize
+        return self.sweep.goal
 
     @property
     def metric(self) -> str:

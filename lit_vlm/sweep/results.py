@@ -38,12 +38,18 @@ class TrialRecord:
     seconds: float | None = None
     note: str = ""
 
+    @property
+    def logged_value(self) -> float:
+        """The value, of a trial that logged one."""
+        assert self.value is not None
+        return self.value
+
 
 def find_best_trial(records: Iterable[TrialRecord], goal: Goal | str) -> TrialRecord | None:
     """Find the finished trial with the best value, the first of equal ones. A trial ended by early stopping is never the best."""
     finished = [record for record in records if record.state == "finished" and record.value is not None]
     sign = 1 if Goal(goal) is Goal.minimize else -1
-    return min(finished, key=lambda record: (sign * record.value, record.number), default=None)
+    return min(finished, key=lambda record: (sign * record.logged_value, record.number), default=None)
 
 
 def find_varying_keys(records: Iterable[TrialRecord]) -> list[str]:
@@ -89,10 +95,10 @@ def compute_importance(records: Sequence[TrialRecord], sweep: SweepFile) -> list
     """
     finished = [record for record in records if record.state == "finished" and record.value is not None]
     keys = [key for key in find_varying_keys(finished) if all(key in record.parameters for record in finished)]
-    ranks = compute_ranks([record.value for record in finished])
+    ranks = compute_ranks([record.logged_value for record in finished])
     if len(finished) < MIN_TRIALS or not keys or len(set(ranks)) < 2:
         return []
-    goal = sweep.metric.goal if sweep.metric else Goal.minimize
+    goal = sweep.goal
     shares = _compute_shares({key: [record.parameters[key] for record in finished] for key in keys}, ranks, sweep)
     importances = [_make_importance(key, shares[key], finished, ranks, goal) for key in keys]
     return sorted(importances, key=lambda importance: -importance.share)
@@ -110,7 +116,7 @@ def get_reliability_note(records: Sequence[TrialRecord]) -> str:
 
 def list_edge_warnings(records: Sequence[TrialRecord], sweep: SweepFile) -> list[str]:
     """List warnings for parameters whose best value is at an end of the range; a better value may lie outside."""
-    best, messages = find_best_trial(records, sweep.metric.goal if sweep.metric else Goal.minimize), []
+    best, messages = find_best_trial(records, sweep.goal), []
     for key, parameter in sweep.search_space.items():
         if best is None or not parameter.is_range or key not in best.parameters:
             continue

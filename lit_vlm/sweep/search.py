@@ -93,7 +93,7 @@ class Search:
         self.max_trials = min((limit for limit in limits if limit is not None), default=None)
         self._journal_path = journal_path
         self._storage = _open_storage(journal_path)
-        goal = sweep.metric.goal if sweep.metric else Goal.minimize
+        goal = sweep.goal
         with _filter_warnings(), self._lock_journal():
             self._study = optuna.create_study(
                 storage=self._storage,
@@ -172,7 +172,7 @@ class Search:
 
     def _should_prune(self, number: int, hyperband: Hyperband) -> bool:
         """Return whether a trial's best value is worse than the best 1/eta of all trials at the last rung that it passed."""
-        sign = -1 if self.sweep.metric and self.sweep.metric.goal is Goal.maximize else 1
+        sign = -1 if self.sweep.goal is Goal.maximize else 1
         curves = {
             trial.number: [sign * value for value in trial.intermediate_values.values() if math.isfinite(value)]
             for trial in self._get_frozen_trials()

@@ -140,6 +140,11 @@ class SweepFile:
     raw: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
+    def goal(self) -> Goal:
+        """Direction of the metric; of a random or grid search without a metric: minimize."""
+        return self.metric.goal if self.metric else Goal.minimize
+
+    @property
     def fixed(self) -> dict[str, Any]:
         """Parameters with a single value: key -> value."""
         return {key: parameter.values[0] for key, parameter in self.parameters.items() if parameter.is_fixed}
@@ -326,14 +331,13 @@ def _parse_hyperband(raw: Any, errors: list[str]) -> Hyperband | None:
             "early_terminate: needs min_iter (values before the first comparison), or max_iter and s; one of them."
         )
         return None
-    if min_iter is None and num_rungs is None:
+    if min_iter is not None:
+        rungs = _compute_rungs_from_min_iter(min_iter, eta)
+    elif max_iter is not None and num_rungs is not None:
+        rungs = _compute_rungs_below_max_iter(max_iter, num_rungs, eta)
+    else:
         errors.append("early_terminate.s: is missing; with max_iter it says how often trials are compared.")
         return None
-    rungs = (
-        _compute_rungs_from_min_iter(min_iter, eta)
-        if min_iter is not None
-        else _compute_rungs_below_max_iter(max_iter, num_rungs, eta)
-    )
     if not rungs:
         errors.append(
             f"early_terminate: max_iter {max_iter} divided by eta {eta} is below 1, so trials would never be compared."

@@ -22,7 +22,7 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
 from lit_vlm.formatting import format_count
-from lit_vlm.runs.run_folder import compute_sources_digest, describe_parent, require_finished_parent, to_plain
+from lit_vlm.runs.run_folder import compute_model_digest, compute_sources_digest, require_finished_parent, to_plain
 from lit_vlm.tasks.mixture_lock import get_template_date
 from lit_vlm.tasks.open_run import RunPlace, open_sources
 from lit_vlm.tasks.prepare_data import apply_quarantine, build_indexes, make_datamodule
@@ -41,11 +41,12 @@ def generate_preferences(run: Run) -> None:
     Raises:
         UserError: a setting is missing, the output was made with other settings, or no pair was found.
     """
-    config, output = run.config, Path(run.config.prefer.output)
+    config, output, init_from = run.config, Path(run.config.prefer.output), run.init_from
+    assert init_from is not None  # a setting of this task is checked with the others
     require_single_process()
-    require_finished_parent(run.init_from)
+    require_finished_parent(init_from)
     open_model = partial(open_pretrained, model=config.model, accelerator=config.trainer.accelerator, seed=config.seed)
-    model = open_model(run.init_from, template_date=find_template_day(output))
+    model = open_model(init_from, template_date=find_template_day(output))
     limits = (config.data.tokens_per_micro_batch, config.data.tiles_per_micro_batch)
     scorer = LazyScorer(config.prefer, open_model, limits)
     data = replace(config.data, validation=choose_held_out(config.data.validation))
@@ -63,7 +64,7 @@ def generate_preferences(run: Run) -> None:
     )
     indexes = build_indexes(datamodule)
     require_conversations(indexes.training)
-    request = build_request(run.init_from, datamodule, indexes.training, scorer, config.prefer, config.seed)
+    request = build_request(init_from, datamodule, indexes.training, scorer, config.prefer, config.seed)
     answer_log = AnswerLog.open(output, request, overwrite=config.overwrite)
     if answer_log.is_finished:
         say(f"{output}: finished already. Start it anew with overwrite=true.")
@@ -73,7 +74,7 @@ def generate_preferences(run: Run) -> None:
     index = indexes.training
     pending = [number for number in range(len(index)) if get_sample_key(index, number) not in answer_log.lines]
     say(
-        f"{format_count(len(index), 'prompt')}, {len(index) - len(pending):,} of them asked before; the model is {run.init_from}"
+        f"{format_count(len(index), 'prompt')}, {len(index) - len(pending):,} of them asked before; the model is {init_from}"
     )
     if pending:
         pictures = PairImages(output.parent, answer_log.folder / IMAGES)
@@ -146,22 +147,24 @@ class LazyScorer:
         open_judge: Callable[[str], PretrainedModel],
         micro_batch_limits: tuple[int, int],
     ) -> None:
-        self.judge = prefer.judge
-        self.is_exact = prefer.scorer is ScorerName.exact
-        is_class = self.judge is not None and "/" not in self.judge  # parse made folders absolute; hub ids have a slash
-        self.custom_scorer: Scorer | None = load_custom_scorer(self.judge) if is_class else None
-        self.model = None if self.is_exact or is_class else open_judge(self.judge)
-        self.micro_batch_limits = micro_batch_limits
+        self.judge, self.micro_batch_limits = prefer.judge, micro_batch_limits
+        self.custom_scorer: Scorer | None = None
+        self.model: PretrainedModel | None = None
+        if prefer.scorer is ScorerName.judge and self.judge is not None:
+            if "/" in self.judge:  # parse made folders absolute; hub ids have a slash
+                self.model = open_judge(self.judge)
+            else:
+                self.custom_scorer = load_custom_scorer(self.judge)
 
     def load(self) -> Scorer:
         """Return the scorer: exact match, a class of the user, or a judge model with its weights loaded."""
-        if self.is_exact:
-            return ExactScorer()
-        return self.custom_scorer or ModelJudge(self.model.load(), self.model.processor, *self.micro_batch_limits)
+        if self.model is not None:
+            return ModelJudge(self.model.load(), self.model.processor, *self.micro_batch_limits)
+        return self.custom_scorer or ExactScorer()
 
     def get_identity(self) -> Any:
         """Return the name of the judge, or the digest of its weights."""
-        return self.judge if self.model is None else describe_parent(self.judge)["digest"] or self.judge
+        return compute_model_digest(self.judge) or self.judge if self.judge and self.model else self.judge
 
 
 def build_request(
@@ -171,7 +174,7 @@ def build_request(
     settings = to_plain(asdict(prefer))
     del settings["output"], settings["judge"]
     return {
-        "init_from": describe_parent(init_from)["digest"] or init_from,
+        "init_from": compute_model_digest(init_from) or init_from,
         "the data": [compute_sources_digest(datamodule.sources), index.compute_digest()],
         "prefer.judge": scorer.get_identity(),
         "seed": seed,

@@ -341,7 +341,7 @@ def stop_sweep(sweep: Sweep, stop_requests: list[StopRequest]) -> None:
 def make_report(sweep: Sweep, search: Search) -> SweepReport:
     """Make the report of the trials so far."""
     records = collect_records(search, sweep.dir, sweep.metric)
-    best = find_best_trial(records, sweep.file.metric.goal)
+    best = find_best_trial(records, sweep.file.goal)
     return SweepReport(
         sweep=sweep.file,
         records=records,
@@ -375,10 +375,10 @@ def show_results(sweep: Sweep, search: Search) -> None:
     report = make_report(sweep, search)
     write_sweep_report(sweep.dir / REPORT_FILE, report)
     console.print(make_trial_table(report))
-    best = find_best_trial(report.records, sweep.file.metric.goal)
+    best = find_best_trial(report.records, sweep.file.goal)
     if best is None:
         raise UserError(f"No trial of {sweep.name} finished, so there is no best one. Page: {sweep.dir / REPORT_FILE}")
-    say(f"Best: trial {best.number}, {sweep.metric} {best.value:.5g}, in {best.folder}")
+    say(f"Best: trial {best.number}, {sweep.metric} {best.logged_value:.5g}, in {best.folder}")
     say(f"  {report.command}")
     if report.carried:
         say(f"Carried over:\n  {report.carried}")
@@ -390,7 +390,7 @@ def show_plan(sweep: Sweep) -> None:
     search = sweep.create_search(None)
     console.print(make_parameter_table(sweep.file))
     total = f"{search.max_trials:,} trials" if search.max_trials is not None else "trials without end"
-    say(f"{sweep.file.method.value}, {total}, by {sweep.metric} ({sweep.file.metric.goal.value}). The first ones:")
+    say(f"{sweep.file.method.value}, {total}, by {sweep.metric} ({sweep.file.goal.value}). The first ones:")
     for _ in range(3):
         if (trial := search.ask()) is not None:
             say(f"  {format_command(sweep.build_overrides(trial.number, trial.parameters))}")

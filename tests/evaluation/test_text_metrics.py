@@ -13,9 +13,8 @@ from lit_vlm.evaluation.metrics import (
     get_main_metric,
     list_score_names,
     list_text_metrics,
-    split_tokens,
-    take_best,
 )
+from lit_vlm.evaluation.task_pack.text_scores import split_tokens, take_best
 from lit_vlm.reports.run_record import RunRecord
 from lit_vlm.types import SampleKind
 

@@ -203,7 +203,7 @@ class Mixture:
         settings = self.settings
         korean = np.array([cell.language is Language.ko for cell in self.cells])
         text_only = np.array([not cell.has_image for cell in self.cells])
-        kinds = [
+        kinds: list[tuple[str, float | None, np.ndarray]] = [
             (f"data.share.kinds.{kind}", share, np.array([cell.kind is SampleKind(kind) for cell in self.cells]))
             for kind, share in settings.share_kinds.items()
         ]

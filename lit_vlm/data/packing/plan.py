@@ -208,8 +208,9 @@ class Plan:
     @property
     def batch_description(self) -> str:
         """Size of a step as text, such as "128 samples"."""
-        if self.global_batch_size is None:
+        if self.global_batch_tokens is not None:
             return format_count(self.global_batch_tokens, "token")
+        assert self.global_batch_size is not None
         return format_count(self.global_batch_size, "sample")
 
     @property

@@ -20,6 +20,7 @@ from lit_vlm.data.lazy_images import format_untrusted
 from lit_vlm.data.markup import build_object_mention, build_text_mention
 from lit_vlm.data.readers.context import RecordContext, describe_type
 from lit_vlm.data.readers.file_catalogue import FileName
+from lit_vlm.formatting import end_sentence
 from lit_vlm.types import Box, ContentPart, Fault, LazyImage, UserError
 
 Template = Sequence[tuple[str, str | None]]
@@ -30,7 +31,7 @@ def parse_template(text: str, setting: str) -> Template:
     try:
         return split_template(text)
     except ValueError as error:
-        raise UserError(f"{setting}: {error}.") from None
+        raise UserError(f"{setting}: {end_sentence(str(error))}") from None
 
 
 @dataclass(frozen=True, slots=True)

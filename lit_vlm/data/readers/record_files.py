@@ -89,7 +89,7 @@ def find_record_files(name: str, path: Path, split: str | None, *, only_tars: bo
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         split = splits[0] if split is None and len(splits) == 1 else split
-        if split not in splits:
+        if split is None or split not in splits:
             wanted_hint = "" if split is None else f", and none is called {split}"
             raise UserError(
                 f"{setting} holds several splits{wanted_hint}; give data.sources.{name}.split=, one of: {', '.join(splits)}."
@@ -298,7 +298,8 @@ def list_identity_files(files: list[Path]) -> list[Path]:
 
 def load_hub_rows(name: str, config: SourceConfig) -> tuple[Rows, list[Path]]:
     """Load the rows of a hub dataset, and list the local files that hold them."""
-    if config.revision is not None and Path(config.hub or "").expanduser().is_dir():
+    assert config.hub is not None
+    if config.revision is not None and Path(config.hub).expanduser().is_dir():
         raise UserError(f"data.sources.{name}.revision has no effect: hub={config.hub} is a folder here. Take it away.")
     split = config.split or "train"
     rows = arrow_files.load_hub_dataset(
