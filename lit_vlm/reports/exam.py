@@ -117,7 +117,7 @@ def list_rows() -> list[tuple[str, str, str]]:
 def make_exam_table(exams: list[tuple[str, ExamAnswers]]) -> Table:
     """Make the table for the terminal: easy and hard for each stage, with a mark where a stage gained or lost."""
     columns = collect_columns(exams)
-    count = len(exams[0][1].rows) if exams else 0
+    count = len(exams[0][1].take(min(answers.items_per_cell for _, answers in exams)).rows) if exams else 0
     table = Table(title=f"Exam of {count:,} questions: ▲ gained, ▼ lost", title_justify="left")
     table.add_column("kind")
     table.add_column("")
