@@ -119,7 +119,7 @@ class Checkpoint(L.Callback):
         if trainer.datamodule is not None:
             trainer.datamodule.start_step = index.step
         self._load_callback_states(trainer, index.state)
-        self._get_reporter(trainer)(f"goes on at step {index.step:,}{total}, from {path}")
+        self._get_reporter(trainer)(f"resumes at step {index.step:,}{total}, from {path}")
 
     def _load_callback_states(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         for callback in trainer.callbacks:
@@ -268,7 +268,7 @@ class Checkpoint(L.Callback):
         kept = f"The one before, of step {steps[0]:,}, is whole" if steps else "There is none before"
         return (
             f"The checkpoint of step {self._saved_step:,} could not be written to {self.folder.path}: {next(filter(None, errors))}. "
-            f"{kept}. Make room, or write fewer (checkpoint.every_steps, checkpoint.keep_last); the same command goes on."
+            f"{kept}. Make room, or write fewer (checkpoint.every_steps, checkpoint.keep_last); the same command resumes it."
         )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -277,7 +277,7 @@ class Checkpoint(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._writer is not None:
-            self._writer.wait(aborting=True)  # complete a save that has begun
+            self._writer.wait(aborting=True)  # complete a save that has started
 
     def _get_reporter(self, trainer: L.Trainer) -> Callable[[str], None]:
         return self.say if trainer.is_global_zero else lambda text: None

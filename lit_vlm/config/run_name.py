@@ -39,6 +39,7 @@ NON_IDENTITY_KEYS = (
     "prefer",
     "serve",
     "evaluate",
+    "judge",
     "logger",
     "callbacks",
     "export",

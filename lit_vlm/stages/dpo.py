@@ -132,7 +132,7 @@ class DPOStage(Stage):
         sorting_losses = find_sorting_losses(self.config.loss_type)
         if sorting_losses and micro_batches > 1:
             raise UserError(
-                f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and this one is dealt into {micro_batches} micro-batches. "
+                f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and this one is split into {micro_batches} micro-batches. "
                 "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device."
             )
 

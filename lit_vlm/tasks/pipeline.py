@@ -44,7 +44,7 @@ def run_pipeline(run: Run) -> None:
             raise SystemExit(exit_code)
         if exit_code:
             raise UserError(
-                f"{experiment} ended with exit status {exit_code}; see above. `python run.py` goes on with it when that is mended."
+                f"{experiment} ended with exit status {exit_code}; see above. `python run.py` resumes it when that is mended."
             )
         if (read_manifest(stage.dir) or {}).get("status") == "stopped":  # early stopping of a sweep ended this run
             return

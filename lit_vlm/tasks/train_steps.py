@@ -267,7 +267,7 @@ def claim_run_folder(place: RunPlace, folder: RunFolder, run_lock: RunLock, star
     """
     if run_lock.acquire() and read_manifest(place.dir):
         raise UserError(
-            f"{place.dir}: another process began this run meanwhile. Start it again to go on where that came to."
+            f"{place.dir}: another process started this run meanwhile. Start it again to resume from there."
         )
     if not is_rank_zero():
         return

@@ -197,7 +197,7 @@ def test_a_pipeline_on_digits_resumes_with_the_failed_stage(tmp_path, monkeypatc
     third.parent.mkdir(parents=True)
     third.write_text("in the way")
     with pytest.raises(
-        UserError, match=r"tiny/3_highres ended with exit status 1; see above\. `python run\.py` goes on with it"
+        UserError, match=r"tiny/3_highres ended with exit status 1; see above\. `python run\.py` resumes it"
     ):
         dispatch(overrides)
     assert list_finished(runs) == STAGES[:2]
@@ -226,7 +226,7 @@ def test_the_pipeline_runs_as_processes_and_resumes_where_it_stopped(tmp_path):
     first = run_process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
     assert first.returncode == 1 and list_finished(runs) == STAGES[:2]
     assert (
-        first.stderr.rstrip().endswith("`python run.py` goes on with it when that is mended.")
+        first.stderr.rstrip().endswith("`python run.py` resumes it when that is mended.")
         and "Traceback" not in first.stderr
     )
     third.unlink()
