@@ -214,6 +214,9 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     config.prefer.output = _make_absolute(config.prefer.output)
     if config.prefer.judge is not None:
         config.prefer.judge = resolve_model_name(config.prefer.judge)
+    for name in ("answers", "against", "output", "prompt", "image_root"):
+        if (path := getattr(config.judge, name)) is not None:
+            setattr(config.judge, name, _make_absolute(path))
     for field in config.stage.MODEL_FIELDS:
         if (folder := getattr(config.stage, field)) is not None:
             setattr(config.stage, field, resolve_model_name(folder))

@@ -19,6 +19,7 @@ from lit_vlm.config.choices import (
     ContainerRuntime,
     DebugMode,
     DeviceName,
+    JudgeKind,
     LearningRateSchedule,
     MarkerMeaning,
     Markup,
@@ -54,6 +55,9 @@ from lit_vlm.config.ranges import (
     SHARE_BELOW_1,
     SHARE_BELOW_HALF,
     SIGNAL_SECONDS,
+    TEMPERATURE,
+    TIMEOUT_SECONDS,
+    VOTES,
     ranged,
 )
 from lit_vlm.types import Language, ModelPart
@@ -475,6 +479,45 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EndpointConfig:
+    """A model at an OpenAI-compatible chat endpoint, with limits and prices."""
+
+    endpoint: str | None = None  # base address, e.g. http://127.0.0.1:8000/v1
+    model: str | None = None  # name of the model at the endpoint
+    key_variable: str | None = None  # environment variable with the key, e.g. OPENAI_API_KEY; null: no key is sent
+    temperature: float = ranged(0.0, TEMPERATURE)  # sampling temperature; 0: greedy
+    max_new_tokens: int = ranged(1024, COUNT)  # maximum tokens of a reply
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # further fields of each request, e.g. extra.top_p=0.9; null removes one: extra.max_tokens=null
+    concurrency: int = ranged(8, PROCESSES)  # requests at the same time
+    timeout_seconds: float = ranged(120.0, TIMEOUT_SECONDS)  # seconds without data after which a request is sent again
+    max_retries: int = ranged(6, COUNT_OR_ZERO)  # maximum retries of a request; the waits double from 1 s to 60 s
+    max_requests: int | None = ranged(None, COUNT)  # maximum requests, with retries and with those of earlier starts
+    max_cost: float | None = ranged(None, ABOVE_0)  # maximum cost, earlier starts included; needs both prices
+    price_input: float | None = ranged(None, AT_LEAST_0)  # price of a million input tokens, in any currency
+    price_output: float | None = ranged(None, AT_LEAST_0)  # price of a million output tokens
+
+
+@dataclass(kw_only=True, slots=True)
+class JudgeConfig(EndpointConfig):
+    """Settings of task=judge."""
+
+    answers: str | None = None  # file of answers (.jsonl, .json), or a run folder for its samples.jsonl
+    against: str | None = None  # kind=pairwise: file of the other answers, matched by id
+    output: str | None = None  # folder of the results; null: <name of the answers>_judged/<kind> beside the answers
+    kind: JudgeKind = JudgeKind.rating
+    language: Language = Language.auto  # language of the prompt; auto: Korean for a question with Hangul
+    prompt: str | None = None  # file with a prompt of your own, with {question}, {answer} and others
+    votes: int = ranged(1, VOTES)  # replies to each prompt: their median, or the majority for correctness
+    swap: bool = True  # kind=pairwise: ask in both orders of the two answers
+    images: bool = False  # send the images too, to a judge that reads images
+    image_root: str | None = None  # folder that contains the images; null: the folder of the answers
+    limit: int | None = ranged(None, COUNT)  # judge only the first answers
+    dry_run: bool = False  # print the number of requests, their tokens and cost, and send none
+
+
+@dataclass(kw_only=True, slots=True)
 class RunsConfig:
     """The list of task=runs."""
 
@@ -513,6 +556,7 @@ class RunConfig:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)
     sync: list[str] = field(default_factory=list)  # task=sync: run folders, which may be copies from other machines

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lit_vlm.config import validation
 from lit_vlm.config.choices import Task
+from lit_vlm.config.endpoint_validation import find_judge_errors
 from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.slurm_options import find_submit_errors
@@ -55,6 +56,7 @@ TASKS: dict[Task, TaskEntry] = {
     Task.runs: TaskEntry("lit_vlm.tasks.runs:list_runs", (), _get_task_name),
     Task.chat: TaskEntry("lit_vlm.tasks.chat:run_chat", (), _get_task_name),
     Task.serve: TaskEntry("lit_vlm.tasks.serve:serve", (), _get_task_name),
+    Task.judge: TaskEntry("lit_vlm.tasks.judge:judge_answers", (find_judge_errors,), _get_task_name),
 }
 
 

@@ -65,6 +65,8 @@ def find_other_task_errors(config: RunConfig) -> Iterator[str]:
         ("sync", config.sync, Task.sync),
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
         ("submit.dry_run", config.submit.dry_run, Task.submit),
+        ("judge.answers", config.judge.answers, Task.judge),
+        ("judge.dry_run", config.judge.dry_run, Task.judge),
     ):
         if value and config.task is not task:
             yield f"{key}: is read with task={task.value} only, and task is {config.task.value}. Write task={task.value}, or leave {key} out."
