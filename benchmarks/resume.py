@@ -133,7 +133,7 @@ def measure_kills(folder: Path) -> dict[str, float]:
         start_time, num_known = time.perf_counter(), count_rows(table)
         run = start_run(overrides, folder)
         # the run first truncates the table to its checkpoint, and repeats the lost steps
-        wait_for_text(folder / "log", len((folder / "log").read_text()), "goes on at step")
+        wait_for_text(folder / "log", len((folder / "log").read_text()), "resumes at step")
         num_known = count_rows(table)
         wait_for_rows(table, num_known + 1)
         seconds.append(time.perf_counter() - start_time)

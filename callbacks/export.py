@@ -34,7 +34,7 @@ class Export(L.Callback):
             except OSError as error:
                 raise UserError(
                     f"The model cannot be written to {self.folder}: {error.strerror or error}. Make room or change its rights; the"
-                    " same command goes on from the last checkpoint and writes it then."
+                    " same command resumes from the last checkpoint and writes it then."
                 ) from error
             trainer.strategy.barrier("exported")
 

@@ -19,7 +19,7 @@ from lit_vlm.types import UserError
 class OutOfMemory(L.Callback):
     """Handles an out-of-memory error (OOM) of this rank before the exception propagates.
 
-    On one device, the state after the previous step is saved unless the update has begun, and `tasks/train.py` restarts
+    On one device, the state after the previous step is saved unless the update has started, and `tasks/train.py` restarts
     training in the same process. On several devices, the other ranks wait in a collective that this rank never enters. So
     this rank writes budget.json and an exit notice, all ranks exit with status RESTART, and the next start resumes from the
     last checkpoint. A Slurm job is requeued for this.
@@ -46,7 +46,7 @@ class OutOfMemory(L.Callback):
         except UserError as error:
             ExitNotice(1, str(error), []).stop_all_ranks(self.run_dir)
         message = (
-            f"Rank {trainer.global_rank} ran out of memory, {state.doing} of step {state.step + 1:,}. The next start goes on "
+            f"Rank {trainer.global_rank} ran out of memory, {state.doing} of step {state.step + 1:,}. The next start resumes "
             f"from the last checkpoint with at most {halved.tokens:,} tokens and {format_count(halved.tiles, 'tile')} in a micro-batch; all "
             f"ranks leave with exit status {RESTART}."
         )

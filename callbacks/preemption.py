@@ -18,7 +18,7 @@ from lit_vlm.fault_tolerance.signals import SignalHandler, StopRequest, use_list
 # Priority when ranks got different requests. Early stopping of a sweep comes first: it needs no restart. A time limit
 # concerns all ranks. A person who interrupts wants no restart.
 REQUEST_PRIORITY = (StopRequest.early_stop, StopRequest.requeue, StopRequest.interrupt, StopRequest.save_and_stop)
-RERUN_HINT = "The same command goes on from there."
+RERUN_HINT = "The same command resumes from there."
 
 
 class CheckpointSaver(Protocol):
@@ -159,7 +159,7 @@ def _requeue_if_requested(request: StopRequest) -> str:
         return "the sweep wants no more of this run. Its state is kept."
     if is_in_sweep() and request is not StopRequest.interrupt:
         # the agent owns the job and requeues it
-        return "left. The next agent of the sweep goes on from there."
+        return "left. The next agent of the sweep resumes from there."
     job = get_own_job()
     if (
         job is None
@@ -170,4 +170,4 @@ def _requeue_if_requested(request: StopRequest) -> str:
     refusal = requeue(job)
     if refusal:
         return f"job {job} could not be requeued ({refusal}). Submit it again: {RERUN_HINT[0].lower()}{RERUN_HINT[1:]}"
-    return f"job {job} is requeued and goes on from there."
+    return f"job {job} is requeued and resumes from there."

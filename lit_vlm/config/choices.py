@@ -24,7 +24,9 @@ class Task(Enum):
     sync = "sync"  # upload offline runs, or the missing part of a run, to Weights & Biases
     runs = "runs"  # list the runs below run_dir, and the settings in which they differ
     chat = "chat"  # chat with a finished model
+    exam = "exam"  # score a finished model on the fixed exam of synthetic questions
     serve = "serve"  # serve a finished model with an OpenAI-compatible interface
+    judge = "judge"  # have a model at an OpenAI-compatible endpoint judge a file of answers
 
 
 # Projector between the vision tower and the language model, from the registry.
@@ -160,6 +162,14 @@ class ScorerName(Enum):
 
     exact = "exact"  # compare with the reference answer by the metric of its kind: boxes, text lines, else exact match
     judge = "judge"  # score with prefer.judge
+
+
+class JudgeKind(Enum):
+    """Kind of judgement in task=judge."""
+
+    rating = "rating"  # a score from 0 to 10, by the row's rubric or reference
+    correctness = "correctness"  # correct or incorrect, by the row's reference
+    pairwise = "pairwise"  # scores from 0 to 10 of two answers side by side
 
 
 class ContainerRuntime(Enum):

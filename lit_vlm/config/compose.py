@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_vlm.compat.hydra import FileComposition, apply_settings
 from lit_vlm.config.overrides import get_override_key, parse_override
-from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.config.schema import RunConfig
+from lit_vlm.config.settings import list_stage_schemas
 from lit_vlm.config.yaml_reader import register_yaml_source
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -36,8 +37,8 @@ def register_schema() -> None:
     register_yaml_source()
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
-    store.store(group="schema/stage", name="base", node=StageConfig)
-    store.store(group="schema/stage", name="dpo", node=DPOStageConfig)
+    for name, config_class in list_stage_schemas().items():
+        store.store(group="schema/stage", name=name, node=config_class)
 
 
 @contextmanager

@@ -69,6 +69,10 @@ EXAMPLES = (
     ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
     ("python run.py task=serve init_from=runs/tiny/4_dpo/hf", "serve it to OpenAI's clients (docs/serving.md)"),
+    (
+        "python run.py task=judge judge.answers=runs/tiny/2_sft judge.endpoint=http://127.0.0.1:8000/v1 judge.model=judge",
+        "have a model judge its answers (docs/judge.md)",
+    ),
 )
 MORE_COMMANDS = (
     ("python run.py --help settings", "every setting, its type, default and meaning"),

@@ -25,7 +25,7 @@ from lit_vlm.config.other_programs import (
     format_key_remedy,
 )
 from lit_vlm.config.overrides import CHECKPOINTING_ALIASES, parse_override, quote_value
-from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.config.schema import RunConfig, StageConfig
 from lit_vlm.config.settings import (
     describe_type,
     extract_dataclass,
@@ -34,6 +34,7 @@ from lit_vlm.config.settings import (
     get_setting_type,
     get_value_type,
     list_settings,
+    list_stage_schemas,
 )
 from lit_vlm.config.yaml_reader import read_settings
 from lit_vlm.types import find_nearest, format_suggestion
@@ -44,7 +45,7 @@ ADD_SOURCE_HINT = (
 )
 
 
-def find_value_errors(key: str, value: Any, stage: type[StageConfig]) -> Iterator[str]:
+def find_value_errors(key: str, value: Any, stage: type[StageConfig] | None) -> Iterator[str]:
     """Yield the errors of a value for a key, down to the leaves of a nested value."""
     hint = get_setting_type(key, stage)
     if hint is None:
@@ -57,14 +58,15 @@ def find_value_errors(key: str, value: Any, stage: type[StageConfig]) -> Iterato
         yield f"{key}: expected {describe_type(hint)}, found {format_value(value)}.{remedy}"
 
 
-def _format_unknown_key(key: str, value: Any, stage: type[StageConfig]) -> str:
+def _format_unknown_key(key: str, value: Any, stage: type[StageConfig] | None) -> str:
     if key == key.upper() and key.isidentifier():
         text = quote_value(value)
         return f"{key} is an environment variable: write it before the command, {key}={text} python run.py ..."
     if remedy := format_key_remedy(key, "" if value is None else str(value)):
         return f"unknown setting {key}. {remedy}."
-    if get_setting_type(key, DPOStageConfig) is not None:
-        return f"{key} is a setting of stage=dpo, and this is another stage."
+    owners = [name for name, schema in list_stage_schemas().items() if get_setting_type(key, schema) is not None]
+    if owners:
+        return f"{key} is a setting of stage={' and '.join(owners)}, and this is another stage."
     parts = key.split(".")
     position = 2 if key.startswith("data.sources.") else 3
     name = parts[position] if len(parts) > position and "sources" in parts else "mine"
@@ -160,7 +162,7 @@ def _format_unknown_choice(group: str, name: str, offered: list[str]) -> str:
 
 
 def find_override_errors(
-    text: str, stage: type[StageConfig], sources: dict[str, set[str]] | None, null_groups: Set[str] = frozenset()
+    text: str, stage: type[StageConfig] | None, sources: dict[str, set[str]] | None, null_groups: Set[str] = frozenset()
 ) -> Iterator[str]:
     """Yield the errors of one override that sets a value.
 
@@ -210,7 +212,7 @@ def _split_source_key(key: str) -> tuple[str, str]:
     return "", ""
 
 
-def find_file_errors(default: ResultDefault, stage: type[StageConfig], overrides: list[str]) -> Iterator[str]:
+def find_file_errors(default: ResultDefault, stage: type[StageConfig] | None, overrides: list[str]) -> Iterator[str]:
     """Yield the errors in the settings of one file of conf/, each with its line number."""
     path = next(
         (file for folder in list_config_dirs(overrides) if (file := folder / f"{default.config_path}.yaml").is_file()),
@@ -233,7 +235,7 @@ def find_file_errors(default: ResultDefault, stage: type[StageConfig], overrides
                 yield f"{_shorten_path(path)}:{line}: {error}"
 
 
-def _iterate_setting_leaves(key: str, value: Any, stage: type[StageConfig]) -> Iterator[tuple[str, Any]]:
+def _iterate_setting_leaves(key: str, value: Any, stage: type[StageConfig] | None) -> Iterator[tuple[str, Any]]:
     hint = get_setting_type(key, stage)
     if isinstance(value, dict) and value and (extract_dataclass(hint) or is_dataclass(get_value_type(hint))):
         for name, item in value.items():

@@ -148,7 +148,7 @@ def handle_launcher_errors() -> Iterator[None]:
     try:
         yield
     except (UncompletedJobError, FailedSubmissionError) as error:
-        hint = "Jobs that were submitted go on; `squeue --me` lists them."
+        hint = "Submitted jobs continue; `squeue --me` lists them."
         raise UserError(f"hydra/launcher=submitit_slurm: {error}\n{hint}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error)) from error

@@ -27,8 +27,8 @@ from lit_vlm.config.overrides import (
 from lit_vlm.config.pipeline import build_stage_overrides, find_pipeline_errors
 from lit_vlm.config.recipe import SOURCE_TABLE_PREFIXES, get_experiment, is_pipeline, list_stages
 from lit_vlm.config.run_name import get_previous_stage_folder, get_run_name
-from lit_vlm.config.schema import DPOStageConfig, RunConfig, SourceConfig, StageConfig
-from lit_vlm.config.settings import list_settings
+from lit_vlm.config.schema import RunConfig, SourceConfig, StageConfig
+from lit_vlm.config.settings import list_settings, list_stage_schemas
 from lit_vlm.config.sweep_overrides import get_sweep_overrides, is_sweep
 from lit_vlm.config.tasks import TASKS, find_config_errors
 from lit_vlm.redaction import find_secret_errors, find_typed_secret_errors
@@ -125,7 +125,7 @@ def collect_override_errors(overrides: list[str], *, is_multirun: bool = False) 
     for text in overrides:
         if text not in choices and not get_override_key(text).startswith(("hydra.", "hydra/")):
             found[text] = list(
-                find_override_errors(text, DPOStageConfig if has_wrong_choice else stage, source_names, null_groups)
+                find_override_errors(text, None if has_wrong_choice else stage, source_names, null_groups)
             )
     return {text: errors for text, errors in found.items() if errors}
 
@@ -143,13 +143,16 @@ def _keep_last_choices(choosing: list[str]) -> list[str]:
     return list({get_override_key(text): text for text in choosing}.values())
 
 
-def _check_config_files(chosen: list[str]) -> tuple[type[StageConfig], list[str]]:
+def _check_config_files(chosen: list[str]) -> tuple[type[StageConfig] | None, list[str]]:
+    """Check the selected files. Return the config class of their stage (None: not known) and the errors."""
     try:
         files: list[ResultDefault] = compute_defaults_list(chosen)
-        stage = DPOStageConfig if any(file.config_path == "schema/stage/dpo" for file in files) else StageConfig
+        selected = {file.config_path for file in files}
+        schemas = [schema for name, schema in list_stage_schemas().items() if f"schema/stage/{name}" in selected]
+        stage = schemas[-1] if schemas else StageConfig
         return stage, [file_error for file in files for file_error in find_file_errors(file, stage, chosen)]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        return DPOStageConfig, [_format_hydra_error(error)]
+        return None, [_format_hydra_error(error)]
 
 
 def _collect_source_names(chosen: list[str]) -> tuple[dict[str, set[str]], set[str]]:
@@ -211,8 +214,12 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     config.prefer.output = _make_absolute(config.prefer.output)
     if config.prefer.judge is not None:
         config.prefer.judge = resolve_model_name(config.prefer.judge)
-    if isinstance(config.stage, DPOStageConfig) and config.stage.reference is not None:
-        config.stage.reference = resolve_model_name(config.stage.reference)
+    for name in ("answers", "against", "output", "prompt", "image_root"):
+        if (path := getattr(config.judge, name)) is not None:
+            setattr(config.judge, name, _make_absolute(path))
+    for field in config.stage.MODEL_FIELDS:
+        if (folder := getattr(config.stage, field)) is not None:
+            setattr(config.stage, field, resolve_model_name(folder))
     return config
 
 

@@ -63,6 +63,9 @@ PROCESSES_OR_ZERO = NumberRange(0, 4096)
 GRID = NumberRange(0, 64, excludes_low=True)  # its square is the number of possible tile grids
 LAYER = NumberRange(-1000, 1000)
 SIGNAL_SECONDS = NumberRange(0, 65535, excludes_low=True)  # the limit of sbatch
+TEMPERATURE = NumberRange(0, 2)  # the limit of OpenAI's interface
+TIMEOUT_SECONDS = NumberRange(0, DAY_SECONDS, excludes_low=True)
+VOTES = NumberRange(0, 101, excludes_low=True)
 SEED = NumberRange(0, 2**32 - 1)  # the limit of NumPy
 
 

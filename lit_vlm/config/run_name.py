@@ -38,6 +38,8 @@ NON_IDENTITY_KEYS = (
     "preflight",
     "prefer",
     "serve",
+    "evaluate",
+    "judge",
     "logger",
     "callbacks",
     "export",

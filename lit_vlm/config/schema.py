@@ -8,7 +8,7 @@ beside it (`lit_vlm/config/ranges.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -19,6 +19,7 @@ from lit_vlm.config.choices import (
     ContainerRuntime,
     DebugMode,
     DeviceName,
+    JudgeKind,
     LearningRateSchedule,
     MarkerMeaning,
     Markup,
@@ -54,6 +55,9 @@ from lit_vlm.config.ranges import (
     SHARE_BELOW_1,
     SHARE_BELOW_HALF,
     SIGNAL_SECONDS,
+    TEMPERATURE,
+    TIMEOUT_SECONDS,
+    VOTES,
     ranged,
 )
 from lit_vlm.types import Language, ModelPart
@@ -232,6 +236,8 @@ class PartsConfig:
 class StageConfig:
     """Settings of a training stage: trained parts, loss, optimizer and learning-rate schedule."""
 
+    MODEL_FIELDS: ClassVar[tuple[str, ...]] = ()  # settings that name another model
+
     name: StageName = MISSING  # set by the group's files
     trainable: list[ModelPart] = MISSING  # parts that train; all other parts are frozen
     learning_rate: float = ranged(MISSING, LEARNING_RATE)  # peak learning rate of every part without its own
@@ -255,7 +261,7 @@ class StageConfig:
     @property
     def model_folders(self) -> list[str]:
         """Folders or hub ids of models that the stage reads besides the one that it trains."""
-        return []
+        return [folder for name in self.MODEL_FIELDS if (folder := getattr(self, name))]
 
     @property
     def has_reference_model(self) -> bool:
@@ -270,6 +276,8 @@ class StageConfig:
 @dataclass(kw_only=True, slots=True)
 class DPOStageConfig(StageConfig):
     """Settings of preference optimisation; names and losses are those of TRL."""
+
+    MODEL_FIELDS: ClassVar[tuple[str, ...]] = ("reference",)
 
     beta: float = ranged(0.1, ABOVE_0)  # beta of DPO; from LLaVA-NeXT's dpo_ov7b.sh, VARCO's is not published
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # losses; several are summed with loss_weights
@@ -292,10 +300,6 @@ class DPOStageConfig(StageConfig):
         return self.loss_type
 
     @property
-    def model_folders(self) -> list[str]:
-        return [self.reference] if self.reference else []
-
-    @property
     def has_reference_model(self) -> bool:
         return not self.cache_reference
 
@@ -303,7 +307,8 @@ class DPOStageConfig(StageConfig):
         return replace(self, cache_features=False, reference=None, cache_reference=True)
 
 
-# Config class of each stage; `config_class` of its class in `STAGES` is the same.
+# Config class of each stage; `config_class` of its class in `STAGES` is the same. A stage with a config class of its own
+# names it in conf/stage/ as /schema/stage/<stage>, all others name /schema/stage/base.
 STAGE_CONFIGS: dict[StageName, type[StageConfig]] = {
     StageName.align: StageConfig,
     StageName.sft: StageConfig,
@@ -348,7 +353,8 @@ class CheckpointConfig:
     every_steps: int | None = ranged(None, COUNT)  # optimizer steps between checkpoints; null: only by every_minutes
     every_minutes: float | None = ranged(15.0, MINUTES)  # minutes between checkpoints; null: only by every_steps
     keep_last: int = ranged(2, COUNT)  # checkpoints to keep; 2, so that one may be corrupt
-    keep_best: bool = False  # also keep the checkpoint with the lowest val/loss
+    keep_best: bool = False  # also keep the checkpoint with the best best_metric
+    best_metric: str = "val/loss"  # val/loss (lowest is best), or a score of the exam, e.g. exam/mean (highest is best)
     asynchronous: bool = True  # write during training; the copy in host memory is as large as the state
 
 
@@ -474,6 +480,58 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Evaluation of a model: the fixed exam of synthetic questions, after a stage and while it trains."""
+
+    exam_items: int | None = ranged(
+        None, COUNT_OR_ZERO
+    )  # questions for each kind, language and difficulty; null: all, 150; 0: a recipe is run without the exam
+    every_steps: int | None = ranged(
+        None, COUNT
+    )  # optimizer steps between two exams while a stage trains, and one at its end; null: none while it trains
+    training_items: int = ranged(5, COUNT)  # as exam_items, for the exam while a stage trains
+
+
+@dataclass(kw_only=True, slots=True)
+class EndpointConfig:
+    """A model at an OpenAI-compatible chat endpoint, with limits and prices."""
+
+    endpoint: str | None = None  # base address, e.g. http://127.0.0.1:8000/v1
+    model: str | None = None  # name of the model at the endpoint
+    key_variable: str | None = None  # environment variable with the key, e.g. OPENAI_API_KEY; null: no key is sent
+    temperature: float = ranged(0.0, TEMPERATURE)  # sampling temperature; 0: greedy
+    max_new_tokens: int = ranged(1024, COUNT)  # maximum tokens of a reply
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # further fields of each request, e.g. extra.top_p=0.9; null removes one: extra.max_tokens=null
+    concurrency: int = ranged(8, PROCESSES)  # requests at the same time
+    timeout_seconds: float = ranged(120.0, TIMEOUT_SECONDS)  # seconds without data after which a request is sent again
+    max_retries: int = ranged(6, COUNT_OR_ZERO)  # maximum retries of a request; the waits double from 1 s to 60 s
+    max_requests: int | None = ranged(None, COUNT)  # maximum requests, with retries and with those of earlier starts
+    max_cost: float | None = ranged(None, ABOVE_0)  # maximum cost, earlier starts included; needs both prices
+    price_input: float | None = ranged(None, AT_LEAST_0)  # price of a million input tokens, in any currency
+    price_output: float | None = ranged(None, AT_LEAST_0)  # price of a million output tokens
+
+
+@dataclass(kw_only=True, slots=True)
+class JudgeConfig(EndpointConfig):
+    """Settings of task=judge."""
+
+    answers: str | None = None  # file of answers (.jsonl, .json), or a run folder for its samples.jsonl
+    against: str | None = None  # kind=pairwise: file of the other answers, matched by id
+    output: str | None = None  # folder of the results; null: <name of the answers>_judged/<kind> beside the answers
+    kind: JudgeKind = JudgeKind.rating
+    language: Language = Language.auto  # language of the prompt; auto: Korean for a question with Hangul
+    prompt: str | None = None  # file with a prompt of your own, with {question}, {answer} and others
+    votes: int = ranged(1, VOTES)  # replies to each prompt: their median, or the majority for correctness
+    swap: bool = True  # kind=pairwise: ask in both orders of the two answers
+    images: bool = False  # send the images too, to a judge that reads images
+    image_root: str | None = None  # folder that contains the images; null: the folder of the answers
+    limit: int | None = ranged(None, COUNT)  # judge only the first answers
+    dry_run: bool = False  # print the number of requests, their tokens and cost, and send none
+
+
+@dataclass(kw_only=True, slots=True)
 class RunsConfig:
     """The list of task=runs."""
 
@@ -512,6 +570,8 @@ class RunConfig:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)
     sync: list[str] = field(default_factory=list)  # task=sync: run folders, which may be copies from other machines

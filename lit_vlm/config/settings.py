@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_vlm.config import choices, mapping, schema
 from lit_vlm.config.other_programs import KEY_ALIASES
 from lit_vlm.config.ranges import NumberRange
-from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.config.schema import STAGE_CONFIGS, RunConfig, StageConfig
 from lit_vlm.types import UserError, find_nearest
 
 
@@ -40,8 +40,7 @@ class Setting:
 
 def get_stage_config_class(name: str | None) -> type[StageConfig]:
     """Return the config dataclass of a stage; the plain one for an unknown name."""
-    classes = {stage.value: config_class for stage, config_class in schema.STAGE_CONFIGS.items()}
-    return classes.get(name or "", StageConfig)
+    return list_stage_schemas().get(name or "", StageConfig)
 
 
 @cache
@@ -52,9 +51,23 @@ def get_field_types(owner: type) -> dict[str, Any]:
 
 
 @cache
-def list_settings(stage: type[StageConfig] = DPOStageConfig) -> tuple[Setting, ...]:
-    """List all settings in the order of the schema."""
-    return tuple(_iterate_settings(RunConfig, "", stage))
+def list_stage_schemas() -> dict[str, type[StageConfig]]:
+    """List the config classes of the stages by the name under which conf/stage/ refers to them."""
+    own = {stage.value: schema for stage, schema in STAGE_CONFIGS.items() if schema is not StageConfig}
+    return {"base": StageConfig, **own}
+
+
+@cache
+def list_settings(stage: type[StageConfig] | None = None) -> tuple[Setting, ...]:
+    """List all settings in the order of the schema: of one stage's config class, or of all of them."""
+    settings = (row for schema in _list_schemas(stage) for row in _iterate_settings(RunConfig, "", schema))
+    rows = {row.key: row for row in settings}
+    order = {field.name: number for number, field in enumerate(fields(RunConfig))}
+    return tuple(sorted(rows.values(), key=lambda row: order[row.key.partition(".")[0]]))
+
+
+def _list_schemas(stage: type[StageConfig] | None) -> list[type[StageConfig]]:
+    return list(list_stage_schemas().values()) if stage is None else [stage]
 
 
 def _iterate_settings(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Setting]:
@@ -91,8 +104,13 @@ def extract_dataclass(hint: Any) -> Any:
     return next((option for option in options if is_dataclass(option)), None)
 
 
-def get_setting_type(key: str, stage: type[StageConfig]) -> Any:
-    """Return the type of a setting; None if the setting does not exist."""
+def get_setting_type(key: str, stage: type[StageConfig] | None = None) -> Any:
+    """Return the type of a setting of one stage's config class, or of any; None if the setting does not exist."""
+    types = (_find_setting_type(key, schema) for schema in _list_schemas(stage))
+    return next((hint for hint in types if hint is not None), None)
+
+
+def _find_setting_type(key: str, stage: type[StageConfig]) -> Any:
     hint: Any = RunConfig
     for word in key.split("."):
         if hint is Any:

@@ -1,14 +1,15 @@
-"""Validation of stage=dpo: settings that TRL's preference losses reject, ignore or fail on."""
+"""Validation of the stages' own settings, such as those that TRL's preference losses reject, and of settings without effect."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from typing import Any
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.choices import Format, StrategyName
 from lit_vlm.config.mapping import MappingConfig, RegionTask
-from lit_vlm.config.schema import DataConfig, DPOStageConfig, RunConfig, SourceConfig
+from lit_vlm.config.schema import DataConfig, DPOStageConfig, RunConfig, SourceConfig, StageConfig
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import (
     F_DIVERGENCE,
@@ -49,6 +50,18 @@ def find_preference_loss_errors(stage: DPOStageConfig) -> Iterator[str]:
         )
     yield from _find_divergence_errors(stage)
     yield from _find_weighting_errors(stage)
+
+
+# Checks of the settings of a stage with a config class of its own
+_STAGE_CONFIG_CHECKS: dict[type[StageConfig], Callable[[Any], Iterator[str]]] = {
+    DPOStageConfig: find_preference_loss_errors
+}
+
+
+def find_stage_config_errors(stage: StageConfig) -> Iterator[str]:
+    """Yield an error message for each invalid setting that only this stage's config class has."""
+    if check := _STAGE_CONFIG_CHECKS.get(type(stage)):
+        yield from check(stage)
 
 
 def _find_divergence_errors(stage: DPOStageConfig) -> Iterator[str]:

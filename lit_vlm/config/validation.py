@@ -15,7 +15,6 @@ from lit_vlm.config.choices import Format, Markup, ScorerName, StageName, Strate
 from lit_vlm.config.mapping import find_mapping_errors
 from lit_vlm.config.schema import (
     DataConfig,
-    DPOStageConfig,
     PartConfig,
     RunConfig,
     ShareConfig,
@@ -24,7 +23,7 @@ from lit_vlm.config.schema import (
 )
 from lit_vlm.config.settings import get_field_types
 from lit_vlm.config.stage_validation import (
-    find_preference_loss_errors,
+    find_stage_config_errors,
     find_unused_data_settings,
     find_unused_stage_settings,
 )
@@ -48,7 +47,7 @@ MANAGED_TRAINER_ARGUMENTS = {
     "accumulate_grad_batches": "it follows from data.global_batch_size and the two memory caps, and is printed",
     "default_root_dir": "a run's folder is run_dir/run_name",
     "enable_checkpointing": "checkpoints are written by the program, one layout for all strategies",
-    "use_distributed_sampler": "the plan deals the samples to the ranks",
+    "use_distributed_sampler": "the plan distributes the samples over the ranks",
     "reload_dataloaders_every_n_epochs": "the plan knows every step beforehand",
     "val_check_interval": "set data.validation.every_steps",
     "check_val_every_n_epoch": "set data.validation.every_steps",
@@ -66,6 +65,8 @@ def find_other_task_errors(config: RunConfig) -> Iterator[str]:
         ("sync", config.sync, Task.sync),
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
         ("submit.dry_run", config.submit.dry_run, Task.submit),
+        ("judge.answers", config.judge.answers, Task.judge),
+        ("judge.dry_run", config.judge.dry_run, Task.judge),
     ):
         if value and config.task is not task:
             yield f"{key}: is read with task={task.value} only, and task is {config.task.value}. Write task={task.value}, or leave {key} out."
@@ -82,8 +83,7 @@ def _find_stage_errors(config: RunConfig) -> Iterator[str]:
     trainable = {part.value for part in stage.trainable}
     for field in fields(stage.parts):
         yield from _find_part_errors(field.name, getattr(stage.parts, field.name), field.name in trainable)
-    if isinstance(stage, DPOStageConfig):
-        yield from find_preference_loss_errors(stage)
+    yield from find_stage_config_errors(stage)
 
 
 def _find_projector_errors(config: RunConfig) -> Iterator[str]:
@@ -325,6 +325,25 @@ def find_prefer_errors(config: RunConfig) -> Iterator[str]:
         yield f"prefer.judge: is asked with prefer.scorer=judge only, and the scorer is {prefer.scorer.value}."
 
 
+def find_exam_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of task=exam."""
+    if config.init_from is None:
+        yield "init_from is not set: task=exam asks a finished model, init_from=runs/<name>/hf or a hub id."
+    if config.evaluate.exam_items == 0:
+        yield "evaluate.exam_items: task=exam needs at least 1 question of each kind, found 0."
+
+
+def _find_exam_metric_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each metric of the exam that a run without exams would not log."""
+    checkpoint = config.checkpoint
+    metrics = {"logger.metric": config.logger.metric, "checkpoint.best_metric": checkpoint.best_metric}
+    for key, metric in metrics.items():
+        if metric is not None and metric.startswith("exam/") and config.evaluate.every_steps is None:
+            yield f"{key}={metric}: the exam is not taken while the stage trains. Set evaluate.every_steps=<steps>."
+    if not checkpoint.best_metric.startswith("exam/") and checkpoint.best_metric != "val/loss":
+        yield f"checkpoint.best_metric: is val/loss or a score of the exam (exam/mean), found {checkpoint.best_metric}."
+
+
 ARTIFACTS = ("model", "lock", "report")
 
 
@@ -355,6 +374,7 @@ STAGE_CHECKS = (
     lambda config: find_callback_errors(config.callbacks),
     find_unused_stage_settings,
     find_logger_errors,
+    _find_exam_metric_errors,
     _find_checkpoint_errors,
 )
 PREFER_CHECKS = (find_prefer_errors, _find_data_errors, _find_prefer_data_errors)

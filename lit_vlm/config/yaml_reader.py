@@ -22,7 +22,6 @@ from omegaconf import OmegaConf
 
 from lit_vlm.compat.hydra import BaseFileSource, get_yaml_loader, read_header, register_file_source
 from lit_vlm.config.callbacks import convert_to_list
-from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import get_setting_type
 
 KeyPath = tuple[str, ...]  # keys on the way to a value, without positions in lists
@@ -87,7 +86,7 @@ def is_text_type(hint: Any, raw_value: str) -> bool:
 
 def is_text_setting(key: str, raw_value: str) -> bool:
     """Return True if a setting, of any stage, keeps its raw value as text."""
-    return is_text_type(get_setting_type(key, DPOStageConfig), raw_value)
+    return is_text_type(get_setting_type(key), raw_value)
 
 
 def read_settings(path: Path, package: str) -> Any:

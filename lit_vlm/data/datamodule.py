@@ -221,7 +221,7 @@ class DataModule(L.LightningDataModule):
         """Refuse Lightning's distributed sampler: it would split the plan's micro-batches over the ranks a second time."""
         if self.trainer.world_size > 1 and has_distributed_sampler(self.trainer):
             raise UserError(
-                "On several devices give the Trainer use_distributed_sampler=False: the plan deals to the ranks."
+                "On several devices give the Trainer use_distributed_sampler=False: the plan distributes the samples over the ranks."
             )
 
     def train_dataloader(self) -> DataLoader:

@@ -36,7 +36,7 @@ class RecordLoggedError(UserError):
     def __init__(self, finding: str, ledger: Path) -> None:
         self.finding, self.ledger = finding, ledger
         super().__init__(
-            f"{finding} It is entered in {ledger}: the same command again goes on without it. To look for more of them: "
+            f"{finding} It is entered in {ledger}: the same command resumes without it. To look for more of them: "
             "task=prepare."
         )
 

@@ -116,7 +116,7 @@ class SignalHandler:
         if request is StopRequest.interrupt:
             if self.interrupted_at is not None and now - self.interrupted_at > DUPLICATE_SIGNAL_SECONDS:
                 _write_to_stderr(
-                    "Interrupted twice: left at once, without saving. The same command goes on from the last checkpoint."
+                    "Interrupted twice: left at once, without saving. The same command resumes from the last checkpoint."
                 )
                 _exit_now(INTERRUPTED)  # a collective or a thread may block a normal exit
             self.interrupted_at = self.interrupted_at or now
@@ -221,7 +221,7 @@ def _requeue_and_report(request: StopRequest, job: str | None) -> None:
     refusal = requeue(job) if job else None
     outcome = f"not requeued ({refusal})" if refusal else f"job {job} is requeued" if job else "left"
     _write_to_stderr(
-        f"Asked to {request}: no step is under way, so nothing is to be saved; {outcome}. The same command goes on."
+        f"Asked to {request}: no step is under way, so nothing is to be saved; {outcome}. The same command resumes it."
     )
 
 

@@ -272,7 +272,7 @@ def make_stuck_notice(heartbeats: list[RankHeartbeat], timeout_seconds: float, r
         )
     message = (
         f"Stuck: {finding}. Nothing went on for {timeout_seconds:,.0f} s (trainer.timeout_minutes), so all ranks leave with exit "
-        f"status {STUCK}. Their stacks and samples are in {run_dir / STUCK_FOLDER}. The same command goes on from the last "
+        f"status {STUCK}. Their stacks and samples are in {run_dir / STUCK_FOLDER}. The same command resumes from the last "
         "checkpoint."
     )
     return ExitNotice(STUCK, message, frozen)

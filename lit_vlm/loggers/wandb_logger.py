@@ -221,7 +221,7 @@ class WandbRun(Logger):
 
     def _set_offline(self, reason: str) -> None:
         self.offline = self.behind = True
-        self.say(f"W&B: {reason}. This start goes on without it; the next one tries the server anew.")
+        self.say(f"W&B: {reason}. This start continues without it; the next one tries the server anew.")
 
     def _describe_location(self) -> str:
         if not self.offline:
@@ -350,7 +350,7 @@ class WandbRun(Logger):
     def _handle_client_failure(self, error: Exception) -> None:
         run, self._run, self.behind = self._run, None, True
         self.say(
-            f"W&B: its client gave up ({_get_first_line(error)}); training goes on without it. metrics.csv has all of it; the same"
+            f"W&B: its client gave up ({_get_first_line(error)}); training continues without it. metrics.csv has all of it; the same"
             " command sends what is missing."
         )
         if run is not None:

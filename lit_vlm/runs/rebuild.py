@@ -28,7 +28,7 @@ def rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]
     has_model = (path / "hf" / "config.json").is_file()  # the model folder is moved there atomically
     is_finished = has_model and (not steps or (best is not None and steps == [best[0]]))
     if not (is_finished or index):
-        return None, "Nothing lies beside it that the run could go on from: it begins anew."
+        return None, "Nothing lies beside it that the run could resume from: it starts anew."
     manifest: dict[str, Any] = {
         "status": "finished" if is_finished else "running",
         "name": name,
@@ -48,7 +48,7 @@ def rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]
         )
     assert index is not None
     manifest["rebuilt"] = f"from the checkpoint of step {index.step:,}"
-    return manifest, f"It is made again from the checkpoint of step {index.step:,}, and the run goes on from there."
+    return manifest, f"It is made again from the checkpoint of step {index.step:,}, and the run resumes from there."
 
 
 def _read_newest_index(path: Path) -> CheckpointIndex | None:

@@ -100,7 +100,7 @@ class GenerationWorker(threading.Thread):
     """Thread that generates the answers of all clients with continuous batching.
 
     A job whose `is_cancelled` is set frees its place before the next step. An error of the model, such as memory that ran out,
-    ends the answers in the batch with an error; the worker goes on with the next ones.
+    ends the answers in the batch with an error; the worker continues with the next ones.
     """
 
     def __init__(self, batcher: ContinuousBatcher) -> None:
@@ -147,7 +147,7 @@ class GenerationWorker(threading.Thread):
             should_wait = False
             try:
                 (sequence,) = self.batcher.add(job.batch, [job.params])
-            except Exception as error:  # of this job alone; the thread must go on
+            except Exception as error:  # of this job alone; the thread must continue
                 job.send(AnswerEnd("error", 0, 0, describe_error(error)))
             else:
                 self._jobs[id(sequence)] = job, sequence

@@ -205,7 +205,7 @@ def fill_cache(
             _find_new_samples(data, cache, index, samples) if trainer.is_global_zero else None
         )
         if len(samples):
-            which = "drawn" if index is data.index else "held-out"
+            which = "training" if index is data.index else "held-out"
             replaced = f", {changed:,} with other pictures than before" if changed else ""
             counts = f"of {format_count(len(samples), f'{which} record')} {format_count(len(new), 'is', 'are')} new{replaced}"
             say(f"{cache.label}: {counts}; {cache.folder or 'in memory'}")

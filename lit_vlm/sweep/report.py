@@ -193,7 +193,7 @@ def _list_facts(report: SweepReport) -> list[tuple[str, str]]:
         ("metric", f"{report.metric}, {'lower' if report.goal is Goal.minimize else 'higher'} is better"),
         (
             "stopped early",
-            f"by hyperband: first after {hyperband.rungs[0] + 1} values, the best 1/{hyperband.eta:g} go on"
+            f"by hyperband: first after {hyperband.rungs[0] + 1} values, the best 1/{hyperband.eta:g} continue"
             if hyperband
             else "never",
         ),

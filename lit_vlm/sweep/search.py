@@ -153,7 +153,7 @@ class Search:
     def tell(self, number: int, value: float | None, outcome: TrialOutcome | str) -> None:
         """Tell the search the outcome of a trial. A value that is not finite is a failure. A second outcome is ignored.
 
-        A trial ended by early stopping is told like a finished one, with its last value: Optuna's Gaussian process sampler
+        A trial ended by early stopping is reported to the search like a finished one, with its last value: Optuna's Gaussian process sampler
         learns nothing from trials in the state `PRUNED`.
         """
         outcome = TrialOutcome(outcome)

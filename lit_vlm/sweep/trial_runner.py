@@ -323,7 +323,7 @@ class TrialRunner:
             )
             raise UserError(
                 f"The first {MAX_INITIAL_FAILURES} trials failed. The last one's log, {trial.folder / LOG_FILE}, ends with:\n{log}\n"
-                "When that is mended, the same command goes on with the trials that are left."
+                "When that is mended, the same command resumes with the trials that are left."
             )
 
     def _is_target_reached(self) -> bool:

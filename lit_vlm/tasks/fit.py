@@ -110,7 +110,7 @@ def run_fit(
                 f"{error} They are {num_corrupt:,} by now, more than data.max_quarantined="
                 f"{data.max_quarantined:g} of the training records."
             ) from None
-        place.say(f"{error.finding} It is entered in {error.ledger}, and the run goes on without it.")
+        place.say(f"{error.finding} It is entered in {error.ledger}, and the run continues without it.")
         raise Restart from None
     except RollbackRequest as back:
         place.say(str(back))
@@ -120,7 +120,7 @@ def run_fit(
             raise
         budget = halve_budget(place.dir, datamodule, max_oom_retries)
         place.say(
-            f"out of memory; goes on with at most {budget.tokens:,} tokens and {format_count(budget.tiles, 'tile')} in a "
+            f"out of memory; resumes with at most {budget.tokens:,} tokens and {format_count(budget.tiles, 'tile')} in a "
             "micro-batch, and the same samples in each step"
         )
         raise Restart from None

@@ -74,7 +74,7 @@ def generate_preferences(run: Run) -> None:
     index = indexes.training
     pending = [number for number in range(len(index)) if get_sample_key(index, number) not in answer_log.lines]
     say(
-        f"{format_count(len(index), 'prompt')}, {len(index) - len(pending):,} of them asked before; the model is {init_from}"
+        f"{format_count(len(index), 'prompt')}, {len(index) - len(pending):,} of them answered before; the model is {init_from}"
     )
     if pending:
         pictures = PairImages(output.parent, answer_log.folder / IMAGES)
@@ -102,7 +102,7 @@ def generate_pairs(
                     f"{count:,} of {format_count(len(pending), 'prompt')}; {format_count(round(left / 60), 'minute')} left"
                 )
     except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on behind {format_count(len(answer_log.lines), 'prompt')}")
+        say(f"interrupted; the same command resumes after {format_count(len(answer_log.lines), 'prompt')}")
         raise SystemExit(INTERRUPTED) from None
 
 
@@ -193,7 +193,7 @@ def show_summary(answer_log: AnswerLog, rows: list[dict[str, Any]]) -> None:
     for heading in ("of", "what", "count"):
         table.add_column(heading, justify="right" if heading == "count" else "left")
     for group, counts in summarize_lines(answer_log.lines.values()).items():
-        title = "answers drawn" if group == "answers" else f"prompts for {group} pairs"
+        title = "answers sampled" if group == "answers" else f"prompts for {group} pairs"
         for number, (result, count) in enumerate(counts.items()):
             table.add_row("" if number else title, result, f"{count:,}")
     console.print(table)

@@ -113,7 +113,7 @@ def resolve_template_date(template_date: str | None, run_dir: Path, lock: str | 
     for manifest, reason in manifests:
         if TEMPLATE_DATE_KEY in manifest:
             return parse_day(str(manifest[TEMPLATE_DATE_KEY]), TEMPLATE_DATE_KEY), reason
-    return date.today(), "whatever the day on which it goes on (model.template_date=... sets another)"
+    return date.today(), "also when it resumes on another day (model.template_date=... sets another)"
 
 
 def resolve_tiny_parts(model: ModelConfig, parts_dir: Path, seed: int) -> ModelConfig:

@@ -213,7 +213,7 @@ def _print_follow_commands(folders: list[Path], jobs: list[str], *, wants_sync: 
     say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(folders[0]))}/slurm-*.log")
     say(
         f"Stop:    scancel --signal=TERM {' '.join(jobs)}  (the job that runs saves first; plain scancel leaves it few"
-        " seconds). The same task=submit goes on where it was."
+        " seconds). The same task=submit resumes it."
     )
     if wants_sync:
         for folder in folders:
@@ -257,7 +257,7 @@ def submit_workers(
         write_json(folder / JOB_FILE, {"job": number})
     say(f"{name}: {trials.slurm} workers, job {number}. Script: {job.script_path}")
     say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(folder))}/slurm-*.log")
-    say(f"Stop:    scancel --batch --signal=TERM {number}  (trials save first). The same command goes on where it was.")
+    say(f"Stop:    scancel --batch --signal=TERM {number}  (trials save first). The same command resumes it.")
 
 
 def make_worker_job(

@@ -191,7 +191,7 @@ def run_trials(sweep: Sweep) -> None:
 def _format_start(search: Search, num_known: int) -> str:
     """Format the first line: a new sweep, or one that resumes after `num_known` trials."""
     total = f"{search.max_trials:,}" if search.max_trials is not None else "all"
-    return f"goes on behind {num_known:,} of {total} trials" if num_known else f"{total} trials"
+    return f"resumes after {num_known:,} of {total} trials" if num_known else f"{total} trials"
 
 
 def make_trial_process(sweep: Sweep, number: int, parameters: dict[str, Any]) -> TrialProcess:
@@ -308,7 +308,7 @@ def read_settings(path: Path, current: dict[str, Any]) -> dict[str, Any] | None:
         problem = f"{path} is damaged: it lacks what every one has."
     except CorruptFileError as error:
         problem = str(error).strip()
-    say(f"{problem} The sweep file and the words of this start are taken for those that it was begun with.")
+    say(f"{problem} The sweep file and the overrides of this start are taken for the original ones.")
     return current
 
 
@@ -334,7 +334,7 @@ def stop_sweep(sweep: Sweep, stop_requests: list[StopRequest]) -> None:
         should_requeue = StopRequest.requeue in stop_requests or is_preempted(number)
         reason = requeue(number) if should_requeue else "it was asked to leave"
         say(f"{sweep.name}: saved; job {number} is {f'not requeued ({reason})' if reason else 'requeued'}.")
-    say(f"{sweep.name}: stopped, its trials are saved. The same command goes on.")
+    say(f"{sweep.name}: stopped, its trials are saved. The same command resumes it.")
     raise SystemExit(INTERRUPTED if StopRequest.interrupt in stop_requests else RESTART)
 
 

@@ -155,7 +155,7 @@ class TestAmounts:
             ),
             (make_weights(a=-1, b=1), {}, r"data\.sources\.a\.weight=-1 must be a number from 0"),
             (make_weights(a=float("nan"), b=1), {}, r"data\.sources\.a\.weight=nan"),
-            (make_weights(a=0, b=0), {}, "Nothing is drawn"),
+            (make_weights(a=0, b=0), {}, "Nothing is sampled"),
             (make_weights(a=1, b=1), {"temperature": 2.0}, r"data\.temperature=2 tempers"),
             ({}, {"temperature": 0.0}, r"data\.temperature=0 must be above 0"),
             ({}, {"weights_in": "tokens"}, r"data\.weights_in=tokens, but no source has a weight"),
@@ -168,7 +168,7 @@ class TestAmounts:
     @pytest.mark.parametrize("amount", (SourceAmount(weight=1), SourceAmount(count=3)))
     def test_an_empty_source_with_a_requested_amount_is_reported(self, amount):
         rest = SourceAmount(weight=1) if amount.weight else SourceAmount()
-        with pytest.raises(UserError, match=r"data\.sources\.a is to be drawn, but has no usable sample"):
+        with pytest.raises(UserError, match=r"data\.sources\.a is in the mixture, but has no usable sample"):
             make_mixture(make_index({"a": 0, "b": 5}), {"a": amount, "b": rest}).sample(5, 0)
 
     def test_an_empty_source_without_an_amount_is_ignored(self):
@@ -214,7 +214,7 @@ class TestShares:
     @pytest.mark.parametrize(
         ("settings", "message"),
         (
-            ({"share_ko": 0.3}, r"data\.share\.ko=0\.3 cannot be met: no sample of that sort"),
+            ({"share_ko": 0.3}, r"data\.share\.ko=0\.3 cannot be met: no source has samples of that sort"),
             ({"share_text_only": 0.3}, r"data\.share\.text_only=0\.3 cannot be met"),
             ({"share_kinds": {SampleKind.ocr: 0.3}}, r"data\.share\.kinds\.ocr=0\.3 cannot be met"),
             (
@@ -239,7 +239,7 @@ class TestShares:
     def test_a_share_counts_only_sources_that_are_sampled(self):
         """The Korean samples are in a source that is left out."""
         index = make_index({"ko": 10, "en": 10}, language=[KO] * 10 + [EN] * 10)
-        with pytest.raises(UserError, match=r"data\.share\.ko=0\.5 cannot be met: no sample of that sort is drawn"):
+        with pytest.raises(UserError, match=r"data\.share\.ko=0\.5 cannot be met: no source has samples of that sort"):
             self.sample(index, sources=make_weights(ko=0, en=1), share_ko=0.5)
 
 

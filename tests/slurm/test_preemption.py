@@ -124,7 +124,7 @@ def test_sigterm_saves_and_exits_with_the_restart_status_and_ctrl_c_with_its_own
     assert "saved at step" in run.output and "Traceback" not in run.output
     run = BackgroundRun(tmp_path, "data.num_workers=1")
     run.wait_until_training()
-    assert "goes on at step" in run.output
+    assert "resumes at step" in run.output
     run.process.send_signal(signal.SIGINT)
     assert run.wait() == INTERRUPTED, run.output
     assert "saved at step" in run.output and "Traceback" not in run.output
@@ -139,7 +139,7 @@ def test_sigterm_to_torchrun_reaches_its_ranks_which_save(tmp_path):
     assert run.output.count("saved at step") == 1
     run = BackgroundRun(tmp_path, "data.num_workers=0", ranks=2)
     run.wait_until_training()
-    assert "goes on at step" in run.output
+    assert "resumes at step" in run.output
     run.process.send_signal(signal.SIGTERM)
     run.wait(90)
 
@@ -147,7 +147,7 @@ def test_sigterm_to_torchrun_reaches_its_ranks_which_save(tmp_path):
 @pytest.mark.slow
 def test_sigterm_to_a_pipeline_reaches_its_stage_and_the_next_start_resumes(tmp_path):
     (name,) = {parse(["experiment=tiny/1_align", "trainer.max_steps=3000"]).name}
-    for message in ("saved at step", "goes on at step"):
+    for message in ("saved at step", "resumes at step"):
         run = BackgroundRun(tmp_path, base="recipe=tiny trainer.max_steps=3000", run=name)
         run.wait_until_training()
         run.process.send_signal(signal.SIGTERM)

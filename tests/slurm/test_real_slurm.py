@@ -125,7 +125,7 @@ def test_a_preempted_run_ends_with_the_weights_of_an_undisturbed_one(slurm, tmp_
     assert slurm.wait(other)["JobState"] == "COMPLETED"
     assert run.wait_until_finished()["Restarts"] == "1"
     assert run.log.count("saved at step") == 1 and f"job {run.number} is requeued" in run.log
-    assert "goes on at step" in run.log and "Traceback" not in run.log
+    assert "resumes at step" in run.log and "Traceback" not in run.log
     run.require_same_weights(undisturbed(case))
 
 
@@ -158,7 +158,7 @@ def test_a_killed_node_costs_only_the_steps_since_the_last_checkpoint(tmp_path, 
         slurm.kill_node("127.0.0.12")
         job = run.wait_until_finished()
         assert (job["Restarts"], job["NodeList"]) == ("1", "127.0.0.[11,13]")
-        assert "goes on at step" in run.log
+        assert "resumes at step" in run.log
         run.require_same_weights(undisturbed("align-ddp"))
 
 
@@ -202,7 +202,7 @@ def test_a_grid_of_the_launcher_survives_a_requeue(slurm, tmp_path):
     states = [json.loads(path.read_text())["status"] for path in tmp_path.glob("runs/train/*/manifest.json")]
     assert states == ["finished"] * 2
     logs = "".join(path.read_text() for path in tmp_path.glob("runs/.submitit/*/*.out"))
-    assert "is requeued" in logs and "goes on at step" in logs
+    assert "is requeued" in logs and "resumes at step" in logs
 
 
 @slow

@@ -97,7 +97,7 @@ def test_a_preempted_worker_lets_its_trial_save_and_resumes_it(slurm, tmp_path):
     assert job["Restarts"] == "1" and "requeued" in sweep.log
     (trial,) = sweep.trials
     log = (sweep.folder / "0/trial.log").read_text()
-    assert str(trial.outcome) == "finished" and "saved at step" in log and "goes on at step" in log
+    assert str(trial.outcome) == "finished" and "saved at step" in log and "resumes at step" in log
 
 
 def test_a_trial_of_two_nodes_is_a_job_step_of_its_worker_and_is_stopped_with_it(slurm, tmp_path):

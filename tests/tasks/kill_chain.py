@@ -123,7 +123,7 @@ def run_attempt(
         started = start(overrides, folder, chain.ranks)
         is_last_start = chain.kills >= kills
         codes = started.wait(PATIENCE) if is_last_start else kill(started, checkpoints, seconds, rng)
-        resumed = re.search(r"goes on at step (\d+)", started.read_output())
+        resumed = re.search(r"resumes at step (\d+)", started.read_output())
         if resumed and int(resumed[1]) != newest:
             chain.faults.append(f"{name}: went on at {resumed[1]} and not at {newest}")
         if set(codes) == {0}:

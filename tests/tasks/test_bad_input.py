@@ -322,7 +322,7 @@ def test_an_image_that_cannot_be_decoded_in_a_worker_ends_the_process_with_only_
     result = run_process(*BROKEN, "run_name=broken", "data.num_workers=1", cwd=user_folder)
     assert result.returncode == 1
     assert "broken.jsonl:1: image 'truncated.jpg' cannot be decoded: " in result.stderr
-    assert "ledger.jsonl: the same command again goes on without it" in result.stderr
+    assert "ledger.jsonl: the same command resumes without it" in result.stderr
     assert "Traceback" not in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert RunOutput(user_folder / "runs" / "broken").manifest["status"] == "running"
     assert not (user_folder / "runs" / "broken" / "hf").exists()

@@ -76,7 +76,7 @@ def test_a_run_resumed_in_another_month_uses_the_template_date_of_its_start(date
         in start(overrides, work_folder, 1, combine_patches(set_today("2026-04-30"), kill_at_micro_batch(2 * k))).wait()
     )
     code, output = run_to_end(overrides, work_folder, 1, set_today("2026-09-23"))
-    assert code == 0 and "goes on at step" in output, output
+    assert code == 0 and "resumes at step" in output, output
     assert (
         "the chat template writes today's date; in all that this run reads it is 2026-04-30, as when it was" in output
     )
@@ -179,7 +179,7 @@ def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(i
     # With new modification times
     shutil.copytree(work_folder / "old", work_folder / "images", copy_function=shutil.copyfile)
     code, output = run_to_end(overrides, work_folder)
-    assert code == 0 and "goes on at step" in output, output
+    assert code == 0 and "resumes at step" in output, output
     assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, "replaced"))
 
 

@@ -97,7 +97,7 @@ def test_a_rollback_omits_the_step_and_equals_a_run_that_skipped_it(tmp_path, ra
     back = [*overrides, "guard.on_nonfinite=rollback", "run_name=back"]
     code, output = run_to_end(back, tmp_path, ranks, combine_patches(inject_faults([fault]), record_steps(tmp_path)))
     assert code == 0, output
-    assert "back: goes on at step 2 of 6" in output
+    assert "back: resumes at step 2 of 6" in output
     assert "Step 4: the loss is not a number" in output
     assert [(row["step"], row["ids"]) for row in read_step_records(tmp_path) if not any(row["ids"])] == [
         (3, [[]] * len(read_step_records(tmp_path)[0]["ids"]))

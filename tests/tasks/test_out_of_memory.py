@@ -48,7 +48,7 @@ def run_with_out_of_memory(folder, place, *extra):
         [*overrides, "run_name=low"], folder, 1, combine_patches(raise_out_of_memory_at(*place), record_steps(folder))
     )
     assert code == 0, output
-    assert "low: out of memory; goes on with at most 150 tokens and 32 tiles" in output
+    assert "low: out of memory; resumes with at most 150 tokens and 32 tiles" in output
     return output
 
 
@@ -79,7 +79,7 @@ def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path,
     output = run_with_out_of_memory(faulty, (3, 0, where), "checkpoint.every_steps=100")
     run_without_fault(undisturbed, "checkpoint.every_steps=100")
     check_equal(faulty, undisturbed)
-    assert ("goes on at step 3 of 6" in output) == (where == "backward")
+    assert ("resumes at step 3 of 6" in output) == (where == "backward")
     assert [row["step"] for row in read_step_records(faulty)] == (
         [0, 1, 2, 3, 4, 5] if where == "backward" else [0, 1, 2, *range(6)]
     )
@@ -124,7 +124,7 @@ def test_several_ranks_exit_to_restart_with_half_the_budget(tmp_path):
     before = read_sample_ids(tmp_path)
     code, output = run_to_end(overrides, tmp_path, 2, record_steps(tmp_path))
     assert code == 0, output
-    assert "low: goes on at step 3 of 6" in output
+    assert "low: resumes at step 3 of 6" in output
     assert open_run(tmp_path, "low").manifest["plan"]["k"] > 1
     assert sorted(read_sample_ids(tmp_path)) == list(range(6)) and all(
         read_sample_ids(tmp_path)[step] == before[step] for step in before

@@ -57,9 +57,9 @@ def check_same_end(work_folder: Path, one: str, other: str) -> None:
 
 
 def find_resumed_step(output: str) -> int | None:
-    found = [line for line in output.splitlines() if "goes on at step" in line]
+    found = [line for line in output.splitlines() if "resumes at step" in line]
     assert len(found) <= 1
-    return int(found[0].split("goes on at step ")[1].split()[0]) if found else None
+    return int(found[0].split("resumes at step ")[1].split()[0]) if found else None
 
 
 # Identical bit by bit

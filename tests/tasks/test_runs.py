@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,7 @@ def test_an_unfinished_preceding_stage_is_reported_as_unfinished():
 # The pipeline
 
 FEW = ["trainer.max_steps=2", "data.global_batch_size=8", "data.num_workers=0", "data.validation.max_samples=1"]
+FEW += ["evaluate.exam_items=1"]
 STAGES = ["tiny/1_align", "tiny/2_sft", "tiny/3_highres", "tiny/4_dpo"]
 
 
@@ -160,6 +162,10 @@ def check_pipeline(runs, output):
     assert output.count(" s in all. Report: ") == 1
     (report,) = runs.glob("tiny/report*.html")
     assert report.stat().st_size > 5000
+    # the table of the pipeline, with the comparison of each stage with the one before, on the terminal and in the report
+    assert output.rindex("Exam of 56 questions") > output.rindex("Held-out score after each stage")
+    for text in (output[output.rindex("Exam of 56 questions") :], report.read_text(encoding="utf-8")):
+        assert len(re.findall(r"gained in \d+ of 69 cells, lost in \d+", text)) == 3
 
 
 @pytest.mark.slow
@@ -191,7 +197,7 @@ def test_a_pipeline_on_digits_resumes_with_the_failed_stage(tmp_path, monkeypatc
     third.parent.mkdir(parents=True)
     third.write_text("in the way")
     with pytest.raises(
-        UserError, match=r"tiny/3_highres ended with exit status 1; see above\. `python run\.py` goes on with it"
+        UserError, match=r"tiny/3_highres ended with exit status 1; see above\. `python run\.py` resumes it"
     ):
         dispatch(overrides)
     assert list_finished(runs) == STAGES[:2]
@@ -220,7 +226,7 @@ def test_the_pipeline_runs_as_processes_and_resumes_where_it_stopped(tmp_path):
     first = run_process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
     assert first.returncode == 1 and list_finished(runs) == STAGES[:2]
     assert (
-        first.stderr.rstrip().endswith("`python run.py` goes on with it when that is mended.")
+        first.stderr.rstrip().endswith("`python run.py` resumes it when that is mended.")
         and "Traceback" not in first.stderr
     )
     third.unlink()

@@ -315,7 +315,7 @@ def test_a_sweep_of_tiny_runs_ends_with_a_page_and_a_command_that_is_accepted(wo
     page = (work_folder / "runs/sweeps/mine/sweep.html").read_text(encoding="utf-8")
     assert "2 of 2 trials: 2 finished" in page and shlex.join(commands[0]).split()[1] in page
     again = start_sweep(work_folder, "trials.carry_to=tiny/2_sft", "trials.parallel=2")
-    assert again.returncode == 0 and "trial 0:" not in again.stdout and "goes on behind 2 of 2 trials" in again.stdout
+    assert again.returncode == 0 and "trial 0:" not in again.stdout and "resumes after 2 of 2 trials" in again.stdout
 
 
 def start_sweep_process(work_folder: Path, *overrides: str) -> subprocess.Popen:
@@ -355,13 +355,13 @@ def test_an_interrupted_sweep_resumes_where_it_stopped(work_folder, how):
     if how == "kill":
         kill_running_trials(work_folder)
     else:
-        assert sweeping.returncode == 130 and "its trials are saved. The same command goes on." in output
+        assert sweeping.returncode == 130 and "its trials are saved. The same command resumes it." in output
     assert list_outcomes(work_folder) == ["None"]
     result = start_sweep(work_folder, *LONG)
     assert result.returncode == 0, result.stdout + result.stderr
     assert list_outcomes(work_folder) == ["finished"] * 2
     log = (work_folder / "runs/sweeps/mine/0/trial.log").read_text()
-    assert "goes on at step" in log and "Traceback" not in log
+    assert "resumes at step" in log and "Traceback" not in log
 
 
 @pytest.mark.slow

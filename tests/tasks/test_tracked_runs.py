@@ -82,7 +82,7 @@ def test_a_killed_and_resumed_run_is_one_tracked_run_with_the_history_of_an_undi
     process.send_signal(signal.SIGKILL)
     wait_for_end(process)
     code, output = wait_for_end(start_run(server, work_folder, *overrides, "run_name=killed"))
-    assert code == 0 and "goes on at step" in output, output
+    assert code == 0 and "resumes at step" in output, output
     ids = [RunOutput(work_folder / "runs" / name).manifest["tracking"]["wandb"]["id"] for name in ("whole", "killed")]
     undisturbed, killed = (server.runs[run_id] for run_id in ids)
     assert len(server.runs) == 2 and (killed.state, undisturbed.state) == ("finished", "finished")

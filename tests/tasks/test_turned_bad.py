@@ -91,7 +91,7 @@ def test_a_corrupt_record_is_reported_logged_and_left_out_and_other_samples_stay
     output = run_and_read_error(*overrides)
     ledger = tmp_path / "runs" / "bad" / "ledger.jsonl"
     assert output.startswith("train.jsonl:6: image '5.jpg' cannot be decoded") and "Traceback" not in output
-    assert f"3 tries failed now. It is entered in {ledger}: the same command again goes on without it" in output
+    assert f"3 tries failed now. It is entered in {ledger}: the same command resumes without it" in output
     (entry,) = read_json_lines(ledger)
     assert (entry["source"], entry["position"], entry["origin"], entry["fault"]) == (
         "mine",
@@ -130,8 +130,10 @@ def test_with_quarantine_one_process_restarts_and_trains_as_if_they_were_left_ou
     output = " ".join(capsys.readouterr().out.split())
     ledger = tmp_path / "runs" / "bad" / "ledger.jsonl"
     assert {entry["position"] for entry in read_json_lines(ledger)} == {2, 7, 11}
-    assert output.count("3 tries failed now. It is entered in") == 3 == output.count("and the run goes on without it.")
-    assert "train.jsonl:8: image '7.jpg' cannot be decoded" in output and "goes on at step" in output
+    assert (
+        output.count("3 tries failed now. It is entered in") == 3 == output.count("and the run continues without it.")
+    )
+    assert "train.jsonl:8: image '7.jpg' cannot be decoded" in output and "resumes at step" in output
 
     (tmp_path / "runs" / "given").mkdir()
     shutil.copy(ledger, tmp_path / "runs" / "given" / "ledger.jsonl")

@@ -91,7 +91,7 @@ def _hash_parts(parts: Iterable[bytes]) -> int:
 
 
 CHANGED_RECORD_REMEDY = (
-    "Bring the old files back, and the run goes on. To train on what is there now, run task=prepare to index what changed, then "
+    "Bring the old files back, and the run resumes. To train on what is there now, run task=prepare to index what changed, then "
     "start a run under another name (run_name=...), or this one anew (overwrite=true or resume_from=none)"
 )
 

@@ -114,10 +114,10 @@ def compute_source_shares(
     for name, share, size in zip(names, shares.tolist(), sizes.tolist(), strict=True):
         if share and not size:
             raise UserError(
-                f"data.sources.{name} is to be drawn, but has no usable sample. Check data.sources.{name}.path."
+                f"data.sources.{name} is in the mixture, but has no usable sample. Check data.sources.{name}.path."
             )
     if not shares.sum() > 0:
-        raise UserError("Nothing is drawn: the sources are empty, or each has weight, repeat or count 0.")
+        raise UserError("Nothing is sampled: the sources are empty, or each has weight, repeat or count 0.")
     if settings.weights_in == "tokens":
         shares *= sizes / np.maximum(tokens, 1)
     return shares / shares.sum()
@@ -142,7 +142,7 @@ def compute_cell_shares(initial_shares: np.ndarray, target_shares: Sequence[Targ
     for margin in target_shares:
         if margin.share > SHARE_TOLERANCE and not initial_shares[margin.cells].sum() > 0:
             raise UserError(
-                f"{margin.name} cannot be met: no sample of that sort is drawn from any source. "
+                f"{margin.name} cannot be met: no source has samples of that sort. "
                 "Change the share, or add a source that has them."
             )
     shares = initial_shares.copy()

@@ -52,7 +52,7 @@ _REFUSED_TURN_KEYS = {
     **dict.fromkeys(
         ("train_detail", "training_detail", "mask", "loss_mask", "input_ids", "labels"), _TOKEN_MASK_REASON
     ),
-    "prefix": "an answer that is begun for the model is not read",
+    "prefix": "the beginning of an answer is not read",
 }
 # Keys that switch the loss of a turn on or off: ms-swift's `loss`, OpenAI's `weight`, axolotl's `train` and `training`.
 _LOSS_KEYS = ("loss", "weight", "train", "training", "loss_scale", "loss_weight")

@@ -163,7 +163,7 @@ def _check_plan(facts: PreflightFacts, stage: StageConfig) -> Iterator[Finding]:
     if sorting_losses and plan.k * plan.world_size > 1:
         yield Finding(
             Severity.failure,
-            f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and it is dealt into {plan.k * plan.world_size} micro-batches.",
+            f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and it is split into {plan.k * plan.world_size} micro-batches.",
             "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device.",
         )
 

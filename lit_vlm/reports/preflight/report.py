@@ -194,7 +194,7 @@ def _format_plain(text: str) -> str:
 def _make_source_table(facts: PreflightFacts) -> Table:
     table = Table(title_justify="left", box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("source", overflow="fold", min_width=16, max_width=26)
-    for heading in ("records", "usable", "set aside", "tokens", "tiles", "asked", "drawn", "passes"):
+    for heading in ("records", "usable", "set aside", "tokens", "tiles", "target", "actual", "passes"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = (
         sorted(facts.sources, key=lambda row: -row.share_samples) if len(facts.sources) > MAX_SOURCES else facts.sources
@@ -227,7 +227,7 @@ def _format_cells(row: SourceRow) -> list[str]:
 def _format_shares(facts: PreflightFacts) -> str:
     groups: dict[str, list[str]] = {}
     for row in facts.shares:
-        asked = f" (asked {format_percent(row.asked)})" if row.asked is not None else ""
+        asked = f" (target {format_percent(row.asked)})" if row.asked is not None else ""
         groups.setdefault(row.group, []).append(f"{row.name.replace('_', ' ')} {format_percent(row.samples)}{asked}")
     return "; ".join(", ".join(parts[:5]) + (", ..." if len(parts) > 5 else "") for parts in groups.values())
 
