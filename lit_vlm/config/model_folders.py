@@ -18,7 +18,15 @@ MAX_FOLDERS = 3  # that a message lists
 FOLDER_NAMES = ("runs", "models", "checkpoints", "output", "outputs", "weights")  # no owners on the hub
 # Tasks that read the model at init_from; task=export reads a run folder
 MODEL_TASKS = (
-    *(Task.pipeline, Task.train, Task.prepare, Task.preflight, Task.submit, Task.prefer, Task.chat, Task.serve),
+    Task.pipeline,
+    Task.train,
+    Task.prepare,
+    Task.preflight,
+    Task.submit,
+    Task.prefer,
+    Task.chat,
+    Task.exam,
+    Task.serve,
     Task.evaluate,
 )
 MISSING_PARENT = (

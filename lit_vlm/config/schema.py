@@ -353,7 +353,8 @@ class CheckpointConfig:
     every_steps: int | None = ranged(None, COUNT)  # optimizer steps between checkpoints; null: only by every_minutes
     every_minutes: float | None = ranged(15.0, MINUTES)  # minutes between checkpoints; null: only by every_steps
     keep_last: int = ranged(2, COUNT)  # checkpoints to keep; 2, so that one may be corrupt
-    keep_best: bool = False  # also keep the checkpoint with the lowest val/loss
+    keep_best: bool = False  # also keep the checkpoint with the best best_metric
+    best_metric: str = "val/loss"  # val/loss (lowest is best), or a score of the exam, e.g. exam/mean (highest is best)
     asynchronous: bool = True  # write during training; the copy in host memory is as large as the state
 
 
@@ -479,6 +480,28 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Evaluation of a model: the fixed exam of synthetic questions, and benchmarks with task=evaluate."""
+
+    exam_items: int | None = ranged(
+        None, COUNT_OR_ZERO
+    )  # questions for each kind, language and difficulty; null: all, 150; 0: a recipe is run without the exam
+    every_steps: int | None = ranged(
+        None, COUNT
+    )  # optimizer steps between two exams while a stage trains, and one at its end; null: none while it trains
+    training_items: int = ranged(5, COUNT)  # as exam_items, for the exam while a stage trains
+    files: str | None = None  # folder of local files, <files>/<benchmark>/*.parquet, .tsv or .jsonl; null: the hub
+    limit: int | None = ranged(None, COUNT)  # only the first questions of each benchmark
+    max_new_tokens: int | None = ranged(None, COUNT)  # maximum tokens of an answer; null: as each benchmark says
+    num_concurrent: int = ranged(16, PROCESSES)  # requests to the model at the same time
+    leave_out: bool = False  # score without rows that cannot be read and requests without an answer, and count them
+    environment: str | None = None  # folder of lmms-eval's environment; null: .venv-outside/lmms_eval beside this one
+    model_name: str | None = None  # model at an endpoint that has several
+    key_variable: str | None = None  # environment variable with the endpoint's key; null: no key is sent
+    timeout_seconds: float = ranged(600.0, ABOVE_0)  # maximum seconds until an endpoint answers a request
+
+
+@dataclass(kw_only=True, slots=True)
 class EndpointConfig:
     """A model at an OpenAI-compatible chat endpoint, with limits and prices."""
 
@@ -515,21 +538,6 @@ class JudgeConfig(EndpointConfig):
     image_root: str | None = None  # folder that contains the images; null: the folder of the answers
     limit: int | None = ranged(None, COUNT)  # judge only the first answers
     dry_run: bool = False  # print the number of requests, their tokens and cost, and send none
-
-
-@dataclass(kw_only=True, slots=True)
-class EvaluateConfig:
-    """Settings of task=evaluate: the model at init_from, or the endpoint at this URL, on `benchmarks`."""
-
-    files: str | None = None  # folder of local files, <files>/<benchmark>/*.parquet, .tsv or .jsonl; null: the hub
-    limit: int | None = ranged(None, COUNT)  # only the first questions of each benchmark
-    max_new_tokens: int | None = ranged(None, COUNT)  # maximum tokens of an answer; null: as each benchmark says
-    num_concurrent: int = ranged(16, PROCESSES)  # requests to the model at the same time
-    leave_out: bool = False  # score without rows that cannot be read and requests without an answer, and count them
-    environment: str | None = None  # folder of lmms-eval's environment; null: .venv-outside/lmms_eval beside this one
-    model_name: str | None = None  # model at an endpoint that has several
-    key_variable: str | None = None  # environment variable with the endpoint's key; null: no key is sent
-    timeout_seconds: float = ranged(600.0, ABOVE_0)  # maximum seconds until an endpoint answers a request
 
 
 @dataclass(kw_only=True, slots=True)
