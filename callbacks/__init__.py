@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 from callbacks.checkpoint import Checkpoint
+from callbacks.exam import Exam
 from callbacks.export import Export, Report
 from callbacks.guard import Exchange, Guard
 from callbacks.heartbeat import Heartbeat
@@ -26,6 +27,7 @@ from lit_vlm.types import UserError
 
 __all__ = [
     "Checkpoint",
+    "Exam",
     "Exchange",
     "Export",
     "Guard",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +30,7 @@ from lit_vlm.distributed.sharded_state import ShardedState, get_sharded_state
 from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
 from lit_vlm.runs.run_folder import get_package_versions
 
-BEST_METRIC = "val/loss"
+VALIDATION_METRIC = "val/loss"
 
 
 class Checkpoint(L.Callback):
@@ -44,7 +45,8 @@ class Checkpoint(L.Callback):
             after the last step.
         every_minutes: minutes between two checkpoints, by the clock of rank 0. None: save by steps alone.
         keep_last: number of newest checkpoints to keep. Older ones are removed.
-        keep_best: also keep the checkpoint with the lowest val/loss.
+        keep_best: also keep the checkpoint with the best `best_metric`.
+        best_metric: "val/loss" (lowest is best), or a score of the exam (highest is best).
         asynchronous: copy the state to host memory, and write it while training continues.
         resume_from: "auto": the newest valid checkpoint of the run folder; "none": start from step 0; or the path of a
             checkpoint folder.
@@ -61,6 +63,7 @@ class Checkpoint(L.Callback):
         every_minutes: float | None = 15.0,
         keep_last: int = 2,
         keep_best: bool = False,
+        best_metric: str = VALIDATION_METRIC,
         asynchronous: bool = True,
         resume_from: str = AUTO,
         belongs: RunFingerprint | None = None,
@@ -70,13 +73,15 @@ class Checkpoint(L.Callback):
         self.folder = CheckpointFolder(Path(run_dir) / "checkpoints")
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
+        self.best_metric = best_metric
         self.resume_from, self.fingerprint, self.say = resume_from, belongs or RunFingerprint(), say
         self.timeout_minutes = timeout_minutes
         self.stall_seconds: list[float] = []  # seconds that each save stalled training
         self._writer: CheckpointWriter | None = None
         self._shards: ShardedState  # set in on_fit_start
         self._sample_hash: SampleHash | None = None
-        self._saved_step, self._best_loss = 0, float("inf")  # last saved step, lowest val/loss
+        self._saved_step = 0  # last saved step
+        self._best_value: float | None = None  # of best_metric
         self._last_save_time = time.monotonic()
 
     @property
@@ -134,10 +139,10 @@ class Checkpoint(L.Callback):
         ]
         if trainer.is_global_zero:
             self.folder.clean_before_run(self._saved_step)
-            best = self.folder.read_best()
-            self._best_loss = best[1] if best else self._best_loss
+            best = self.folder.read_best(self.best_metric)
+            self._best_value = best[1] if best else None
         # also a barrier: no rank writes before the cleanup ends
-        self._best_loss = trainer.strategy.broadcast(self._best_loss)
+        self._best_value = trainer.strategy.broadcast(self._best_value)
         seconds = 60 * self.timeout_minutes
         self._writer = CheckpointWriter(
             self.folder,
@@ -182,14 +187,24 @@ class Checkpoint(L.Callback):
             self.save_now(trainer, pl_module, wait=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.callback_metrics.get(BEST_METRIC)
-        if not self.keep_best or self._writer is None or trainer.sanity_checking or loss is None:
+        loss = trainer.callback_metrics.get(VALIDATION_METRIC)
+        if not trainer.sanity_checking and loss is not None:
+            self.update_best(trainer, pl_module, {VALIDATION_METRIC: float(loss)})
+
+    def update_best(self, trainer: L.Trainer, pl_module: L.LightningModule, metrics: Mapping[str, float]) -> None:
+        """Save a checkpoint and mark it as the best one, if `best_metric` is among the metrics and is better than before.
+
+        All ranks must call it at the same point with the same metrics, so that they take the same decision.
+        """
+        value = metrics.get(self.best_metric)
+        if not self.keep_best or self._writer is None or value is None or math.isnan(value):
             return
-        if float(loss) < self._best_loss:  # reduced over all ranks, so all ranks take the same decision
-            self._best_loss = float(loss)
+        sign = -1 if self.best_metric == VALIDATION_METRIC else 1
+        if self._best_value is None or sign * value > sign * self._best_value:
+            self._best_value = value
             self.save_now(trainer, pl_module, wait=True)
             if trainer.is_global_zero:
-                self.folder.mark_best(trainer.global_step, self._best_loss)
+                self.folder.mark_best(trainer.global_step, value, self.best_metric)
                 self.folder.remove_old(self.keep_last)
 
     # ---- saving

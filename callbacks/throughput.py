@@ -106,6 +106,10 @@ class Throughput(L.Callback):
             self._handle_step_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.pause()
+
+    def pause(self) -> None:
+        """Leave out the time until the next batch, in which something else than training runs."""
         if self._step_timer is not None:
             self._step_timer.pause()
         self._batch_end = None  # the time until the next batch is neither training nor waiting for data

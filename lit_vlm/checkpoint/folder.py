@@ -68,19 +68,27 @@ class CheckpointFolder:
         )
         return int(match[1]) if match else None
 
-    def mark_best(self, step: int, loss: float) -> None:
-        """Write the pointer file `best` with a step and its val/loss."""
-        write_json(self.path / BEST_FILE, {"checkpoint": self.get_step_path(step).name, "val_loss": loss})
+    def mark_best(self, step: int, value: float, metric: str = "val/loss") -> None:
+        """Write the pointer file `best` with a step and the value of its metric."""
+        key = metric.replace("/", "_")
+        write_json(self.path / BEST_FILE, {"checkpoint": self.get_step_path(step).name, key: value})
 
-    def read_best(self) -> tuple[int, float] | None:
-        """Return step and val/loss of the best checkpoint; None if there is none or if its folder is missing."""
+    def read_best(self, metric: str | None = None) -> tuple[int, float] | None:
+        """Return step and value of the best checkpoint; None if there is none or if its folder is missing.
+
+        Args:
+            metric: None if the best is of another metric; without it, whichever metric it is.
+        """
+        pointer = read_json_or_none(self.path / BEST_FILE)
         try:
-            pointer = read_json_or_none(self.path / BEST_FILE)
+            values = {key: float(value) for key, value in pointer.items() if key != "checkpoint"}
             match = STEP_FOLDER_PATTERN.fullmatch(pointer["checkpoint"])
-            loss = float(pointer["val_loss"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
-        return (int(match[1]), loss) if match and self.get_step_path(int(match[1])).is_dir() else None
+        value = values.get(metric.replace("/", "_")) if metric else next(iter(values.values()), None)
+        if match is None or value is None or not self.get_step_path(int(match[1])).is_dir():
+            return None
+        return int(match[1]), value
 
     def remove_old(self, keep_last: int) -> None:
         """Remove all checkpoints except the newest `keep_last` and the best."""
@@ -125,7 +133,7 @@ class CheckpointFolder:
         """Remove all checkpoints once the run is finished and its model is saved, and leftovers of a killed removal.
 
         Args:
-            keep_best: keep the checkpoint with the lowest val/loss.
+            keep_best: keep the best checkpoint.
         """
         for leftover in (*self.path.glob(".*"), *self.path.parent.glob(f".gone-{self.path.name}-*")):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)

@@ -5,7 +5,7 @@
             rank-00000-000.safetensors   intervals of the flattened tensors of the state
             index.json                   every interval, every file with its size and SHA-256, the run's fingerprint
         latest                           name of the newest complete checkpoint
-        best                             JSON: checkpoint with the lowest val/loss, if checkpoint.keep_best
+        best                             JSON: checkpoint with the best checkpoint.best_metric, if checkpoint.keep_best
 
 The layout does not depend on the strategy, nor on the number of ranks that wrote it.
 """

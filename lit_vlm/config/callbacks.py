@@ -80,6 +80,17 @@ CALLBACKS: dict[str, CallbackEntry] = {
         settings={"special_boxes": "special_boxes"},
         order=1,
     ),
+    "exam": CallbackEntry(
+        "callbacks.exam.Exam",
+        Use.setting,
+        "takes a part of the exam between optimizer steps, with evaluate.every_steps=...",
+        settings={
+            "exam_every_steps": "evaluate.every_steps",
+            "training_items": "evaluate.training_items",
+            "metric": "logger.metric",
+            "best_metric": "checkpoint.best_metric",
+        },
+    ),
     "profile": CallbackEntry(
         "callbacks.profile.Profile",
         Use.named,
@@ -104,7 +115,7 @@ CALLBACKS: dict[str, CallbackEntry] = {
         settings={
             **{
                 name: f"checkpoint.{name}"
-                for name in ("every_steps", "every_minutes", "keep_last", "keep_best", "asynchronous")
+                for name in ("every_steps", "every_minutes", "keep_last", "keep_best", "best_metric", "asynchronous")
             },
             "resume_from": "resume_from",
             "timeout_minutes": "trainer.timeout_minutes",
@@ -148,7 +159,9 @@ def get_callback_arguments(items: Sequence[Any]) -> dict[str, dict[str, Any]]:
     return {name: dict(arguments or {}) for name, arguments in pairs}
 
 
-def choose_callbacks(items: Sequence[Any], *, export: bool, profile: bool) -> dict[str, dict[str, Any]]:
+def choose_callbacks(
+    items: Sequence[Any], *, export: bool, profile: bool, exam: bool = False
+) -> dict[str, dict[str, Any]]:
     """Choose the callbacks of a run, with their arguments.
 
     User classes and `profile` are added to the default callbacks. If default callbacks are named, only these are used; with
@@ -160,12 +173,14 @@ def choose_callbacks(items: Sequence[Any], *, export: bool, profile: bool) -> di
     user_classes = [name for name in given if name not in CALLBACKS and name != ONLY_KEYWORD]
     added = {*user_classes, *named, *list_callbacks(Use.always)} & set(given)
     adds_defaults = bool(added) and not chosen and ONLY_KEYWORD not in given
-    by_setting = {"export": export, "profile": profile}
+    by_setting = {"export": export, "profile": profile, "exam": exam}
     names = [
         *(defaults if adds_defaults else chosen),
         *user_classes,
+        *(
+            name for name in list_callbacks(Use.setting) if by_setting[name]
+        ),  # the checkpoint holds the scores of the exam
         *list_callbacks(Use.always),
-        *(name for name in list_callbacks(Use.setting) if by_setting[name]),
         *(name for name in named if name in given or by_setting.get(name)),
     ]
     return {name: given.get(name, {}) for name in names}

@@ -24,6 +24,7 @@ class Task(Enum):
     sync = "sync"  # upload offline runs, or the missing part of a run, to Weights & Biases
     runs = "runs"  # list the runs below run_dir, and the settings in which they differ
     chat = "chat"  # chat with a finished model
+    exam = "exam"  # score a finished model on the fixed exam of synthetic questions
     serve = "serve"  # serve a finished model with an OpenAI-compatible interface
     judge = "judge"  # have a model at an OpenAI-compatible endpoint judge a file of answers
 

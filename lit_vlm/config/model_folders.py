@@ -17,7 +17,17 @@ _NEEDED = f" Give the folder that holds the model's {CONFIG_FILE}, or a hub id l
 MAX_FOLDERS = 3  # that a message lists
 FOLDER_NAMES = ("runs", "models", "checkpoints", "output", "outputs", "weights")  # no owners on the hub
 # Tasks that read the model at init_from; task=export reads a run folder
-MODEL_TASKS = (Task.pipeline, Task.train, Task.prepare, Task.preflight, Task.submit, Task.prefer, Task.chat, Task.serve)
+MODEL_TASKS = (
+    Task.pipeline,
+    Task.train,
+    Task.prepare,
+    Task.preflight,
+    Task.submit,
+    Task.prefer,
+    Task.chat,
+    Task.exam,
+    Task.serve,
+)
 MISSING_PARENT = (
     "no such folder: the run that should have left it does not exist. Run it first (`python run.py` runs a recipe's stages"
     " in order), or name another folder or hub id with init_from=..."

@@ -38,6 +38,7 @@ NON_IDENTITY_KEYS = (
     "preflight",
     "prefer",
     "serve",
+    "evaluate",
     "judge",
     "logger",
     "callbacks",

@@ -353,7 +353,8 @@ class CheckpointConfig:
     every_steps: int | None = ranged(None, COUNT)  # optimizer steps between checkpoints; null: only by every_minutes
     every_minutes: float | None = ranged(15.0, MINUTES)  # minutes between checkpoints; null: only by every_steps
     keep_last: int = ranged(2, COUNT)  # checkpoints to keep; 2, so that one may be corrupt
-    keep_best: bool = False  # also keep the checkpoint with the lowest val/loss
+    keep_best: bool = False  # also keep the checkpoint with the best best_metric
+    best_metric: str = "val/loss"  # val/loss (lowest is best), or a score of the exam, e.g. exam/mean (highest is best)
     asynchronous: bool = True  # write during training; the copy in host memory is as large as the state
 
 
@@ -479,6 +480,19 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class EvaluateConfig:
+    """Evaluation of a model: the fixed exam of synthetic questions, after a stage and while it trains."""
+
+    exam_items: int | None = ranged(
+        None, COUNT_OR_ZERO
+    )  # questions for each kind, language and difficulty; null: all, 150; 0: a recipe is run without the exam
+    every_steps: int | None = ranged(
+        None, COUNT
+    )  # optimizer steps between two exams while a stage trains, and one at its end; null: none while it trains
+    training_items: int = ranged(5, COUNT)  # as exam_items, for the exam while a stage trains
+
+
+@dataclass(kw_only=True, slots=True)
 class EndpointConfig:
     """A model at an OpenAI-compatible chat endpoint, with limits and prices."""
 
@@ -559,6 +573,7 @@ class RunConfig:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)

@@ -55,6 +55,7 @@ TASKS: dict[Task, TaskEntry] = {
     Task.sync: TaskEntry("lit_vlm.tasks.sync:sync", (validation.find_sync_errors,), _get_task_name),
     Task.runs: TaskEntry("lit_vlm.tasks.runs:list_runs", (), _get_task_name),
     Task.chat: TaskEntry("lit_vlm.tasks.chat:run_chat", (), _get_task_name),
+    Task.exam: TaskEntry("lit_vlm.tasks.exam:run_exam", (validation.find_exam_errors,), _get_task_name),
     Task.serve: TaskEntry("lit_vlm.tasks.serve:serve", (), _get_task_name),
     Task.judge: TaskEntry("lit_vlm.tasks.judge:judge_answers", (find_judge_errors,), _get_task_name),
 }

@@ -325,6 +325,25 @@ def find_prefer_errors(config: RunConfig) -> Iterator[str]:
         yield f"prefer.judge: is asked with prefer.scorer=judge only, and the scorer is {prefer.scorer.value}."
 
 
+def find_exam_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of task=exam."""
+    if config.init_from is None:
+        yield "init_from is not set: task=exam asks a finished model, init_from=runs/<name>/hf or a hub id."
+    if config.evaluate.exam_items == 0:
+        yield "evaluate.exam_items: task=exam needs at least 1 question of each kind, found 0."
+
+
+def _find_exam_metric_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each metric of the exam that a run without exams would not log."""
+    checkpoint = config.checkpoint
+    metrics = {"logger.metric": config.logger.metric, "checkpoint.best_metric": checkpoint.best_metric}
+    for key, metric in metrics.items():
+        if metric is not None and metric.startswith("exam/") and config.evaluate.every_steps is None:
+            yield f"{key}={metric}: the exam is not taken while the stage trains. Set evaluate.every_steps=<steps>."
+    if not checkpoint.best_metric.startswith("exam/") and checkpoint.best_metric != "val/loss":
+        yield f"checkpoint.best_metric: is val/loss or a score of the exam (exam/mean), found {checkpoint.best_metric}."
+
+
 ARTIFACTS = ("model", "lock", "report")
 
 
@@ -355,6 +374,7 @@ STAGE_CHECKS = (
     lambda config: find_callback_errors(config.callbacks),
     find_unused_stage_settings,
     find_logger_errors,
+    _find_exam_metric_errors,
     _find_checkpoint_errors,
 )
 PREFER_CHECKS = (find_prefer_errors, _find_data_errors, _find_prefer_data_errors)

@@ -13,6 +13,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from lit_vlm.data.collate import collate
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.processor import Processor
+from lit_vlm.model.continuous_batching import ContinuousBatcher, DecodingParams, GeneratedSequence
 from lit_vlm.model.generate import SamplingParams, generate
 from lit_vlm.types import (
     SPECIAL_TOKENS,
@@ -28,6 +29,7 @@ from lit_vlm.types import (
 )
 
 MAX_PROMPTS = 256  # in one generation batch
+MAX_GROUP = 64  # prompts that join a continuous batch together
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +57,90 @@ def make_prompt_sample(messages: Sequence[Message], images: Sequence[LazyImage])
 
 
 def generate_answers(
-    model: LlavaOnevisionForConditionalGeneration, processor: Processor, samples: Sequence[Sample], max_new_tokens: int
+    model: LlavaOnevisionForConditionalGeneration,
+    processor: Processor,
+    samples: Sequence[Sample],
+    max_new_tokens: int | Sequence[int],
 ) -> list[str]:
     """Generate the last answer of each conversation with greedy decoding. Returns texts with control tokens spelled out.
 
     All samples are one generation batch: the caller keeps it within the memory. The samples' own last messages are not read.
+
+    Args:
+        max_new_tokens: maximum number of tokens of each answer, or one number for all.
     """
+    limits = [max_new_tokens] * len(samples) if isinstance(max_new_tokens, int) else list(max_new_tokens)
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
     stop_id = get_end_of_answer_id(processor)
-    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id)
-    return [processor.decode([token for token in ids if token != stop_id]) for ids in outputs]
+    outputs = generate(model, batch, max(limits), eos_token_id=stop_id)
+    cropped = [ids[:limit] for ids, limit in zip(outputs, limits, strict=True)]
+    return [processor.decode([token for token in ids if token != stop_id]) for ids in cropped]
+
+
+def generate_answers_continuously(
+    model: LlavaOnevisionForConditionalGeneration,
+    processor: Processor,
+    samples: Sequence[Sample],
+    *,
+    extra_tokens: int,
+    max_tokens: int,
+    max_tiles: int,
+) -> Iterator[tuple[int, str]]:
+    """Generate the last answer of each conversation with greedy decoding and continuous batching.
+
+    Args:
+        model: in eval mode, with all its weights on one device.
+        samples: their own last messages are read for their length alone.
+        extra_tokens: an answer is cut when it is so much longer than the sample's own answer.
+        max_tokens: limit of the key cache, and of the prompts whose images are encoded together.
+        max_tiles: limit of the tiles that are encoded together.
+
+    Yields:
+        Number of the sample and its answer, with control tokens spelled out, in the order in which the answers end.
+    """
+    stop_id = get_end_of_answer_id(processor)
+    costs = [processor.compute_cost(sample) for sample in samples]
+    longest = max((cost.num_tokens for cost in costs), default=0) + extra_tokens
+    batcher = ContinuousBatcher(model, {stop_id}, max_cache_tokens=max(max_tokens, longest), max_sequences=MAX_PROMPTS)
+    sizes = [(cost.num_tokens, cost.num_tiles) for cost in costs]
+    groups = group_in_order(sizes, max_tokens=max_tokens, max_tiles=max_tiles)
+    numbers: dict[GeneratedSequence, int] = {}
+    while True:
+        while len(batcher.waiting) < MAX_PROMPTS and (group := next(groups, None)) is not None:
+            batch = collate(processor, [samples[number] for number in group])
+            lengths = [count_answer_tokens(processor, samples[number]) for number in group]
+            params = [DecodingParams(max_new_tokens=length + extra_tokens) for length in lengths]
+            numbers |= zip(batcher.add(batch, params), group, strict=True)
+        if not batcher.has_work:
+            return
+        for sequence in batcher.step():
+            if sequence.finish_reason:
+                yield numbers.pop(sequence), processor.decode([token for token in sequence.ids if token != stop_id])
+
+
+def count_answer_tokens(processor: Processor, sample: Sample) -> int:
+    """Count the tokens of a sample's last answer, with all that follows it."""
+    (sequence,) = processor.encode_sequences(sample)
+    starts = np.flatnonzero(np.diff(sequence.supervised.astype(np.int8)) == 1)  # the token before an answer
+    return sequence.num_tokens - int(starts[-1]) - 1
+
+
+def group_in_order(sizes: Sequence[tuple[int, int]], *, max_tokens: int, max_tiles: int) -> Iterator[list[int]]:
+    """Group samples in their order, under a limit of tokens and of tiles; a larger sample is a group of its own.
+
+    Args:
+        sizes: tokens and tiles of each sample.
+    """
+    group: list[int] = []
+    tokens = tiles = 0
+    for number, (num_tokens, num_tiles) in enumerate(sizes):
+        if group and (tokens + num_tokens > max_tokens or tiles + num_tiles > max_tiles or len(group) == MAX_GROUP):
+            yield group
+            group, tokens, tiles = [], 0, 0
+        group.append(number)
+        tokens, tiles = tokens + num_tokens, tiles + num_tiles
+    if group:
+        yield group
 
 
 def sample_answers(

@@ -65,6 +65,16 @@ def make_answer_mask(lengths: list[int], device: torch.device) -> Tensor:
     return torch.arange(max(lengths), device=device)[None] < torch.tensor(lengths, device=device)[:, None]
 
 
+def compute_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """Compute the KL divergence of policy from reference model over the whole vocabulary, [] nats, summed over positions.
+
+    Args:
+        logits, reference_logits: [R, V] at the same positions.
+    """
+    log_probs, reference = (values.float().log_softmax(-1) for values in (logits, reference_logits))
+    return torch.nn.functional.kl_div(reference, log_probs, reduction="sum", log_target=True)
+
+
 @dataclass(slots=True)
 class PreferenceOutput:
     """Output of the preference loss for one micro-batch."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.generation import (
     LogitsProcessor,
@@ -50,9 +51,7 @@ def generate(
         sampling: N answers of the first segment, then of the next; each image is encoded once. None: one answer each,
             by greedy decoding.
     """
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with use_eval_mode(model):
         embeddings = model(batch=batch, embeddings_only=True)
         prompts, mask = _pad_left(embeddings, find_prompt_positions(batch))
         processors = None
@@ -73,10 +72,19 @@ def generate(
             # under ZeRO-3 all ranks generate until the last rank's answer ends; transformers detects FSDP2 itself
             synced_gpus=hasattr(next(model.parameters()), "ds_id") or None,
         )
+    return [_crop_after_stop(ids, stop_ids) for ids in output.tolist()]
+
+
+@contextmanager
+def use_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set eval mode inside the context; afterwards each module has its former mode."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
     finally:
         for module in was_training:
             module.training = True
-    return [_crop_after_stop(ids, stop_ids) for ids in output.tolist()]
 
 
 class GumbelLogitsProcessor(LogitsProcessor):

@@ -286,6 +286,8 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
         embeddings_only: bool = False,
         vision_only: bool = False,
         statistics: bool = False,
+        return_hidden: bool = False,
+        hidden: Tensor | None = None,
         vision_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -293,19 +295,22 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
 
         They are in the order of the row. A micro-batch without supervised tokens returns one value, which the loss must
         multiply by zero, because the head must run on all ranks. With `embeddings_only` as well: the input embeddings
-        of the language model, [T, D]. With `vision_only`: the output of the vision tower for the tiles, [N, P, C]. Both
-        go through this method and not through a call of an inner module, so that hooks around the whole model (FSDP2)
-        run.
+        of the language model, [T, D]. With `vision_only`: the output of the vision tower for the tiles, [N, P, C]. With
+        `hidden`: the head's logits [R, V] of these hidden states [R, D]. All go through this method and not through a call
+        of an inner module, so that hooks around the whole model (FSDP2) run.
 
         Args:
             statistics: return more about each position, see `losses.next_token.compute_token_log_probs`.
+            return_hidden: also return the hidden states that the head reads, [R, D], detached.
             vision_features: [N, P, C] output of a frozen vision tower for the batch's tiles, from another pass
                 (`encode_images`).
 
         Returns:
-            ([R] log-probabilities, and with `statistics` [R] of each statistic, ..., and last the [N, P, C] output of
-            the vision tower, to be given to another pass).
+            ([R] log-probabilities, and with `statistics` [R] of each statistic, ..., and the [N, P, C] output of the
+            vision tower, to be given to another pass; last the hidden states, if they are wanted).
         """
+        if hidden is not None:
+            return self.lm_head(hidden)
         if batch is None:
             return super().forward(*args, **kwargs)
         if embeddings_only:
@@ -320,7 +325,8 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
             else batch.input_ids[:1]
         )
         scores = self.lm_head(hidden, targets, statistics)
-        return (*scores, vision_features.detach()) if statistics else scores
+        features = (vision_features.detach(),) if statistics else ()
+        return (*scores, *features, hidden.detach()) if return_hidden else (*scores, *features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the model, but keep the type of float buffers, as `from_pretrained(dtype=)` does.

@@ -14,9 +14,11 @@ from markupsafe import Markup
 from PIL import Image
 from rich.table import Table
 
+from lit_vlm.evaluation.exam import ALL_CELL
 from lit_vlm.evaluation.metrics import METRICS
 from lit_vlm.formatting import format_change, format_count, format_duration, format_short
 from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
+from lit_vlm.reports.exam import collect_exam, list_exams
 from lit_vlm.reports.run_record import RunRecord, read_run, split_group
 from lit_vlm.reports.templates import PageTemplate, write_page
 from lit_vlm.types import SPECIAL_TOKENS
@@ -43,6 +45,7 @@ def write_report(path: Path, runs: list[Path], title: str) -> None:
             for record in records
         ],
         ladder=_collect_stage_scores(records),
+        exam=collect_exam(list_exams(runs)),
         lead=_format_totals(records),
         origin=_collect_origin(records),
     )
@@ -177,7 +180,7 @@ def _format_batch_size(plan: dict[str, Any]) -> str:
 
 
 def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
-    metrics = record.metrics
+    metrics, figures = record.metrics, record.figures
     loss, held_out = metrics.get("train/loss", []), metrics.get("val/loss", [])
     lines = [ChartLine("training loss", loss, "raw"), ChartLine("training loss, smoothed", smooth(loss), "main")]
     lines.append(ChartLine("held-out loss", held_out, "second", dots=len(held_out) <= MAX_DOTS))
@@ -191,6 +194,11 @@ def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
     svg = draw_line_chart(lines, label=f"reward accuracy of {record.name} by step", low=0.0, high=1.0)
     note = f"margin of the rewards {format_change(margin[0][1], margin[-1][1], '.3f')}" if margin else ""
     charts.append(_make_chart("Reward accuracy", svg, lines, note))
+    scores = metrics.get(f"exam/{ALL_CELL}", [])
+    lines = [ChartLine("mean score", scores, "main", dots=len(scores) <= MAX_DOTS)]
+    svg = draw_line_chart(lines, label=f"exam of {record.name} by step", low=0.0, high=1.0)
+    share = (figures.get("exam") or {}).get("time_share")
+    charts.append(_make_chart("Exam", svg, lines, f"{share:.0%} of the training time" if share else ""))
     return [chart for chart in charts if chart["svg"] or chart["rows"]]
 
 

@@ -16,9 +16,10 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
 from lit_vlm.config.choices import StageName
 from lit_vlm.config.schema import DPOStageConfig, ModelConfig
+from lit_vlm.distributed.collectives import gather_objects
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import find_sorting_losses
-from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, pad_answer_scores
+from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, compute_kl, pad_answer_scores
 from lit_vlm.model.build import build_model
 from lit_vlm.model.lora import disable_adapters
 from lit_vlm.model.spec import ModelSpec, load_model_spec
@@ -26,9 +27,10 @@ from lit_vlm.stages.base import Stage
 from lit_vlm.stages.caches import ReferenceLogProbCache, fill_cache, get_cache_folder
 from lit_vlm.stages.model_init import ModelLike
 from lit_vlm.stages.optimizer import get_lora
-from lit_vlm.stages.preference_metrics import METRIC_NAMES, PreferenceMetrics, estimate_kl
+from lit_vlm.stages.preference_metrics import METRIC_NAMES, PreferenceMetrics
 from lit_vlm.types import Batch, ModelPart, UserError
 
+KL_CHUNK_TOKENS = 512  # positions whose logits over the vocabulary exist at a time, of both models, in float32
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference model
 
 
@@ -115,6 +117,7 @@ class DPOStage(Stage):
             get_cache_folder(self.trainer, "reference", weights, dtype=self.hparams["dtype"])
         )
         fill_cache(self.trainer, self.reference_cache, self._store_reference_log_probs, self.say)
+        self.say("val/kl is not computed with stage.cache_reference=true, which keeps no logits of the reference model")
         self.reference = None
 
     def _store_reference_log_probs(self, batch: Batch) -> None:
@@ -152,20 +155,20 @@ class DPOStage(Stage):
             with disable_adapters(self.model):
                 yield self.model
 
-    def _compute_reference_log_probs(self, batch: Batch, vision_features: Tensor) -> Tensor:
-        """Compute (or get from the cache) the reference model's log-probabilities [R].
+    def _compute_reference(self, batch: Batch, vision_features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute the reference model's log-probabilities [R] and hidden states [R, D], or get the former from the cache.
 
         Args:
             vision_features: output of the policy's vision tower for the batch's tiles.
         """
         if self.reference_cache is not None:
-            return (
-                self.reference_cache.get(batch)
-                if not batch.dummy
-                else vision_features.new_zeros(1, dtype=torch.float32)
-            )
+            if batch.dummy:
+                return vision_features.new_zeros(1, dtype=torch.float32), None
+            return self.reference_cache.get(batch), None
+        features = vision_features if self.shares_tower else None
         with torch.no_grad(), self._use_reference() as reference:
-            return reference(batch=batch, vision_features=vision_features if self.shares_tower else None)[0]
+            log_probs, hidden = reference(batch=batch, vision_features=features, return_hidden=True)
+        return log_probs, hidden
 
     # ---- training
 
@@ -199,10 +202,12 @@ class DPOStage(Stage):
     ) -> tuple[Tensor, PreferenceOutput | None]:
         """Compute the micro-batch's part of the preference loss, and the loss output (None for a dummy batch)."""
         assert self.model is not None
-        *scores, vision_features = self.model(
-            batch=batch, statistics=True, vision_features=self.get_vision_features(batch)
+        *scores, vision_features, hidden = self.model(
+            batch=batch, statistics=True, return_hidden=True, vision_features=self.get_vision_features(batch)
         )
-        reference_log_probs = self._compute_reference_log_probs(batch, vision_features)
+        reference_log_probs, reference_hidden = self._compute_reference(batch, vision_features)
+        if not training and reference_hidden is not None:
+            self._update_kl(metrics, hidden, reference_hidden, 0 if batch.dummy else len(batch.loss_positions))
         if batch.dummy:
             return scores[0].sum() * 0.0, None
         lengths = batch.segment_supervised_tokens[-2 * batch.num_pairs :]
@@ -220,10 +225,29 @@ class DPOStage(Stage):
             batch,
             lengths,
             output,
-            estimate_kl(policy_log_probs, reference_log_probs),
             (policy_log_probs - reference_log_probs)[:num_chosen_tokens].sum(),
         )
         return output.loss, output
+
+    @torch.no_grad()
+    def _update_kl(self, metrics: PreferenceMetrics, hidden: Tensor, reference_hidden: Tensor, num_tokens: int) -> None:
+        """Update the KL divergence with the first `num_tokens` positions of a micro-batch, in chunks.
+
+        The matrices of the heads may be sharded over the ranks, so all ranks call the heads equally often.
+
+        Args:
+            hidden, reference_hidden: [R, D] hidden states that the two heads read.
+        """
+        assert self.model is not None
+        num_chunks = math.ceil(num_tokens / KL_CHUNK_TOKENS)
+        for number in range(max(gather_objects(num_chunks, self.trainer.world_size))):
+            start = number * KL_CHUNK_TOKENS
+            rows = slice(start, start + KL_CHUNK_TOKENS) if number < num_chunks else slice(0, 1)
+            logits = self.model(hidden=hidden[rows])
+            with self._use_reference() as reference:
+                reference_logits = reference(hidden=reference_hidden[rows])
+            if number < num_chunks:
+                metrics.update_kl(compute_kl(logits, reference_logits), len(logits))
 
     def _log_metrics(self) -> None:
         """Log the metrics of a step's pairs over all ranks, if the step is logged.

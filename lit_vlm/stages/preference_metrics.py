@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,19 +43,19 @@ METRIC_NAMES = dict.fromkeys(
 class PreferenceMetrics:
     """Preference metrics as sums and weights.
 
-    `kl` is an estimate in nats per token, from the pairs' own tokens. `drift` is the mean increase of the
-    log-probability of the chosen answers' tokens, in nats per token.
+    `kl` is the mean KL divergence of policy from reference model at the answers' positions, in nats, over the whole
+    vocabulary. It is computed in validation only. `drift` is the mean increase of the log-probability of the chosen answers'
+    tokens, in nats per token.
     """
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys(METRIC_NAMES, (0.0, 0.0))
 
-    def update(self, batch: Batch, lengths: Sequence[int], output: PreferenceOutput, kl: Tensor, drift: Tensor) -> None:
+    def update(self, batch: Batch, lengths: Sequence[int], output: PreferenceOutput, drift: Tensor) -> None:
         """Update the sums with one micro-batch.
 
         Args:
             lengths: supervised tokens of each of the 2P answers.
-            kl: [], summed over the answers' tokens.
             drift: [], summed over the chosen answers' tokens.
         """
         pairs = batch.num_pairs
@@ -70,14 +69,17 @@ class PreferenceMetrics:
         for names, weight in weights.items():
             for name in names:
                 self._add(name, output.metrics[name] * weight, weight)
-        summed_kl, summed_drift, *rewards = torch.stack([kl, drift, *output.rewards]).tolist()
-        self._add("kl", summed_kl, chosen + rejected)
+        summed_drift, *rewards = torch.stack([drift, *output.rewards]).tolist()
         self._add("drift", summed_drift, chosen)
         for number, groups in enumerate(zip(batch.languages, batch.kinds, strict=True)):
             margin = rewards[number] - rewards[pairs + number]
             for group in groups:
                 self._add(f"rewards/accuracies_{group}", float(margin > 0), 1)
                 self._add(f"rewards/margins_{group}", margin, 1)
+
+    def update_kl(self, kl: Tensor, num_tokens: int) -> None:
+        """Update the mean KL divergence with its sum over the positions of `num_tokens` tokens."""
+        self._add("kl", float(kl), num_tokens)
 
     def update_loss(self, loss: Tensor, num_pairs: int) -> None:
         """Update the mean loss with a micro-batch of `num_pairs` pairs."""
@@ -100,17 +102,3 @@ class PreferenceMetrics:
     def _add(self, name: str, value: float, weight: float) -> None:
         total, weights = self._sums[name]
         self._sums[name] = total + value, weights + weight
-
-
-def estimate_kl(policy: Tensor, reference: Tensor) -> Tensor:
-    """Estimate the KL divergence of policy from reference model, [], summed over rows.
-
-    The estimator is r - 1 - log r, with r the ratio of the reference's probability to the policy's. It is never
-    negative, and zero while the two models are equal (Schulman, "Approximating KL Divergence", k3). The tokens are the
-    data's and not sampled from the policy, so it only measures how far apart the two models are on the pairs.
-
-    Args:
-        policy, reference: [R] log-probabilities of the same tokens.
-    """
-    difference = (reference - policy).clamp(max=math.log(1e6))
-    return (difference.exp() - 1 - difference).sum()

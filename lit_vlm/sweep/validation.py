@@ -10,6 +10,7 @@ from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.overrides import add_implied_overrides, get_override_key, parse_arguments
 from lit_vlm.config.parse import collect_override_errors
 from lit_vlm.config.schema import StageConfig, TrainerConfig
+from lit_vlm.evaluation.exam import list_exam_metrics
 from lit_vlm.evaluation.metrics import list_score_names
 from lit_vlm.sweep.search_space import SweepParameter
 from lit_vlm.sweep.sweep_file import SweepFile, build_trial_overrides, build_value_overrides
@@ -23,6 +24,7 @@ LOSS_GROUPS = (
 LOSS_METRICS = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in LOSS_GROUPS))
 REWARD_METRICS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
 THROUGHPUT_METRICS = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
+Intervals = dict[str, tuple[str, int | None]]
 METRIC_PREFIXES = ("train/rewards/", "val/rewards/", "throughput/")  # families with more members than are listed here
 
 
@@ -47,8 +49,11 @@ def find_sweep_errors(sweep: SweepFile, overrides: list[str]) -> list[str]:
     errors += _find_objective_errors(sweep)
     if first_run is not None and not bad_keys:
         config = first_run.config
-        every_steps = config.data.validation.every_steps
-        errors += _find_unlogged_errors(sweep, config.stage, config.trainer, config.callbacks, every_steps)
+        intervals = {
+            "val/": ("data.validation.every_steps", config.data.validation.every_steps),
+            "exam/": ("evaluate.every_steps", config.evaluate.every_steps),
+        }
+        errors += _find_unlogged_errors(sweep, config.stage, config.trainer, config.callbacks, intervals)
     override_errors = (
         {text for texts in _find_override_errors(parsed).values() for text in texts} if value_errors else set()
     )
@@ -153,14 +158,18 @@ def _find_objective_errors(sweep: SweepFile) -> Iterator[str]:
         hint = format_suggestion(find_nearest(name, list_metric_names()))
         yield (
             f"metric.name: no run logs {name}; they log train/loss, val/loss, val/loss_ko, val/loss_en, val/rewards/*,"
-            f" score/<kind>_<language>, score/<metric>/<kind>_<language>, throughput/*.{hint}"
+            f" score/<kind>_<language>, score/<metric>/<kind>_<language>, exam/*, throughput/*.{hint}"
         )
 
 
 def _find_unlogged_errors(
-    sweep: SweepFile, stage: StageConfig, trainer: TrainerConfig, callbacks: list[Any], validate_every_steps: int | None
+    sweep: SweepFile, stage: StageConfig, trainer: TrainerConfig, callbacks: list[Any], intervals: Intervals
 ) -> Iterator[str]:
-    """Find an objective that a trial does not log, or too rarely for early stopping."""
+    """Find an objective that a trial does not log, or too rarely for early stopping.
+
+    Args:
+        intervals: setting and value of the optimizer steps between two values, by the beginning of a metric's name.
+    """
     if sweep.metric is None or not _is_known_metric(sweep.metric.name):
         return
     name = sweep.metric.name
@@ -168,9 +177,12 @@ def _find_unlogged_errors(
         yield f"metric.name: {name} is logged by stage=dpo, and these trials train {stage.name.value}."
     if name.startswith("score/") and "samples" not in choose_callbacks(callbacks, export=False, profile=False):
         yield f"metric.name: {name} comes from the callback samples, which callbacks=[...] leaves out."
+    if name.startswith("exam/") and intervals["exam/"][1] is None:
+        yield f"metric.name: {name} is logged with evaluate.every_steps=<steps>, which is not set."
+        return
     if sweep.early_terminate is not None:
         min_values = sweep.early_terminate.rungs[0] + 1
-        yield from _find_early_stopping_errors(name, min_values, trainer, validate_every_steps)
+        yield from _find_early_stopping_errors(name, min_values, trainer, intervals)
 
 
 def _is_known_metric(name: str) -> bool:
@@ -178,7 +190,7 @@ def _is_known_metric(name: str) -> bool:
 
 
 def _find_early_stopping_errors(
-    name: str, min_values: int, trainer: TrainerConfig, validate_every_steps: int | None
+    name: str, min_values: int, trainer: TrainerConfig, intervals: Intervals
 ) -> Iterator[str]:
     """Find reasons why early stopping would never compare the trials.
 
@@ -188,9 +200,8 @@ def _find_early_stopping_errors(
     if name.startswith("score/"):
         yield f"early_terminate: {name} is logged once, at the end, so nothing can be stopped early by it; take val/loss."
         return
-    is_validation = name.startswith("val/")
-    key = "data.validation.every_steps" if is_validation else "trainer.log_every_n_steps"
-    every = validate_every_steps if is_validation else trainer.log_every_n_steps
+    default = ("trainer.log_every_n_steps", trainer.log_every_n_steps)
+    key, every = next((known for prefix, known in intervals.items() if name.startswith(prefix)), default)
     if every is None:
         yield f"early_terminate: {key} is not set, so {name} is logged once, at the end; set it, e.g. {key}=100."
     elif trainer.max_steps and trainer.max_steps // every < min_values:
@@ -203,4 +214,4 @@ def _find_early_stopping_errors(
 def list_metric_names() -> list[str]:
     """List the metrics that runs log; of rewards and throughput only the most common ones."""
     rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARD_METRICS]
-    return [*LOSS_METRICS, *rewards, *list_score_names(), *THROUGHPUT_METRICS]
+    return [*LOSS_METRICS, *rewards, *list_score_names(), *list_exam_metrics(), *THROUGHPUT_METRICS]

@@ -10,12 +10,15 @@ from pathlib import Path
 from types import FrameType
 
 from lit_vlm.config import Run, build_stage_overrides, list_stages, parse
+from lit_vlm.config.overrides import get_override_key, quote_value
+from lit_vlm.evaluation.exam import find_missing_items, make_items
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED
 from lit_vlm.fault_tolerance.oom import BUDGET_FILE as BUDGET
 from lit_vlm.fault_tolerance.signals import EXIT_STATUS, STOP_REQUESTS, StopRequest
+from lit_vlm.reports.exam import collect_columns, find_answers, list_exams, make_exam_table
 from lit_vlm.reports.report import make_scores_table, make_summary_table, write_report
 from lit_vlm.runs.run_folder import read_manifest
-from lit_vlm.tasks.terminal import console
+from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
 SHUTDOWN_TIMEOUT_SECONDS = 300  # that torchrun waits for its ranks after a signal
@@ -46,10 +49,17 @@ def run_pipeline(run: Run) -> None:
         if (read_manifest(stage.dir) or {}).get("status") == "stopped":  # early stopping of a sweep ended this run
             return
         folders.append(stage.dir)
+        if stage.config.evaluate.exam_items != 0:
+            take_exam(stage.dir, overrides, stage.config.evaluate.exam_items)
     report = Path(run.config.run_dir) / _get_report_name(run.config.recipe, folders)
     write_report(report, folders, run.config.recipe)
     console.print(make_summary_table(folders))
     console.print(make_scores_table(folders))
+    if exams := list_exams(folders):
+        console.print(make_exam_table(exams))
+        for column in collect_columns(exams):
+            if column.note:
+                console.print(f"{column.title}: {column.note}.", soft_wrap=True, markup=False)
     console.print(f"{time.monotonic() - started:.0f} s in all. Report: {report}", soft_wrap=True)
     if not (folders[-1] / "hf").is_dir():
         console.print(
@@ -60,6 +70,27 @@ def run_pipeline(run: Run) -> None:
         f"Model: {folders[-1] / 'hf'}   Ask it: python run.py task=chat init_from={folders[-1] / 'hf'} image=PICTURE",
         soft_wrap=True,
     )
+
+
+def take_exam(run_dir: Path, overrides: list[str], exam_items: int | None) -> None:
+    """Take the exam with the model of a finished stage, in a process of its own, unless it has been taken.
+
+    A failed exam does not stop the pipeline: the report shows no scores of this stage.
+    """
+    model = run_dir / "hf"
+    if not model.is_dir():
+        say(f"No exam: {run_dir} has no model (export=false).")
+        return
+    answers = find_answers(run_dir)
+    if answers is not None and not list(find_missing_items(answers, make_items(exam_items))):
+        return
+    kept = [text for text in overrides if get_override_key(text) not in ("task", "init_from", "overwrite", "run_name")]
+    command = build_command(1, ["task=exam", *kept, f"init_from={quote_value(model.as_posix())}"])
+    exit_code, _ = run_process(command)
+    if exit_code in (RESTART, INTERRUPTED, TERMINATED):
+        raise SystemExit(exit_code)
+    if exit_code:
+        say(f"The exam of {model} ended with exit status {exit_code}; see above. The same command takes it again.")
 
 
 def run_stage(run_dir: Path, overrides: list[str], devices: int, max_oom_retries: int) -> int:

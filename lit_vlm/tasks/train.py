@@ -44,7 +44,8 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
 
     from lit_vlm.tasks import train_steps as steps  # late: torch and Lightning, which a finished run does not need
 
-    chosen = steps.select_callbacks(config.callbacks, config.trainer, config.debug, export=config.export)
+    choices = {"export": config.export, "exam": config.evaluate.every_steps is not None}
+    chosen = steps.select_callbacks(config.callbacks, config.trainer, config.debug, **choices)
     model = steps.resolve_model(place, config.model, config.data.tiling, run.init_from, seed)
     settings = to_plain(asdict(replace(config, model=model.settings)))
     data = steps.prepare_data(
@@ -61,6 +62,7 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
         guard=config.guard,
         trainer=config.trainer,
         validation=config.data.validation,
+        evaluate=config.evaluate,
         debug=config.debug,
         metric=config.logger.metric,
         special_boxes=config.special_boxes,

@@ -19,6 +19,7 @@ from lit_vlm.config.choices import DebugMode
 from lit_vlm.config.schema import (
     CheckpointConfig,
     DataConfig,
+    EvaluateConfig,
     GuardConfig,
     ModelConfig,
     PreflightConfig,
@@ -167,17 +168,19 @@ def build_stage(
 
 
 def select_callbacks(
-    items: list[Any], trainer: TrainerConfig, debug: DebugMode | None, *, export: bool
+    items: list[Any], trainer: TrainerConfig, debug: DebugMode | None, *, export: bool, exam: bool
 ) -> dict[str, dict[str, Any]]:
     """Select the callbacks of the run, with their arguments, and check those of the user's own classes.
 
     Args:
         items: the setting `callbacks`.
+        export, exam: the run exports its model; it takes the exam while it trains.
 
     Raises:
         UserError: a class does not exist, is no callback, or does not have an argument.
     """
-    chosen = choose_callbacks(items, export=export, profile=trainer.profile or debug is DebugMode.profile)
+    profile = trainer.profile or debug is DebugMode.profile
+    chosen = choose_callbacks(items, export=export, profile=profile, exam=exam)
     check_user_callbacks(chosen)
     return chosen
 
@@ -192,6 +195,7 @@ def build_callbacks(
     guard: GuardConfig,
     trainer: TrainerConfig,
     validation: ValidationConfig,
+    evaluate: EvaluateConfig,
     debug: DebugMode | None,
     metric: str | None,
     special_boxes: bool,
@@ -209,6 +213,8 @@ def build_callbacks(
         max_samples=DEBUG_FAST_STEPS if debug is DebugMode.fast else validation.max_samples,
         **asdict(checkpoint),
         **asdict(guard),
+        exam_every_steps=evaluate.every_steps,
+        training_items=evaluate.training_items,
         resume_from=start.resume_from,
         belongs=fingerprint,
         timeout_minutes=trainer.timeout_minutes,

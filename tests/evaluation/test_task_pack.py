@@ -104,6 +104,10 @@ def test_every_metric_of_a_task_is_scored_and_an_empty_answer_is_wrong(module, y
         ("선택지 중 A가 정답입니다", "A"),
         ("A가 아니라 B입니다. 정답은 B입니다.", "B"),
         ("답: A\n\n설명: B는 네모이다.", "A"),
+        ("B가 아니라 A입니다.", "A"),
+        ("A입니다. B는 아닙니다.", "A"),
+        ("It is A, not B", "A"),
+        ("A가 아닙니다", None),
         ("파란 네모", "B"),
         ("빨간 원입니다.", "A"),  # D's "원" is part of it
         ("원", "D"),

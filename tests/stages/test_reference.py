@@ -50,7 +50,33 @@ def test_cached_log_probabilities_train_as_a_reference_in_memory_does(folder, pr
     # error of these sums, a millionth of the sums, however small they are themselves
     rounding = 0.5 * 1e-6 * max(abs(value) for name, value in online.metrics.items() if "logps/" in name)
     assert cached.losses == pytest.approx(online.losses, rel=1e-5, abs=rounding)
+    assert (
+        online.metrics.pop("val/kl") > 0
+        and "val/kl is not computed with stage.cache_reference=true" in cached.messages[-1]
+    )
     assert cached.metrics == pytest.approx(online.metrics, rel=1e-4, abs=rounding)
+
+
+@pytest.mark.parametrize("options", [{}, {"parts": {"language_model": {"lora": {"rank": 2}}}}], ids=["copy", "LoRA"])
+def test_val_kl_is_the_mean_divergence_over_the_vocabulary_at_the_answers_positions(
+    folder, processor, tmp_path, options, monkeypatch
+):
+    monkeypatch.setattr(dpo, "KL_CHUNK_TOKENS", 7)
+    result, stage = train(folder, processor, tmp_path / "store", steps=3, cache_reference=False, **options)
+    total = tokens = 0.0
+    for number in range(len(result.data.held_out)):
+        batch = collate(processor, [result.data.held_out.get_record(number)])
+        with torch.no_grad():
+            *_, hidden = stage.model(batch=batch, return_hidden=True)
+            policy = stage.model.lm_head(hidden).double().log_softmax(-1)
+            with stage._use_reference() as reference:
+                *_, hidden = reference(
+                    batch=batch, vision_features=stage.model.model.encode_images(batch), return_hidden=True
+                )
+                other = reference.lm_head(hidden).double().log_softmax(-1)
+        total += float((policy.exp() * (policy - other)).sum())
+        tokens += len(batch.loss_positions)
+    assert result.metrics["val/kl"] == pytest.approx(total / tokens, rel=1e-3) and total / tokens > 1e-5
 
 
 def test_one_pass_of_the_reference_serves_other_betas_and_losses(folder, processor, tmp_path, monkeypatch):
@@ -166,7 +192,7 @@ def test_metrics_by_language_and_kind_cover_all_pairs(folder, processor, tmp_pat
     metrics = run.metrics
     kinds = {name.rpartition("_")[2] for name in metrics if name.startswith("val/rewards/accuracies_")}
     assert "ko" in kinds and kinds & {"caption", "word", "number", "grounding", "text"}
-    assert 0 <= metrics["val/rewards/accuracies"] <= 1 and metrics["train/kl"] >= 0
+    assert 0 <= metrics["val/rewards/accuracies"] <= 1 and metrics["val/kl"] >= 0
     assert {
         "train/entropy",
         "train/logps/chosen",

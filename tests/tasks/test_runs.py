@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,7 @@ def test_an_unfinished_preceding_stage_is_reported_as_unfinished():
 # The pipeline
 
 FEW = ["trainer.max_steps=2", "data.global_batch_size=8", "data.num_workers=0", "data.validation.max_samples=1"]
+FEW += ["evaluate.exam_items=1"]
 STAGES = ["tiny/1_align", "tiny/2_sft", "tiny/3_highres", "tiny/4_dpo"]
 
 
@@ -160,6 +162,10 @@ def check_pipeline(runs, output):
     assert output.count(" s in all. Report: ") == 1
     (report,) = runs.glob("tiny/report*.html")
     assert report.stat().st_size > 5000
+    # the table of the pipeline, with the comparison of each stage with the one before, on the terminal and in the report
+    assert output.rindex("Exam of 56 questions") > output.rindex("Held-out score after each stage")
+    for text in (output[output.rindex("Exam of 56 questions") :], report.read_text(encoding="utf-8")):
+        assert len(re.findall(r"gained in \d+ of 69 cells, lost in \d+", text)) == 3
 
 
 @pytest.mark.slow
