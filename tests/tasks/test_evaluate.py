@@ -151,6 +151,7 @@ def test_an_error_of_the_harness_is_shown(place, monkeypatch):
         run_evaluate(place, url)
 
 
+@pytest.mark.slow
 def test_limit_scores_the_first_questions_and_other_models_and_overwrite_ask_again(place):
     model = ScriptedModel()
     with model.run() as url:
