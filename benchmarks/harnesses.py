@@ -46,7 +46,7 @@ def read_items(path: Path) -> list[Item]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
             try:
-                items.append(make_item(path.stem, json.loads(line)))
+                items.append(make_item(path.stem, json.loads(line), number))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                 raise UserError(
@@ -60,8 +60,8 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
-def make_item(name: str, row: dict[str, Any]) -> Item:
-    """Make the item of a published row with its `prediction`."""
+def make_item(name: str, row: dict[str, Any], number: int = 0) -> Item:
+    """Make the item of a published row with its `prediction`; K-SEED's question_id may be a text, then `number` is its index."""
     if name == "k_mmstar" and "A" not in row:
         options = dict(_INLINE_OPTION.findall(row["question"].rpartition("Options:")[2]))
     elif name == "k_mmbench" or "A" in row:
@@ -71,14 +71,24 @@ def make_item(name: str, row: dict[str, Any]) -> Item:
     answer = str(row["answer"]).strip()
     if answer not in options:
         raise ValueError(f"the right answer {answer!r} is none of {', '.join(options) or 'no options'}")
+    identifier = row["question_id" if name == "k_seed" and "question_id" in row else "index"]
+    index = number if name == "k_seed" and not str(identifier).isdigit() else int(identifier)
+    # Columns that lmms-eval's functions read and VLMEvalKit's files do not have
+    added = {
+        "index": index,
+        "question_id": str(index),
+        "data_type": "image",
+        "l2_category": row.get("l2-category", "none"),
+    }
+    added |= {"category": "none"} | ({letter: options.get(letter) for letter in LETTERS} if name == "k_mmbench" else {})
     return {
-        "index": int(row["question_id" if name == "k_seed" and "question_id" in row else "index"]),
+        "index": index,
         "question": str(row["question"]),
         "options": {letter: str(text) for letter, text in options.items()},
         "answer": answer,
-        "category": str(row.get("category", "")),
+        "category": str(row.get("category", "none")),
         "prediction": str(row["prediction"]),
-        "row": {key: value for key, value in row.items() if key not in ("prediction", "image")},
+        "row": added | {key: value for key, value in row.items() if key not in ("prediction", "image")},
     }
 
 

@@ -78,6 +78,15 @@ def test_own_answers_are_read_from_lines_of_published_rows(tmp_path):
         assert read_items(path) == ITEMS[name]
 
 
+@pytest.mark.parametrize("name", ["k_dtcbench", "k_seed", "k_mmstar"])
+def test_rows_in_the_layout_of_vlmevalkit_are_the_same_items(name):
+    for row, item in zip(make_answers(name), ITEMS[name], strict=True):
+        other = {"index": item["index"], "question": item["question"], **item["options"], "answer": item["answer"]}
+        found = make_item(name, other | {"category": item["category"], "prediction": row["prediction"]})
+        assert {key: found[key] for key in item if key != "row"} == {key: item[key] for key in item if key != "row"}
+        assert found["row"]["question_id"] == str(item["index"]) and found["row"]["data_type"] == "image"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
