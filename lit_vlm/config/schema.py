@@ -558,6 +558,9 @@ class RunConfig:
     export: bool = (
         True  # export the model to hf/; false: keep only the last checkpoint, from which task=export makes hf/
     )
+    special_boxes: bool = (
+        True  # export box tokens as special tokens, as VARCO's release; false: every chat server keeps them
+    )
     init_from: str | None = None  # weights: folder or hub id of a model, or "previous": the recipe's previous stage
     resume_from: str = (
         "auto"  # auto: resume an unfinished run; none: start from the beginning; or the folder of a checkpoint

@@ -5,6 +5,8 @@ import importlib.util
 import io
 import json
 import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,10 @@ def test_every_metric_of_a_task_is_scored_and_an_empty_answer_is_wrong(module, y
         ("선택지 중 A가 정답입니다", "A"),
         ("A가 아니라 B입니다. 정답은 B입니다.", "B"),
         ("답: A\n\n설명: B는 네모이다.", "A"),
+        ("B가 아니라 A입니다.", "A"),
+        ("A입니다. B는 아닙니다.", "A"),
+        ("It is A, not B", "A"),
+        ("A가 아닙니다", None),
         ("파란 네모", "B"),
         ("빨간 원입니다.", "A"),  # D's "원" is part of it
         ("원", "D"),
@@ -249,6 +255,54 @@ def test_koffvqa_leaves_out_what_the_judge_did_not_score(judge):
     assert koffvqa.aggregate_score([score["koffvqa_score"] for score in scores]) == pytest.approx(10 * 8 / 3)
     assert koffvqa.aggregate_sum([score["koffvqa_unjudged"] for score in scores]) == 2
     assert len(prompts) == 4 and "원이라고 하면 10점 {기준}" in prompts[0] and "빨간 원" in prompts[0]
+
+
+@pytest.fixture
+def judge_server(monkeypatch):
+    """A judge on this machine that answers with the next of a list: a status, or the text of its review."""
+    replies: list[int | str] = []
+    keys: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            keys.append(self.headers["Authorization"])
+            reply = replies.pop(0)
+            message = {"role": "assistant", "content": reply}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            body = json.dumps(
+                {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": choices}
+            )
+            self.send_response(reply if isinstance(reply, int) else 200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_URL", f"http://127.0.0.1:{server.server_port}/v1/chat/completions")
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("MODEL_VERSION", "judge")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(koffvqa, "MAX_RETRIES", 1)
+    koffvqa._connect.cache_clear()
+    yield replies, keys
+    koffvqa._connect.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
+def test_koffvqa_asks_a_real_endpoint_again_and_a_failed_request_is_no_score(judge_server, capsys):
+    replies, keys = judge_server
+    replies += [503, "10점 만점에 6점", 503, 503, 401]
+    row = {"question": "무엇인가요?", "answer": "원이라고 하면 10점"}
+    scores = [koffvqa.score_answer(row, ["빨간 원"])["koffvqa_score"] for _ in range(3)]
+    assert scores == [6.0, None, None] and not replies  # asked again after 503, and not after 401
+    assert set(keys) == {"Bearer key"}
+    assert capsys.readouterr().err.count("the judge gave no review") == 2
 
 
 def test_koffvqa_without_a_judge_stops_before_the_first_question(monkeypatch):

@@ -44,7 +44,7 @@ def run_lmms_eval(tasks: list[str], include_path: Path, url: str, output: Path, 
     command += ["--batch_size", "1", "--output_path", output, "--log_samples"]
     environment = make_environment(LMMS_EVAL, HF_HOME=str(output / "cache"), **variables)
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=output)
-    written = list(output.rglob("*_results.json"))
+    written = list(output.glob("made/*_results.json"))  # made: the name of the model
     assert done.returncode == 0 and len(written) == 1, (done.stdout + done.stderr)[
         -6000:
     ]  # it exits 0 after an error, too

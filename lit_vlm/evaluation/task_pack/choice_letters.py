@@ -19,6 +19,8 @@ _KOREAN_PHRASE = r"(?:정답|답변|답|선택지?|보기|옵션)(?:은|는|이|
 _ENGLISH_PHRASE = r"(?:answer|choice|option)(?:\s+is|\s*:|\s)+"
 # Words between two letters that are both chosen: "A 또는 B", "A와 B", "A, B"
 _AND = r"[\"'`*)\]]*\s*(?:,|/|&|와|과|이나|나|또는|혹은|및|하고|or\b|and\b)\s*[\"'`*(\[]*"
+# "B가 아니라 A", "B는 아닙니다", "not B": the letter is not chosen
+_DENIED_AFTER, _DENIED_BEFORE = r"(?!(?:가|이|은|는)?\s*아니|(?:가|이|은|는)?\s*아닙)", r"(?<!\bnot )"
 # Words after a phrase up to its letter: "the answer is option (B)", "정답은 **B**"
 _FILLERS = r"(?:[\s\"'`*(\[:]|option\b|choice\b|옵션|보기|선택지)*"
 
@@ -28,7 +30,7 @@ def read_choice_letter(answer: str, options: Mapping[str, str]) -> str | None:
 
     Full-width letters count as letters. In this order: a letter alone; the letter after the last "정답은", "답:",
     "Answer:" or "answer is"; a letter at the start with its own punctuation ("B. ...", "(B) ..."); the only letter that
-    stands alone (an English article "A" is none); the only option whose text the answer holds.
+    stands alone (an English article "A" is none, nor the B of "B가 아니라"); the only option whose text the answer holds.
 
     Args:
         answer: text of the model.
@@ -55,7 +57,8 @@ def read_choice_letter(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def _find_single_letters(text: str, letters: str) -> list[str]:
-    found = re.finditer(rf"{_BEFORE}([{letters}]){_AFTER}(?:(?<!A)|{_NO_ARTICLE})", text)
+    chosen = rf"{_BEFORE}{_DENIED_BEFORE}([{letters}]){_AFTER}{_DENIED_AFTER}"
+    found = re.finditer(rf"{chosen}(?:(?<!A)|{_NO_ARTICLE})", text)
     return [match[1] for match in found]
 
 
