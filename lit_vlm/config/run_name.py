@@ -38,6 +38,7 @@ NON_IDENTITY_KEYS = (
     "preflight",
     "prefer",
     "serve",
+    "benchmarks",
     "evaluate",
     "judge",
     "logger",

@@ -481,7 +481,7 @@ class ServeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Evaluation of a model: the fixed exam of synthetic questions, after a stage and while it trains."""
+    """Evaluation of a model: the fixed exam of synthetic questions, and benchmarks with task=evaluate."""
 
     exam_items: int | None = ranged(
         None, COUNT_OR_ZERO
@@ -490,6 +490,15 @@ class EvaluateConfig:
         None, COUNT
     )  # optimizer steps between two exams while a stage trains, and one at its end; null: none while it trains
     training_items: int = ranged(5, COUNT)  # as exam_items, for the exam while a stage trains
+    files: str | None = None  # folder of local files, <files>/<benchmark>/*.parquet, .tsv or .jsonl; null: the hub
+    limit: int | None = ranged(None, COUNT)  # only the first questions of each benchmark
+    max_new_tokens: int | None = ranged(None, COUNT)  # maximum tokens of an answer; null: as each benchmark says
+    num_concurrent: int = ranged(16, PROCESSES)  # requests to the model at the same time
+    leave_out: bool = False  # score without rows that cannot be read and requests without an answer, and count them
+    environment: str | None = None  # folder of lmms-eval's environment; null: .venv-outside/lmms_eval beside this one
+    model_name: str | None = None  # model at an endpoint that has several
+    key_variable: str | None = None  # environment variable with the endpoint's key; null: no key is sent
+    timeout_seconds: float = ranged(600.0, ABOVE_0)  # maximum seconds until an endpoint answers a request
 
 
 @dataclass(kw_only=True, slots=True)
@@ -573,6 +582,9 @@ class RunConfig:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    benchmarks: list[str] = field(
+        default_factory=list
+    )  # task=evaluate: benchmarks, or tasks of lmms-eval by their names
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
