@@ -94,6 +94,7 @@ def test_an_exam_is_compared_with_that_of_the_run_before(blueprint, tmp_path, sc
     output = capsys.readouterr().out
     # ocr in 4 cells, and its text lines; one more question of each cell makes no difference
     assert "gained in 4 of 69 cells, lost in 8 (ocr ko easy -1.00 [" in output
+    assert "1.00▲" in (sft / "report.html").read_text(encoding="utf-8")
     write_report(tmp_path / "report.html", [align, sft], "both")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "gained in 4 of 69 cells, lost in 8 (ocr ko easy -1.00 [" in page and "1,680 questions" in page
