@@ -375,6 +375,7 @@ class SubmitConfig:
     """Slurm job of task=submit, in Slurm's terms; null: the cluster's default."""
 
     dry_run: bool = False  # write and print the script, submit nothing
+    exam: bool = False  # also submit task=exam of each stage: a job on one device, after that of the stage
     partition: str | None = None  # partition (queue)
     account: str | None = None  # account that is charged
     qos: str | None = None  # quality of service

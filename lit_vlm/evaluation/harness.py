@@ -100,7 +100,10 @@ def write_task(
 
 
 def read_task(yaml_file: Path, overrides: str = "") -> tuple[str, str]:
-    """Read the text of a task, with the files that it includes, and its digest, with the Python and JSON files beside it."""
+    """Read the text of a task, with the files that it includes, and its digest.
+
+    The digest covers the Python and JSON files beside these files and one folder up, where the task pack has shared scores.
+    """
     texts = [overrides] if overrides else []
     hasher = hashlib.sha256(overrides.encode())
     pending, seen = [yaml_file], set[Path]()
@@ -112,10 +115,10 @@ def read_task(yaml_file: Path, overrides: str = "") -> tuple[str, str]:
         text = path.read_text(encoding="utf-8", errors="replace")
         texts.append(text)
         pending += [path.parent / include for include in _INCLUDE.findall(text)]
-    for path in sorted(
-        {*seen, *(python for file in seen for python in file.parent.glob("*.py"))}, key=lambda p: p.name
-    ):
-        hasher.update(f"\n{path.name}\n".encode() + path.read_bytes())
+    folders = {folder for file in seen for folder in (file.parent, file.parent.parent)}
+    beside = {path for folder in folders for suffix in ("*.py", "*.json") for path in folder.glob(suffix)}
+    for path in sorted({*seen, *beside}, key=lambda p: (p.parent.name, p.name)):
+        hasher.update(f"\n{path.parent.name}/{path.name}\n".encode() + path.read_bytes())
     return "\n".join(texts), hasher.hexdigest()
 
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import math
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from lit_vlm.evaluation.harness import read_task
 from lit_vlm.evaluation.task_pack import box_scores
 from lit_vlm.evaluation.task_pack.box_scores import match_boxes
 from lit_vlm.evaluation.task_pack.choice_letters import read_choice_letter
@@ -59,6 +61,15 @@ def test_every_function_that_a_task_names_exists():
             assert callable(getattr(load_task(module), function)), f"{path}: {name}"
         tasks += "task" in content
     assert tasks == 10
+
+
+def test_the_digest_of_a_task_changes_with_a_score_that_tasks_share(tmp_path):
+    shutil.copytree(PACK, tmp_path / "pack")
+    task, shared = tmp_path / "pack/kreta/kreta_direct.yaml", tmp_path / "pack/choice_letters.py"
+    _, before = read_task(task)
+    assert read_task(task)[1] == before
+    shared.write_text(shared.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    assert read_task(task)[1] != before
 
 
 @pytest.mark.parametrize(
