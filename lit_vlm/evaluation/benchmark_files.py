@@ -9,6 +9,7 @@ import base64
 import binascii
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ MAX_REFERENCE_CHARACTERS = 16  # an image column with so few characters holds th
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif")
 _IMAGE_KINDS = (ColumnKind.image, ColumnKind.images)
 _BATCH_ROWS = 64
+_OPTION = re.compile(r"\bA\s*[:.)]")
 
 Row = dict[str, Any]
 
@@ -232,7 +234,7 @@ class _RowReader:
             value = row.get(self.names[name])
             converted[name] = self._convert_value(name, kind, value)
         answers, answer = self.benchmark.answers, converted.get("answer")
-        if answers is not None and str(answer).strip() not in answers:
+        if answers is not None and not {str(answer).strip(), str(answer).strip().lower()} & answers:
             raise _BadValueError(
                 f"answer is {format_untrusted(answer)}, and one of {', '.join(sorted(answers))} is needed"
             )
@@ -335,6 +337,11 @@ def _match_columns(name: str, benchmark: Benchmark, rows: Rows) -> dict[str, str
         raise UserError(
             f"{name}: {rows.get_origin(0)}: lacks {format_count(len(missing), 'column')}, {', '.join(missing)}. It has"
             f" {format_untrusted(', '.join(map(str, first)), 300)}. Get the files from {benchmark.how_to_get}."
+        )
+    if benchmark.has_inline_options and "A" in first and not _OPTION.search(str(first.get("question"))):
+        raise UserError(
+            f"{name}: {rows.get_origin(0)}: the options are in columns of their own, and the task takes them from the question, so"
+            f" the model would not see them. Get the files from {benchmark.how_to_get}."
         )
     return found
 

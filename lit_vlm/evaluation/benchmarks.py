@@ -57,6 +57,7 @@ class Benchmark:
         only_rows: (column, value) of the rows that are used; None: all.
         constants: column -> value that every row gets, where the task reads only this one.
         answers: possible values of the column `answer`; None: any.
+        has_inline_options: the task takes the options from the question, and reads no columns A to D.
         max_new_tokens: of an answer, the task's own value; 1,024 is the harness's default.
         metric: key of the main score in the harness's results.
         scale: factor from the harness's score to the one of published tables.
@@ -83,6 +84,7 @@ class Benchmark:
     only_rows: tuple[str, str] | None = None
     constants: Mapping[str, str] = field(default_factory=dict)
     answers: frozenset[str] | None = None
+    has_inline_options: bool = False
     max_new_tokens: int = 1024
     scale: float = 100.0
     other_metrics: tuple[str, ...] = ()
@@ -210,6 +212,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         columns=_MMSTAR_COLUMNS,
         num_rows=1500,
         answers=CHOICES,
+        has_inline_options=True,
         metric="average",
         other_metrics=_MMSTAR_METRICS,
         note="The score is the mean of the 18 categories' means.",
@@ -275,6 +278,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         columns=_MMSTAR_COLUMNS,
         num_rows=1500,
         answers=CHOICES,
+        has_inline_options=True,
         metric="average",
         other_metrics=_MMSTAR_METRICS,
         note="The score is the mean of the 18 categories' means.",
@@ -309,6 +313,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "category": ColumnKind.optional_text,
             "image": _IMAGE,
         },
+        other_names={"question_id": "index"},
         num_rows=9000,
         answers=YES_NO,
         max_new_tokens=128,

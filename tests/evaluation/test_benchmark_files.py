@@ -108,6 +108,16 @@ def test_missing_columns_are_named_with_those_that_are_there(tmp_path):
         prepare("k_dtcbench", tmp_path)
 
 
+def test_a_table_whose_options_the_task_would_not_show_is_refused(tmp_path):
+    """VLMEvalKit's MMStar.tsv is such a table; lmms-eval's task reads the options from the question."""
+    rows = [row | {letter: "1" for letter in "ABCD"} for row in make_rows("mmstar", 2)]
+    write_tsv(rows, tmp_path / "mmstar" / "MMStar.tsv")
+    assert len(prepare("mmstar", tmp_path).numbers) == 2
+    write_tsv([row | {"question": "How many?"} for row in rows], tmp_path / "mmstar" / "MMStar.tsv")
+    with pytest.raises(UserError, match=r"options are in columns of their own.*Lin-Chen/MMStar"):
+        prepare("mmstar", tmp_path)
+
+
 def test_files_without_rows_are_named(tmp_path):
     write_parquet(make_rows("k_dtcbench", 1), tmp_path / "k_dtcbench" / "test.parquet")
     table = pq.read_table(tmp_path / "k_dtcbench" / "test.parquet")
