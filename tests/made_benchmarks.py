@@ -7,6 +7,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import random
 import re
 from pathlib import Path
@@ -174,7 +175,41 @@ def make_k_viscuit(maker, number):
     yield {"question": question, "options": choices, "answer": right, "image": image}
 
 
+def make_koffvqa(maker, number):
+    image, question, choices, right = maker.make(korean=True)
+    rubric = f"답이 '{choices[right]}'이면 10점, 아니면 0점"
+    yield {"index": str(number), "question": question, "answer": rubric, "category": "인식", "image": image}
+
+
+def make_cord(maker, number):
+    text = maker.random.choice(("abcd", "bcda"))
+    quad = {"x1": 8, "y1": 12, "x2": 40, "y2": 12, "x3": 40, "y3": 24, "x4": 8, "y4": 24}
+    truth = {
+        "valid_line": [{"words": [{"text": text, "quad": quad}]}],
+        "meta": {"image_size": {"width": 120, "height": 40}},
+    }
+    yield {"image": draw_text(text), "ground_truth": json.dumps(truth)}
+
+
+def make_grounding(maker, number):
+    image = draw_shapes("#d22", 1, maker.side)
+    yield {
+        "image": image,
+        "question": "빨간 원을 찾아 주세요.",
+        "answer": "<obj>원</obj><bbox>0.03, 0.03, 0.3, 0.3</bbox>",
+    }
+
+
+def make_captions(maker, number):
+    image, _, _, _ = maker.make(korean=True)
+    yield {"image_id": str(number), "image": image, "captions": ["흰 바탕에 원이 있다.", "색이 같은 원들."]}
+
+
 MAKERS = {
+    "koffvqa": make_koffvqa,
+    "cord_popeval": make_cord,
+    "grounding_markup": make_grounding,
+    "xm3600_ko": make_captions,
     "kreta": make_kreta,
     "k_viscuit": make_k_viscuit,
     "k_dtcbench": make_dtcbench,
@@ -206,6 +241,10 @@ def answer_request(body: dict) -> str:
     url = next(part["image_url"]["url"] for part in message["content"] if part["type"] == "image_url")
     image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
     choice = int(hashlib.sha256(image.tobytes() + text.encode()).hexdigest(), 16)
+    if "<ocr>" in text:
+        return "<char>abcd</char><bbox>0.05, 0.25, 0.35, 0.65</bbox>"
+    if "찾아 주세요" in text:
+        return "<obj>원</obj><bbox>0.03, 0.03, 0.3, 0.3</bbox>" if choice % 2 else "왼쪽 위에 있습니다."
     if "written in" in text:
         return "abcd" if choice % 3 else "The text is 'abcd efgh'."
     name, count = read_shapes(image)

@@ -18,6 +18,7 @@ from callbacks import Checkpoint, Exam, Throughput
 from callbacks import exam as exam_module
 from lit_vlm.evaluation.exam import ExamAnswers, list_exam_metrics, make_items
 from lit_vlm.files import read_csv_rows
+from lit_vlm.reports.report import write_report
 from lit_vlm.stages import AlignStage
 from lit_vlm.types import UserError
 
@@ -63,6 +64,8 @@ def test_exams_are_logged_at_their_steps_with_their_share_of_the_time(small_part
     assert figures["count"] == 3 and 0 < figures["time_share"] < 1 and figures["last"] == exam.history["5"]
     assert figures["seconds"] == pytest.approx(sum(float(row["exam/seconds"]) for row in rows))
     assert "% of the training time" in said[-1]
+    write_report(tmp_path / "report.html", [tmp_path], "run")
+    assert f'aria-label="exam of {tmp_path.name} by step"' in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_time_of_an_exam_does_not_count_as_training(small_parts, tmp_path, monkeypatch):
@@ -86,7 +89,7 @@ def test_answers_in_turn_and_in_common_batches_are_the_same_also_with_rows_of_ne
     assert answers[0] == answers[1] and len(answers[0]) == 12 and any(answers[0].values())
 
 
-@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp2", "zero3"))])
 def test_two_ranks_give_the_answers_and_scores_of_one(small_parts, tmp_path, kind):
     exam = make_exam(tmp_path)
     fit(small_parts, tmp_path, exam)

@@ -79,7 +79,8 @@ def test_a_benchmark_is_scored_shown_and_not_asked_again(place, capsys):
 
 
 @pytest.mark.slow
-def test_after_a_kill_only_the_requests_without_an_answer_are_asked(place):
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_after_a_kill_only_the_requests_without_an_answer_are_asked(place, end):
     model = ScriptedModel()
     with model.run() as url:
         model.fail = lambda number: model.gate.clear() if number == 9 else None  # all wait from the ninth on
@@ -91,8 +92,10 @@ def test_after_a_kill_only_the_requests_without_an_answer_are_asked(place):
         log = place / "made" / "answers"
         until(lambda: model.num_asked >= 10 or process.poll() is not None, said=output.read_text)
         until(lambda: len(read_json_lines(next(log.glob("*.jsonl")))) == 9, said=output.read_text)
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(end)
         process.wait(PATIENCE)
+        if end == signal.SIGINT:
+            assert process.returncode == 130 and "9 of 24 requests answered. They are kept" in output.read_text()
         model.fail = lambda number: None
         model.gate.set()
         asked = model.num_asked
@@ -148,6 +151,7 @@ def test_an_error_of_the_harness_is_shown(place, monkeypatch):
         run_evaluate(place, url)
 
 
+@pytest.mark.slow
 def test_limit_scores_the_first_questions_and_other_models_and_overwrite_ask_again(place):
     model = ScriptedModel()
     with model.run() as url:

@@ -125,10 +125,17 @@ def test_a_failed_exam_does_not_stop_the_pipeline_and_one_without_a_model_is_nam
     pipeline.take_exam(tmp_path, ["experiment=tiny/2_sft"], 1)
     assert "No exam" in capsys.readouterr().out and not commands
     (tmp_path / "hf").mkdir()
-    pipeline.take_exam(tmp_path, ["experiment=tiny/2_sft", "init_from=previous", "seed=3"], 1)
+    pipeline.take_exam(tmp_path, ["experiment=tiny/2_sft", "init_from=previous", "seed=3"], None)
     assert "ended with exit status 1" in capsys.readouterr().out
     (command,) = commands
-    assert command[1:] == [str(RUN), "task=exam", "experiment=tiny/2_sft", "seed=3", f"init_from='{tmp_path / 'hf'}'"]
+    assert command[1:] == [
+        str(RUN),
+        "task=exam",
+        "experiment=tiny/2_sft",
+        "seed=3",
+        "evaluate.exam_items=null",
+        f"init_from='{tmp_path / 'hf'}'",
+    ]
 
 
 @pytest.mark.parametrize(
