@@ -26,6 +26,8 @@ SUFFIXES = (".parquet", ".tsv", ".csv", ".jsonl")
 MAX_SHOWN = 5  # bad rows that a message lists
 MAX_REFERENCE_CHARACTERS = 16  # an image column with so few characters holds the index of the row that has the image
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".avif")
+# Folders below a benchmark's own that image paths may start from: K-Viscuit's repository has `0.jpg` in dataset/images
+_IMAGE_FOLDERS = ("", "images", "dataset/images")
 _IMAGE_KINDS = (ColumnKind.image, ColumnKind.images)
 _BATCH_ROWS = 64
 
@@ -269,7 +271,9 @@ class _RowReader:
         if not isinstance(value, str) or not value.strip():
             raise _BadValueError(f"{name} is empty")
         if value.lower().endswith(_IMAGE_SUFFIXES) and self.image_root is not None:
-            return {"bytes": FileImage(value, self.image_root, "", self.max_pixels).read_encoded()[0], "path": None}
+            roots = [self.image_root / folder for folder in _IMAGE_FOLDERS]
+            root = next((root for root in roots if (root / value).is_file()), self.image_root)
+            return {"bytes": FileImage(value, root, "", self.max_pixels).read_encoded()[0], "path": None}
         if len(value) <= MAX_REFERENCE_CHARACTERS and (other := self._find_row(value)) is not None:
             return self._read_image(name, self.rows[other][self.names[name]])
         payload = value.partition(",")[2] if value.startswith("data:") else value

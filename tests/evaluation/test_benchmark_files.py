@@ -88,6 +88,20 @@ def test_images_beside_json_lines_are_read_by_their_paths(tmp_path):
     ]
 
 
+def test_images_in_a_folder_beside_the_rows_are_found_by_their_names(tmp_path):
+    """The layout of K-Viscuit's repository: dataset/annotations.jsonl, dataset/images/0.jpg, `"image_path": "0.jpg"`."""
+    images = tmp_path / "k_viscuit/dataset/images"
+    images.mkdir(parents=True)
+    Image.new("RGB", (8, 8), "red").save(images / "0.jpg")
+    row = {"question": "Which food?", "options": list("wxyz"), "answer": 1, "image_path": "0.jpg"}
+    (images.parent / "annotations.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    rows, root = open_rows("k_viscuit", BENCHMARKS["k_viscuit"], tmp_path, tmp_path)
+    prepared = prepare_rows(
+        "k_viscuit", BENCHMARKS["k_viscuit"], rows, root, tmp_path / "out.parquet", max_pixels=10**6
+    )
+    assert prepared.numbers == [0] and prepared.bad_rows == []
+
+
 def test_a_missing_file_is_named_with_its_source_and_licence(tmp_path):
     (tmp_path / "k-dtcbench").mkdir()
     with pytest.raises(UserError) as error:
