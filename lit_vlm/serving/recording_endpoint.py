@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -67,11 +67,11 @@ class Upstream:
         """True if the endpoint is on this machine, so that no proxy is used."""
         return urlsplit(self.base_url).hostname in LOOPBACK_HOSTS
 
-    def make_client(self) -> httpx.AsyncClient:
+    def make_client(self) -> httpx2.AsyncClient:
         """Make a client. No redirect is followed."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(
+        limits = httpx2.Limits(max_connections=None)
+        return httpx2.AsyncClient(
             headers=headers, timeout=self.timeout_seconds, trust_env=not self.is_local, limits=limits
         )
 
@@ -124,7 +124,7 @@ class AnswerRecorder:
         self.asking_seconds = 0.0
         self._num_asking, self._asking_since = 0, 0.0
         self._running: dict[str, asyncio.Task[LoggedAnswer]] = {}
-        self._client: httpx.AsyncClient | None = None
+        self._client: httpx2.AsyncClient | None = None
 
     @asynccontextmanager
     async def open_client(self, _: FastAPI) -> AsyncIterator[None]:
@@ -183,10 +183,10 @@ class AnswerRecorder:
         try:
             with self._measure_asking():
                 response = await self._client.post(f"{self.upstream.base_url}/chat/completions", json=body)
-        except httpx.TimeoutException:
+        except httpx2.TimeoutException:
             seconds = self.upstream.timeout_seconds
             raise RequestError(504, f"{self.upstream.base_url} gave no answer within {seconds:g} s.") from None
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise RequestError(502, f"{self.upstream.base_url} cannot be reached: {reason}.") from None
         answer = _read_answer(response, key, time.monotonic() - started, canonical)
@@ -288,7 +288,7 @@ def _read_request(raw: bytes) -> tuple[dict[str, Any], dict[str, Any], str, dict
     return body, canonical, compute_request_key(canonical), images
 
 
-def _read_answer(response: httpx.Response, key: str, seconds: float, canonical: dict[str, Any]) -> LoggedAnswer:
+def _read_answer(response: httpx2.Response, key: str, seconds: float, canonical: dict[str, Any]) -> LoggedAnswer:
     """Read the answer in a response of the upstream endpoint. RequestError if it has none: errors are never answers."""
     try:
         body = response.json()

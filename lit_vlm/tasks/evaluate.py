@@ -73,7 +73,7 @@ def evaluate(run: Run) -> None:
         UserError: a setting, a file or a row cannot be used, the environment cannot be made, or requests had no answer.
     """
     if find_model is None:
-        raise UserError("task=evaluate needs FastAPI, Uvicorn and httpx: pip install -e '.[serve]' -c constraints.txt")
+        raise UserError("task=evaluate needs FastAPI and Uvicorn: pip install -e '.[serve]' -c constraints.txt")
     config, settings = run.config, run.config.evaluate
     with RunLock(run.dir) as run_lock:
         run_lock.acquire()

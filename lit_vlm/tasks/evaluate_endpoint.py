@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from lit_vlm.config.evaluate_validation import is_url
 from lit_vlm.config.schema import EndpointConfig, EvaluateConfig, JudgeConfig, ModelConfig, ServeConfig
@@ -83,10 +83,10 @@ def find_served_name(upstream: Upstream) -> str:
     """
     headers = {"Authorization": f"Bearer {upstream.api_key}"} if upstream.api_key else {}
     try:
-        with httpx.Client(timeout=CHECK_SECONDS, trust_env=not upstream.is_local) as client:
+        with httpx2.Client(timeout=CHECK_SECONDS, trust_env=not upstream.is_local) as client:
             response = client.get(f"{upstream.base_url}/models", headers=headers)
         rows = response.json()["data"] if response.status_code == 200 else None
-    except httpx.HTTPError as error:
+    except httpx2.HTTPError as error:
         reason = str(error) or type(error).__name__
         raise UserError(
             f"init_from={upstream.base_url}: cannot be reached: {reason}. Start the endpoint, or correct the URL; it ends in /v1."
