@@ -44,7 +44,8 @@ def measure_servers(folder: str, samples: Sequence[Sample], max_new_tokens: int)
     Both run as one process with one thread of torch.
     """
     torchvision = str(Path(sys.prefix) / "torchvision")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": torchvision}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environments = {"transformers serve": environment | {"PYTHONPATH": torchvision}, "task=serve": environment}
     ports = find_free_ports(2)
     commands = {
         "transformers serve": [
@@ -59,7 +60,7 @@ def measure_servers(folder: str, samples: Sequence[Sample], max_new_tokens: int)
     names = {"transformers serve": folder, "task=serve": "model"}
     contents = [make_content(sample) for sample in samples]
     return {
-        name: measure_server(command, port, names[name], contents, max_new_tokens, environment)
+        name: measure_server(command, port, names[name], contents, max_new_tokens, environments[name])
         for (name, command), port in zip(commands.items(), ports, strict=True)
     }
 
