@@ -60,7 +60,10 @@ def test_no_stage_of_the_quickstart_loses_in_a_cell_of_the_exam_that_it_takes(qu
     for name, before, after in zip(STAGES[1:], answers, answers[1:], strict=False):
         assert before is not None and after is not None, name
         differences = compare_exams(before, after)
-        assert not [one.cell for one in differences if one.verdict is Verdict.lost], (name, format_verdicts(differences))
+        assert not [one.cell for one in differences if one.verdict is Verdict.lost], (
+            name,
+            format_verdicts(differences),
+        )
         assert (name == "2_sft") <= any(one.verdict is Verdict.gained for one in differences), name
 
 
