@@ -59,6 +59,7 @@ test-all: test test-slow test-long  ## run all tests, also the slow and the long
 
 .PHONY: test-outside
 test-outside: setup-dev .venv-outside/vllm/.setup .venv-outside/vlmeval/.setup  ## test with vLLM and the harnesses, in environments of their own (7 GB)
+	@$(BIN)/python -m lit_vlm.evaluation.harness_environment .venv-outside/lmms_eval
 	@$(BIN)/python -m pytest -rs -s -m outside tests/outside
 
 .venv-outside/vllm/.setup:

@@ -1,8 +1,9 @@
-"""Verdicts of lmms-eval and VLMEvalKit on the same answers: python -m benchmarks.harnesses [FOLDER]
+"""Verdicts of lmms-eval and VLMEvalKit on the same answers: python -m benchmarks.harnesses [FOLDER [--files FILES]]
 
-FOLDER holds `<set>.jsonl` for one or more of k_dtcbench, k_seed, k_mmstar and k_mmbench: in each line the published columns
-without the picture, and the answer as `prediction`. Without FOLDER, made answers (`harness_answers.py`) are scored. Each harness
-runs in its own environment (`make test-outside` makes both), by its own code, without a judge and without a network.
+FOLDER is a run of task=evaluate, and FILES its evaluate.files: the folder of the published files. Without FILES, FOLDER holds
+`<set>.jsonl` for one or more of k_dtcbench, k_seed, k_mmstar and k_mmbench: in each line the published columns without the picture,
+and the answer as `prediction`. Without FOLDER, made answers (`harness_answers.py`) are scored. Each harness runs in its own
+environment (`make test-outside` makes both), by its own code, without a judge and without a network.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness_answers import FORMS, LETTERS, MAKERS, make_answers
+from lit_vlm.evaluation.benchmark_files import open_rows
+from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.evaluation.task_pack.choice_letters import read_choice_letter
-from lit_vlm.files import write_json
+from lit_vlm.files import read_json_lines, write_json
 from lit_vlm.redaction import is_secret_name
 from lit_vlm.types import UserError
 
@@ -45,14 +50,43 @@ def read_items(path: Path) -> list[Item]:
     items = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
-            try:
-                items.append(make_item(path.stem, json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise UserError(
-                    f"{path}:{number}: no row of {TITLES[path.stem]} with an answer: {reason}. It needs the published columns"
-                    " and 'prediction'."
-                ) from None
+            with name_bad_row(path.stem, f"{path}:{number}"):
+                items.append(make_item(path.stem, json.loads(line), number))
+    return check_items(items, path)
+
+
+def read_run(name: str, run: Path, files: Path) -> list[Item]:
+    """Read the answers of one set from a run of task=evaluate, and their rows from the published files.
+
+    Raises:
+        UserError: a row of the run is not in the files, or it is no row of the set.
+    """
+    samples, items = run / "samples" / f"{name}.jsonl", []
+    with tempfile.TemporaryDirectory() as cache:
+        rows, _ = open_rows(name, BENCHMARKS[name], files, Path(cache))
+        for sample in read_json_lines(samples):
+            number = sample["id"]
+            if number >= len(rows):
+                raise UserError(f"{samples}: has an answer to row {number}, but {files / name} has {len(rows)} rows.")
+            with name_bad_row(name, f"{files / name}, row {number}"):
+                items.append(make_item(name, {**rows[number], "prediction": sample["answer"]}, number))
+    return check_items(items, samples)
+
+
+@contextmanager
+def name_bad_row(name: str, place: str) -> Iterator[None]:
+    """Raise a UserError with the place of a row that cannot be used."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(
+            f"{place}: no row of {TITLES[name]} with an answer: {reason}. It needs the published columns and 'prediction'."
+        ) from None
+
+
+def check_items(items: list[Item], path: Path) -> list[Item]:
+    """Check that there are items, and one of each index."""
     repeated = [index for index, count in Counter(item["index"] for item in items).items() if count > 1]
     if repeated or not items:
         reason = f"index {repeated[0]} is there more than once" if repeated else "no rows"
@@ -60,8 +94,8 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
-def make_item(name: str, row: dict[str, Any]) -> Item:
-    """Make the item of a published row with its `prediction`."""
+def make_item(name: str, row: dict[str, Any], number: int = 0) -> Item:
+    """Make the item of a published row with its `prediction`; K-SEED's question_id may be a text, then `number` is its index."""
     if name == "k_mmstar" and "A" not in row:
         options = dict(_INLINE_OPTION.findall(row["question"].rpartition("Options:")[2]))
     elif name == "k_mmbench" or "A" in row:
@@ -71,14 +105,24 @@ def make_item(name: str, row: dict[str, Any]) -> Item:
     answer = str(row["answer"]).strip()
     if answer not in options:
         raise ValueError(f"the right answer {answer!r} is none of {', '.join(options) or 'no options'}")
+    identifier = row["question_id" if name == "k_seed" and "question_id" in row else "index"]
+    index = number if name == "k_seed" and not str(identifier).isdigit() else int(identifier)
+    # Columns that lmms-eval's functions read and VLMEvalKit's files do not have
+    added = {
+        "index": index,
+        "question_id": str(index),
+        "data_type": "image",
+        "l2_category": row.get("l2-category", "none"),
+    }
+    added |= {"category": "none"} | ({letter: options.get(letter) for letter in LETTERS} if name == "k_mmbench" else {})
     return {
-        "index": int(row["question_id" if name == "k_seed" and "question_id" in row else "index"]),
+        "index": index,
         "question": str(row["question"]),
         "options": {letter: str(text) for letter, text in options.items()},
         "answer": answer,
-        "category": str(row.get("category", "")),
+        "category": str(row.get("category", "none")),
         "prediction": str(row["prediction"]),
-        "row": {key: value for key, value in row.items() if key not in ("prediction", "image")},
+        "row": added | {key: value for key, value in row.items() if key not in ("prediction", "image")},
     }
 
 
@@ -200,19 +244,36 @@ def mark_hits(hits: list[bool]) -> str:
     return "✓" if all(hits) else "–" if not any(hits) else f"{sum(hits)} of {len(hits)}"
 
 
+def read_sets(folder: Path | None, files: Path | None) -> dict[str, list[Item]]:
+    """Read the answers of all sets in a folder, or make some if there is no folder.
+
+    Raises:
+        UserError: the folder has no set.
+    """
+    if folder is None:
+        return {name: [make_item(name, row) for row in make_answers(name)] for name in MAKERS}
+    place = folder if files is None else folder / "samples"
+    found = [name for name in MAKERS if (place / f"{name}.jsonl").is_file()]
+    if not found:
+        wanted = ", ".join(f"{name}.jsonl" for name in MAKERS)
+        hint = " Is it a run of task=evaluate? Then name its evaluate.files with --files." if files is None else ""
+        raise UserError(f"{place}: none of {wanted} is there.{hint}")
+    return {
+        name: read_items(place / f"{name}.jsonl") if files is None else read_run(name, folder, files) for name in found
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="folder of <set>.jsonl; without it, made answers")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", help="run of task=evaluate or folder of <set>.jsonl; else made answers"
+    )
+    parser.add_argument("--files", type=Path, help="evaluate.files of the run: the folder of the published files")
     for harness, folder in ENVIRONMENTS.items():
         python = ROOT / ".venv-outside" / folder / "bin/python"
         parser.add_argument(f"--{harness}", type=Path, default=python, help=f"Python of its environment ({python})")
     arguments = parser.parse_args()
-    if arguments.folder is None:
-        sets = {name: [make_item(name, row) for row in make_answers(name)] for name in MAKERS}
-    else:
-        sets = {name: read_items(path) for name in MAKERS if (path := arguments.folder / f"{name}.jsonl").is_file()}
-        if not sets:
-            raise UserError(f"{arguments.folder}: none of {', '.join(f'{name}.jsonl' for name in MAKERS)} is there.")
+    sets = read_sets(arguments.folder, arguments.files)
     compared = compare(sets, {harness: getattr(arguments, harness) for harness in HARNESSES})
     target = RESULTS if arguments.folder is None else arguments.folder / "harnesses.json"
     write_json(target, compared, indent=1)

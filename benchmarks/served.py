@@ -124,15 +124,15 @@ def find_free_ports(count: int) -> list[int]:
 
 
 def wait_for_server(port: int, process: subprocess.Popen, seconds: float = 600.0) -> None:
-    import httpx
+    import httpx2
 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
             raise SystemExit(f"the server on port {port} ended with status {process.returncode}")
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+            if httpx2.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
                 return
-        except httpx.HTTPError:
+        except httpx2.HTTPError:
             time.sleep(0.2)
     raise SystemExit(f"the server on port {port} did not start")

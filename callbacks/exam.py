@@ -142,11 +142,14 @@ class Exam(L.Callback):
             f"({values['exam/time_share']:.0%} of the training time so far)"
         )
 
+    def _make_items(self) -> tuple[ExamItem, ...]:
+        return make_items(self.training_items)
+
     def _collect_rows(
         self, trainer: L.Trainer, pl_module: L.LightningModule, progress: Progress
     ) -> list[dict[str, Any]]:
         """Answer this rank's items and gather the rows of all ranks, each item once."""
-        items, world_size = make_items(self.training_items), trainer.world_size
+        items, world_size = self._make_items(), trainer.world_size
         # each rank has equally many items, so that ranks with sharded weights compute equally often; the last may be repeated
         rounds = -(-len(items) // world_size)
         own = [items[(trainer.global_rank + number * world_size) % len(items)] for number in range(rounds)]

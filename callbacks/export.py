@@ -21,10 +21,13 @@ class Export(L.Callback):
     Rank 0 writes one weight at a time, with a barrier before each weight. So no rank waits longer than the writing of one
     weight takes, even on a slow disk. Sharded weights are gathered at this barrier. Raises UserError if the folder cannot
     be written.
+
+    Args:
+        special_boxes: see `export_model`.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.folder = Path(run_dir) / "hf"
+    def __init__(self, run_dir: Path, special_boxes: bool = True) -> None:
+        self.folder, self.special_boxes = Path(run_dir) / "hf", special_boxes
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with get_progress(trainer).use_activity(Activity.exporting):
@@ -49,6 +52,7 @@ class Export(L.Callback):
             gather_weight=strategy.whole_weights(pl_module.model) if hasattr(strategy, "whole_weights") else None,
             is_writer=trainer.is_global_zero,
             before_each_weight=pulse.wrap(partial(strategy.barrier, "export")),
+            special_boxes=self.special_boxes,
         )
 
 

@@ -10,7 +10,7 @@ from lit_vlm.config.choices import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that import no layer: registries whose names the configuration reads, without torch.
-REGISTRIES = {"model.projectors", "losses.loss_types"}
+REGISTRIES = {"model.projectors", "losses.loss_types", "evaluation.benchmarks"}
 # Tasks of lmms-eval, which run in its environment without this package: scores that `data` and `evaluation` share with them
 TASK_PACK = "evaluation.task_pack"
 BELOW_MODEL = {

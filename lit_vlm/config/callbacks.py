@@ -74,7 +74,11 @@ CALLBACKS: dict[str, CallbackEntry] = {
     "report": CallbackEntry("callbacks.export.Report", Use.default, "writes report.html", order=3),
     # Export saves the model before `samples` reads held-out images again.
     "export": CallbackEntry(
-        "callbacks.export.Export", Use.setting, "exports the model to hf/, unless export=false is set", order=1
+        "callbacks.export.Export",
+        Use.setting,
+        "exports the model to hf/, unless export=false is set",
+        settings={"special_boxes": "special_boxes"},
+        order=1,
     ),
     "exam": CallbackEntry(
         "callbacks.exam.Exam",

@@ -70,6 +70,10 @@ EXAMPLES = (
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
     ("python run.py task=serve init_from=runs/tiny/4_dpo/hf", "serve it to OpenAI's clients (docs/serving.md)"),
     (
+        "python run.py task=evaluate init_from=runs/tiny/4_dpo/hf 'benchmarks=[k_dtcbench,mmstar]'",
+        "score it with lmms-eval, beside published scores (docs/evaluation.md)",
+    ),
+    (
         "python run.py task=judge judge.answers=runs/tiny/2_sft judge.endpoint=http://127.0.0.1:8000/v1 judge.model=judge",
         "have a model judge its answers (docs/judge.md)",
     ),

@@ -35,6 +35,7 @@ UNSUPPORTED_SUBMIT_SETTINGS = (
     "container",
     "stage_to",
     "dry_run",
+    "exam",
 )  # submitit writes and starts the script and does not support them
 DAY_MINUTES = 24 * 60  # minutes
 

@@ -27,6 +27,7 @@ MODEL_TASKS = (
     Task.chat,
     Task.exam,
     Task.serve,
+    Task.evaluate,
 )
 MISSING_PARENT = (
     "no such folder: the run that should have left it does not exist. Run it first (`python run.py` runs a recipe's stages"
@@ -57,7 +58,10 @@ def find_model_folder_errors(run: Run) -> Iterator[str]:
         }
     names["stage.reference"] = getattr(config.stage, "reference", None)
     for setting, name in names.items():
-        if name not in (None, "tiny"):
+        if name is not None and "://" in name:
+            if config.task is not Task.evaluate or setting != "init_from":
+                yield f"{setting}={name}: is the URL of an endpoint, which only task=evaluate reads. Give a folder or a hub id."
+        elif name not in (None, "tiny"):
             yield from find_folder_errors(setting, name, Path(config.run_dir))
 
 

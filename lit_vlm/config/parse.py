@@ -207,8 +207,11 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     if model.chat_template not in (None, "chatml"):
         model.chat_template = _make_absolute(model.chat_template)
     config.run_dir = _make_absolute(config.run_dir)
-    if config.init_from is not None:
+    if config.init_from is not None and "://" not in config.init_from:  # an endpoint's URL stays as it is
         config.init_from = resolve_model_name(config.init_from)
+    for name in ("files", "environment"):
+        if (path := getattr(config.evaluate, name)) is not None:
+            setattr(config.evaluate, name, _make_absolute(path))
     config.image = [path if "://" in path else _make_absolute(path) for path in config.image]
     config.sync = [_make_absolute(path) for path in config.sync]
     config.prefer.output = _make_absolute(config.prefer.output)

@@ -375,6 +375,7 @@ class SubmitConfig:
     """Slurm job of task=submit, in Slurm's terms; null: the cluster's default."""
 
     dry_run: bool = False  # write and print the script, submit nothing
+    exam: bool = False  # also submit task=exam of each stage: a job on one device, after that of the stage
     partition: str | None = None  # partition (queue)
     account: str | None = None  # account that is charged
     qos: str | None = None  # quality of service
@@ -481,7 +482,7 @@ class ServeConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
-    """Evaluation of a model: the fixed exam of synthetic questions, after a stage and while it trains."""
+    """Evaluation of a model: the fixed exam of synthetic questions, and benchmarks with task=evaluate."""
 
     exam_items: int | None = ranged(
         None, COUNT_OR_ZERO
@@ -490,6 +491,15 @@ class EvaluateConfig:
         None, COUNT
     )  # optimizer steps between two exams while a stage trains, and one at its end; null: none while it trains
     training_items: int = ranged(5, COUNT)  # as exam_items, for the exam while a stage trains
+    files: str | None = None  # folder of local files, <files>/<benchmark>/*.parquet, .tsv or .jsonl; null: the hub
+    limit: int | None = ranged(None, COUNT)  # only the first questions of each benchmark
+    max_new_tokens: int | None = ranged(None, COUNT)  # maximum tokens of an answer; null: as each benchmark says
+    num_concurrent: int = ranged(16, PROCESSES)  # requests to the model at the same time
+    leave_out: bool = False  # score without rows that cannot be read and requests without an answer, and count them
+    environment: str | None = None  # folder of lmms-eval's environment; null: .venv-outside/lmms_eval beside this one
+    model_name: str | None = None  # model at an endpoint that has several
+    key_variable: str | None = None  # environment variable with the endpoint's key; null: no key is sent
+    timeout_seconds: float = ranged(600.0, ABOVE_0)  # maximum seconds until an endpoint answers a request
 
 
 @dataclass(kw_only=True, slots=True)
@@ -558,6 +568,9 @@ class RunConfig:
     export: bool = (
         True  # export the model to hf/; false: keep only the last checkpoint, from which task=export makes hf/
     )
+    special_boxes: bool = (
+        True  # export box tokens as special tokens, as VARCO's release; false: every chat server keeps them
+    )
     init_from: str | None = None  # weights: folder or hub id of a model, or "previous": the recipe's previous stage
     resume_from: str = (
         "auto"  # auto: resume an unfinished run; none: start from the beginning; or the folder of a checkpoint
@@ -570,6 +583,9 @@ class RunConfig:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    benchmarks: list[str] = field(
+        default_factory=list
+    )  # task=evaluate: benchmarks, or tasks of lmms-eval by their names
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml

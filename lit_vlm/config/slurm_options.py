@@ -41,6 +41,8 @@ MANAGED_SBATCH_OPTIONS = {
 def find_submit_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each unusable setting of `submit`, alone and with the trainer's settings."""
     submit = config.submit
+    if submit.exam and not config.export:
+        yield "submit.exam: asks the model's folder, which export=false leaves out."
     yield from _find_gpu_errors(config)
     yield from _find_time_errors(submit)
     for name in ("partition", "account", "qos", "constraint", "memory", "container", "stage_to"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from lit_vlm.config import validation
 from lit_vlm.config.choices import Task
 from lit_vlm.config.endpoint_validation import find_judge_errors
+from lit_vlm.config.evaluate_validation import find_evaluate_errors, get_evaluation_name
 from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.slurm_options import find_submit_errors
@@ -57,6 +58,7 @@ TASKS: dict[Task, TaskEntry] = {
     Task.chat: TaskEntry("lit_vlm.tasks.chat:run_chat", (), _get_task_name),
     Task.exam: TaskEntry("lit_vlm.tasks.exam:run_exam", (validation.find_exam_errors,), _get_task_name),
     Task.serve: TaskEntry("lit_vlm.tasks.serve:serve", (), _get_task_name),
+    Task.evaluate: TaskEntry("lit_vlm.tasks.evaluate:evaluate", (find_evaluate_errors,), get_evaluation_name),
     Task.judge: TaskEntry("lit_vlm.tasks.judge:judge_answers", (find_judge_errors,), _get_task_name),
 }
 

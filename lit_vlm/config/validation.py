@@ -63,6 +63,7 @@ def find_other_task_errors(config: RunConfig) -> Iterator[str]:
     for key, value, task in (
         ("sweep", config.sweep, Task.sweep),
         ("sync", config.sync, Task.sync),
+        ("benchmarks", config.benchmarks, Task.evaluate),
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
         ("submit.dry_run", config.submit.dry_run, Task.submit),
         ("judge.answers", config.judge.answers, Task.judge),

@@ -23,6 +23,7 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 from lit_vlm.anyres import ImageSettings
 from lit_vlm.compat.transformers import set_weight_conversions
 from lit_vlm.files import atomic_folder
+from lit_vlm.model.box_tokens import MODEL_CARD_FILE, format_model_card, set_special_boxes
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
 from lit_vlm.model.projectors import get_projector, list_exportable_projectors
@@ -30,7 +31,7 @@ from lit_vlm.model.skeleton import EMBEDDINGS, build_on_meta, read_initial_value
 from lit_vlm.model.spec import OWN_SETTINGS_FILE
 from lit_vlm.model.tensor_files import MAX_SHARD_SIZE, split_into_files, write_index
 from lit_vlm.model.vocabulary import HEAD
-from lit_vlm.types import UserError
+from lit_vlm.types import SPECIAL_TOKENS, UserError
 
 
 class MergedStateDict:
@@ -172,6 +173,7 @@ def export_model(
     is_writer: bool = True,
     before_each_weight: Callable[[], object] = lambda: None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
+    special_boxes: bool = True,
 ) -> None:
     """Export a model to a folder: weights, configs, tokenizer, chat template and processor.
 
@@ -190,6 +192,7 @@ def export_model(
         before_each_weight: called before each weight, on every rank that calls this function, to report progress. It
             may also be used to synchronise the other ranks with the writer.
         max_shard_size: weights are split into files of at most this size.
+        special_boxes: write the box tokens as special tokens; False: as ordinary added tokens (`box_tokens.py`).
 
     Raises:
         UserError: transformers' classes cannot hold the model's projector.
@@ -207,6 +210,8 @@ def export_model(
             file.write(temporary, map(state_dict.compute_value, _iterate_with_hook(file.tensors, before_each_weight)))
         write_index(temporary, files, state_dict.num_parameters)
         _write_settings(temporary, model, state_dict, tokenizer, images)
+        if not special_boxes:
+            set_special_boxes(temporary, False)
 
 
 def require_exportable_projector(model: LlavaOnevisionForConditionalGeneration) -> None:
@@ -237,6 +242,8 @@ def _write_settings(
         state_dict.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    has_boxes = not set(SPECIAL_TOKENS).isdisjoint(tokenizer.get_added_vocab())
+    (folder / MODEL_CARD_FILE).write_text(format_model_card(has_boxes), encoding="utf-8")
     _write_json(folder / "processor_config.json", _make_processor_config(tokenizer, images))
     _write_json(folder / "preprocessor_config.json", _make_image_processor_config(images))
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")

@@ -25,6 +25,7 @@ from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.config.model_folders import ADAPTER_FILE, format_adapter_error
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model import families
+from lit_vlm.model.box_tokens import mark_box_tokens_special
 from lit_vlm.model.hub import get_first_line, raise_folder_errors
 from lit_vlm.model.projectors import PROJECTORS, Projector
 from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, add_special_tokens, wrap_chat_template
@@ -93,6 +94,7 @@ def _load_model_spec(
     spec = _make_pretrained_spec(model, init_from, hub_options) if init_from else _make_parts_spec(model, hub_options)
     spec.images = replace(spec.images, tiling=tiling)
     spec.new_tokens = add_special_tokens(spec.tokenizer, model.special_tokens)
+    mark_box_tokens_special(spec.tokenizer)  # a folder of special_boxes=false is the same model
     added_vocab = spec.tokenizer.get_added_vocab()
     candidates = dict.fromkeys((*model.special_tokens, *SPECIAL_TOKENS))
     spec.special_tokens = [token for token in candidates if token in added_vocab]

@@ -179,7 +179,8 @@ def describe_request(canonical: Mapping[str, Any], max_characters: int = 80) -> 
     for message in canonical.get("messages") or ():
         content = message.get("content") if isinstance(message, Mapping) else None
         parts = content if isinstance(content, list) else [{"text": content}]
-        texts += [str(part["text"]) for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+        found = [part.get("text") for part in parts if isinstance(part, Mapping)]
+        texts += [one for one in found if isinstance(one, str)]
     text = " ".join(texts[-1].split()) if texts else ""
     return text if len(text) <= max_characters else f"{text[:max_characters]}…"
 

@@ -17,7 +17,7 @@ from enum import StrEnum
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import httpx2
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -62,12 +62,18 @@ class Upstream:
     api_key: str | None = field(default=None, repr=False)
     timeout_seconds: float = 600.0
 
-    def make_client(self) -> httpx.AsyncClient:
-        """Make a client. No redirect is followed, and no proxy is used for this machine."""
+    @property
+    def is_local(self) -> bool:
+        """True if the endpoint is on this machine, so that no proxy is used."""
+        return urlsplit(self.base_url).hostname in LOOPBACK_HOSTS
+
+    def make_client(self) -> httpx2.AsyncClient:
+        """Make a client. No redirect is followed."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        is_local = urlsplit(self.base_url).hostname in LOOPBACK_HOSTS
-        limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(headers=headers, timeout=self.timeout_seconds, trust_env=not is_local, limits=limits)
+        limits = httpx2.Limits(max_connections=None)
+        return httpx2.AsyncClient(
+            headers=headers, timeout=self.timeout_seconds, trust_env=not self.is_local, limits=limits
+        )
 
 
 @dataclass(slots=True)
@@ -76,6 +82,7 @@ class RequestCounts:
 
     Attributes:
         received: all chat requests.
+        answered: requests that got an answer, also one that another equal request waited for.
         from_log: answered from the log.
         asked: answered by the upstream endpoint.
         collected: answered with the placeholder.
@@ -83,6 +90,7 @@ class RequestCounts:
     """
 
     received: int = 0
+    answered: int = 0
     from_log: int = 0
     asked: int = 0
     collected: int = 0
@@ -96,7 +104,6 @@ class AnswerRecorder:
         counts: numbers of requests.
         failures: requests without an answer by key: the beginning of the question and the error. A request that is answered
             later is taken out.
-        answered: keys of the requests that got an answer since the start, from the log or not.
         asking_seconds: time during which the upstream endpoint had at least one request.
     """
 
@@ -114,11 +121,10 @@ class AnswerRecorder:
         self.requests, self.placeholder = requests, placeholder
         self.counts = RequestCounts()
         self.failures: dict[str, tuple[str, str]] = {}
-        self.answered: set[str] = set()
         self.asking_seconds = 0.0
         self._num_asking, self._asking_since = 0, 0.0
         self._running: dict[str, asyncio.Task[LoggedAnswer]] = {}
-        self._client: httpx.AsyncClient | None = None
+        self._client: httpx2.AsyncClient | None = None
 
     @asynccontextmanager
     async def open_client(self, _: FastAPI) -> AsyncIterator[None]:
@@ -143,7 +149,7 @@ class AnswerRecorder:
             self.failures[key] = (describe_request(canonical), f"{error.status}: {error.message}")
             raise
         self.failures.pop(key, None)
-        self.answered.add(key)
+        self.counts.answered += 1
         return _make_response(found, str(body.get("model", "")))
 
     async def _find_answer(
@@ -177,10 +183,10 @@ class AnswerRecorder:
         try:
             with self._measure_asking():
                 response = await self._client.post(f"{self.upstream.base_url}/chat/completions", json=body)
-        except httpx.TimeoutException:
+        except httpx2.TimeoutException:
             seconds = self.upstream.timeout_seconds
             raise RequestError(504, f"{self.upstream.base_url} gave no answer within {seconds:g} s.") from None
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise RequestError(502, f"{self.upstream.base_url} cannot be reached: {reason}.") from None
         answer = _read_answer(response, key, time.monotonic() - started, canonical)
@@ -208,7 +214,8 @@ def create_recording_app(recorder: AnswerRecorder) -> FastAPI:
 
     @app.exception_handler(RequestError)
     async def show_error(_: Request, error: RequestError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status == 429 else None
+        # The second header tells OpenAI's client that the same request would fail again
+        headers = {"Retry-After": "1"} if error.status == 429 else {"x-should-retry": "false"}
         return JSONResponse(error.to_dict(), error.status, headers)
 
     @app.post("/v1/chat/completions")
@@ -281,7 +288,7 @@ def _read_request(raw: bytes) -> tuple[dict[str, Any], dict[str, Any], str, dict
     return body, canonical, compute_request_key(canonical), images
 
 
-def _read_answer(response: httpx.Response, key: str, seconds: float, canonical: dict[str, Any]) -> LoggedAnswer:
+def _read_answer(response: httpx2.Response, key: str, seconds: float, canonical: dict[str, Any]) -> LoggedAnswer:
     """Read the answer in a response of the upstream endpoint. RequestError if it has none: errors are never answers."""
     try:
         body = response.json()

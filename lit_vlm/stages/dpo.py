@@ -16,7 +16,6 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
 from lit_vlm.config.choices import StageName
 from lit_vlm.config.schema import DPOStageConfig, ModelConfig
-from lit_vlm.distributed.collectives import gather_objects
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import find_sorting_losses
 from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, compute_kl, pad_answer_scores
@@ -240,7 +239,8 @@ class DPOStage(Stage):
         """
         assert self.model is not None
         num_chunks = math.ceil(num_tokens / KL_CHUNK_TOKENS)
-        for number in range(max(gather_objects(num_chunks, self.trainer.world_size))):
+        all_chunks = self.all_gather(torch.tensor(num_chunks, device=self.device))  # of each rank
+        for number in range(int(all_chunks.max())):
             start = number * KL_CHUNK_TOKENS
             rows = slice(start, start + KL_CHUNK_TOKENS) if number < num_chunks else slice(0, 1)
             logits = self.model(hidden=hidden[rows])

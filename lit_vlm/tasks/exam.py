@@ -25,7 +25,8 @@ from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
 from lit_vlm.files import lock_file
 from lit_vlm.formatting import format_count
 from lit_vlm.reports.exam import find_parent_answers, format_comparison, make_exam_table
-from lit_vlm.runs.run_folder import describe_parent, require_finished_parent
+from lit_vlm.reports.report import write_report
+from lit_vlm.runs.run_folder import describe_parent, read_manifest_or_empty, require_finished_parent
 from lit_vlm.tasks.pretrained import PretrainedModel, open_pretrained
 from lit_vlm.tasks.terminal import console, say
 
@@ -61,6 +62,14 @@ def run_exam(run: Run) -> None:
             answer_items(model, log, pending, limits)
             answers = log.open(overwrite=False)
     show_result(answers.take(config.evaluate.exam_items), run.init_from)
+    update_report(path.parent)
+
+
+def update_report(folder: Path) -> None:
+    """Write the report of the model's run again, with the exam. A model without a run has no report."""
+    name = read_manifest_or_empty(folder).get("name")
+    if name:
+        write_report(folder / "report.html", [folder], name)
 
 
 def limit_threads(trainer: TrainerConfig) -> None:

@@ -18,6 +18,7 @@ from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.files import CorruptFileError, compute_weights_digest
 from lit_vlm.formatting import format_count
+from lit_vlm.model.box_tokens import TOKENIZER_FILE, has_special_boxes, set_special_boxes
 from lit_vlm.model.export import export_model
 from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.model.tensor_files import raise_os_errors
@@ -56,7 +57,8 @@ class RunCheckpoint:
 def export(run: Run) -> None:
     """Export the newest complete checkpoint to `hf/` of a finished run, or to `hf-step-N/` of an unfinished one.
 
-    The run is the folder at `init_from`, or the one of these settings; `resume_from` names another checkpoint of it.
+    The run is the folder at `init_from`, or the one of these settings; `resume_from` names another checkpoint of it. If its
+    model is there with the other value of `special_boxes`, only the files of its tokenizer are written again.
 
     Raises:
         UserError: there is no such run or no complete checkpoint, or the model that the run started from has changed.
@@ -64,6 +66,9 @@ def export(run: Run) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("task=export is one process. Start it with python run.py, not with torchrun.")
     disable_library_warnings()
+    special_boxes = run.config.special_boxes
+    if not run.config.overwrite and change_boxes(find_model_folder(run.init_from, run.dir), special_boxes):
+        return
     folder = find_run_folder(run.init_from, run.dir)
     with RunLock(folder) as run_lock:
         run_lock.acquire()
@@ -72,9 +77,11 @@ def export(run: Run) -> None:
         is_last = checkpoint.index.step == (manifest.get("plan") or {}).get("steps")
         is_finished = manifest.get("status") == "finished" and is_last
         target = folder / ("hf" if is_finished else f"hf-{checkpoint.path.name}")
+        if not run.config.overwrite and change_boxes(target, special_boxes):
+            return
         if target.is_dir() and not run.config.overwrite:
             raise UserError(f"{target} is there already. Use it, or make it anew with overwrite=true.")
-        write_model(checkpoint, folder, target)
+        write_model(checkpoint, folder, target, special_boxes)
         if is_finished:
             RunFolder(folder, manifest).update(weights_digest=compute_weights_digest(target))
     note = (
@@ -83,6 +90,32 @@ def export(run: Run) -> None:
         else f" The run is not finished: this is its model after {format_count(checkpoint.index.step, 'step')}."
     )
     say(f"Model: {target}   From: {checkpoint.path}{note}")
+
+
+def find_model_folder(init_from: str | None, run_dir: Path) -> Path:
+    """Find the model folder: `init_from` itself, or `hf/` in it or in the folder of these settings. It need not exist."""
+    if init_from is None:
+        return run_dir / "hf"
+    given = Path(init_from)
+    return given if (given / TOKENIZER_FILE).is_file() else given / "hf"
+
+
+def change_boxes(model_folder: Path, special_boxes: bool) -> bool:
+    """Change the form of the box tokens in a model folder. Returns False if it has this form, or no box tokens.
+
+    Raises:
+        UserError: the folder is damaged or cannot be written.
+    """
+    if has_special_boxes(model_folder) != (not special_boxes):
+        return False
+    try:
+        set_special_boxes(model_folder, special_boxes)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{model_folder} cannot be written: {reason}. Make room or change its rights.") from error
+    form = "special tokens now" if special_boxes else "ordinary tokens now, which chat servers keep"
+    say(f"Model: {model_folder}   Its box tokens are {form}; weights and ids are unchanged.")
+    return True
 
 
 def find_run_folder(init_from: str | None, run_dir: Path) -> Path:
@@ -159,7 +192,7 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, CheckpointInd
     raise UserError(f"No checkpoint of {checkpoints.path} can be used: {found}. Start the run again to make one.")
 
 
-def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path) -> None:
+def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path, special_boxes: bool) -> None:
     """Build the model as the run did, load the checkpoint's weights into it, and export it to `target`."""
     index = checkpoint.index
     settings = resolve_tiny_parts(checkpoint.model, checkpoint.parts_dir, checkpoint.seed)
@@ -178,7 +211,7 @@ def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path) -> None:
     load_tensors(checkpoint.path, index, pieces)
     try:
         with raise_os_errors():
-            export_model(model, spec.tokenizer, spec.images, target)
+            export_model(model, spec.tokenizer, spec.images, target, special_boxes=special_boxes)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(

@@ -48,7 +48,8 @@ def judge_answers(run: Run) -> None:
     """Judge a file of answers; write `judged.jsonl` and `summary.json`. An interrupted run resumes from its replies.
 
     Raises:
-        UserError: rows cannot be judged, the endpoint cannot be used, the budget is used up, or requests failed.
+        UserError: rows cannot be judged, the endpoint cannot be used, the budget is used up, requests failed, or no answer
+            got a score.
     """
     settings = run.config.judge
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -78,7 +79,7 @@ def judge_answers(run: Run) -> None:
         write_judged(folder / JUDGED_FILE, rows, judgements, session.votes)
         save_summary(folder, summary)
     show_results(summary, settings.kind, folder)
-    require_all_replies(session)
+    require_results(session, judgements, folder)
 
 
 def choose_output(path: Path, kind: JudgeKind) -> Path:
@@ -312,12 +313,17 @@ def _format_score(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def require_all_replies(session: JudgeSession) -> None:
-    """Raise UserError if requests failed; the message has their reasons."""
+def require_results(session: JudgeSession, judgements: list[Judgement], folder: Path) -> None:
+    """Raise UserError if requests failed, or if no answer got a score."""
     failed = [vote.text for votes in session.votes for vote in votes.values() if vote.status is VoteStatus.failed]
     if failed:
         reasons = "; ".join(f"{count:,} x {reason}" for reason, count in Counter(failed).most_common(3))
         raise UserError(
             f"{format_count(len(failed), 'request')} failed after all retries ({reasons}). The means leave their answers out. The same "
             "command asks for them again."
+        )
+    if all(judgement.status is not VoteStatus.judged for judgement in judgements):
+        raise UserError(
+            f"Not one answer got a score; the table says why, and {folder / JUDGED_FILE} has every reply. Choose another judge, or "
+            "raise judge.max_new_tokens."
         )

@@ -49,8 +49,9 @@ def run_pipeline(run: Run) -> None:
         if (read_manifest(stage.dir) or {}).get("status") == "stopped":  # early stopping of a sweep ended this run
             return
         folders.append(stage.dir)
+        exam_items = 1 if stage.config.debug else stage.config.evaluate.exam_items
         if stage.config.evaluate.exam_items != 0:
-            take_exam(stage.dir, overrides, stage.config.evaluate.exam_items)
+            take_exam(stage.dir, overrides, exam_items)
     report = Path(run.config.run_dir) / _get_report_name(run.config.recipe, folders)
     write_report(report, folders, run.config.recipe)
     console.print(make_summary_table(folders))
@@ -84,8 +85,10 @@ def take_exam(run_dir: Path, overrides: list[str], exam_items: int | None) -> No
     answers = find_answers(run_dir)
     if answers is not None and not list(find_missing_items(answers, make_items(exam_items))):
         return
-    kept = [text for text in overrides if get_override_key(text) not in ("task", "init_from", "overwrite", "run_name")]
-    command = build_command(1, ["task=exam", *kept, f"init_from={quote_value(model.as_posix())}"])
+    dropped = ("task", "init_from", "overwrite", "run_name", "evaluate.exam_items")
+    kept = [text for text in overrides if get_override_key(text) not in dropped]
+    own = [f"evaluate.exam_items={'null' if exam_items is None else exam_items}"]
+    command = build_command(1, ["task=exam", *kept, *own, f"init_from={quote_value(model.as_posix())}"])
     exit_code, _ = run_process(command)
     if exit_code in (RESTART, INTERRUPTED, TERMINATED):
         raise SystemExit(exit_code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lit_vlm.cluster.batch_script import SlurmJob, render_batch_script, to_one_l
 from lit_vlm.cluster.slurm import build_sbatch_command, get_job_state, require_slurm, submit_job
 from lit_vlm.config import ConfigError, Run, build_stage_overrides, is_pipeline, list_stages, parse
 from lit_vlm.config.choices import Format
-from lit_vlm.config.overrides import get_override_key
+from lit_vlm.config.overrides import get_override_key, quote_value
 from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig, TrialsConfig
 from lit_vlm.config.slurm_options import get_cpus_per_task
 from lit_vlm.data.readers.record_files import find_pattern_folder, is_pattern
@@ -67,7 +68,10 @@ def submit(run: Run) -> None:
                 index.mkdir(parents=True, exist_ok=True)
     jobs: list[str] = []
     for stage in waiting:
-        jobs.append(_submit_job(make_job(stage), jobs[-1] if jobs else None))
+        job = make_job(stage)
+        jobs.append(_submit_job(job, jobs[-1] if jobs else None))
+        if stage.config.submit.exam:
+            _submit_job(make_exam_job(job), jobs[-1])
     if errors:
         raise ConfigError([f"{error} So it would not be submitted." for error in errors])
     if not run.config.submit.dry_run:
@@ -168,6 +172,23 @@ def make_job(stage: Run) -> SlurmJob:
         ["task=train", *overrides],
         Path.cwd(),
         list_files_to_stage(config.data) if config.submit.stage_to else [],
+    )
+
+
+def make_exam_job(job: SlurmJob) -> SlurmJob:
+    """Make the job that takes the exam with the model of a stage's job: one process on one device."""
+    dropped = ("task", "init_from", "overwrite", "resume_from", "run_name")
+    kept = [text for text in job.overrides if get_override_key(text) not in dropped]
+    model, gpus = (job.folder / "hf").as_posix(), job.submit.gpus_per_node
+    return replace(
+        job,
+        name=f"{job.name}/exam",
+        folder=job.folder / "exam",
+        submit=replace(job.submit, gpus_per_node=gpus and 1),
+        trainer=replace(job.trainer, devices=1, num_nodes=1),
+        models=[model],
+        overrides=["task=exam", *kept, f"init_from={quote_value(model)}"],
+        staged_paths=[],
     )
 
 

@@ -65,6 +65,7 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
         evaluate=config.evaluate,
         debug=config.debug,
         metric=config.logger.metric,
+        special_boxes=config.special_boxes,
     )
     trainer = steps.build_trainer(stage, data, tracker, callbacks, config.data.validation.every_steps)
     steps.show_training_summary(place, run.init_from, data, trainer)

@@ -198,12 +198,14 @@ def build_callbacks(
     evaluate: EvaluateConfig,
     debug: DebugMode | None,
     metric: str | None,
+    special_boxes: bool,
 ) -> list[L.Callback]:
     """Build the callbacks of the run, in their calling order.
 
     Args:
         chosen: name or import path -> arguments.
         metric: logger.metric.
+        special_boxes: the setting of this name.
     """
     return make_callbacks(
         chosen,
@@ -217,6 +219,7 @@ def build_callbacks(
         belongs=fingerprint,
         timeout_minutes=trainer.timeout_minutes,
         metric=metric,
+        special_boxes=special_boxes,
         say=place.say,
     )
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import made_benchmarks
 import pytest
 
 from benchmarks.harness_answers import FORMS, MAKERS, make_answers
@@ -15,9 +16,11 @@ from benchmarks.harnesses import (
     make_item,
     make_table,
     read_items,
+    read_sets,
     run_worker,
     summarize,
 )
+from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.evaluation.task_pack.choice_letters import read_choice_letter
 from lit_vlm.types import UserError
 
@@ -76,6 +79,38 @@ def test_own_answers_are_read_from_lines_of_published_rows(tmp_path):
         lines = [json.dumps(row, ensure_ascii=False) for row in make_answers(name)]
         path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
         assert read_items(path) == ITEMS[name]
+
+
+def test_answers_of_an_evaluation_are_read_with_the_published_files(tmp_path):
+    run, files = tmp_path / "run", tmp_path / "files"
+    for name in MAKERS:
+        rows = made_benchmarks.make_rows(name, 8)
+        made_benchmarks.write_parquet(rows, files / name / f"{BENCHMARKS[name].split}.parquet")
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        samples = [
+            {"id": number, "question": "?", "answer": f"정답은 {rows[number]['answer']}"} for number in (0, 1, 5)
+        ]
+        (run / f"samples/{name}.jsonl").write_text("\n".join(map(json.dumps, samples)) + "\n", encoding="utf-8")
+    sets = read_sets(run, files)
+    for name, items in sets.items():
+        rows = made_benchmarks.make_rows(name, 8)
+        assert [item["answer"] for item in items] == [rows[number]["answer"] for number in (0, 1, 5)]
+        assert all(item["prediction"] == f"정답은 {item['answer']}" and len(item["options"]) == 4 for item in items)
+    assert sets.keys() == MAKERS.keys()
+    with pytest.raises(UserError, match="with --files"):
+        read_sets(run, None)
+    (run / "samples/k_seed.jsonl").write_text(json.dumps({"id": 8, "answer": "A"}) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="has an answer to row 8, but .* has 8 rows"):
+        read_sets(run, files)
+
+
+@pytest.mark.parametrize("name", ["k_dtcbench", "k_seed", "k_mmstar"])
+def test_rows_in_the_layout_of_vlmevalkit_are_the_same_items(name):
+    for row, item in zip(make_answers(name), ITEMS[name], strict=True):
+        other = {"index": item["index"], "question": item["question"], **item["options"], "answer": item["answer"]}
+        found = make_item(name, other | {"category": item["category"], "prediction": row["prediction"]})
+        assert {key: found[key] for key in item if key != "row"} == {key: item[key] for key in item if key != "row"}
+        assert found["row"]["question_id"] == str(item["index"]) and found["row"]["data_type"] == "image"
 
 
 @pytest.mark.parametrize(

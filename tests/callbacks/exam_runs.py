@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -20,7 +21,10 @@ from lit_vlm.stages import SFTStage
 
 
 class RecordingExam(Exam):
-    """Exam that keeps the rows of its exams."""
+    """Exam of every seventh item that keeps the rows of its exams."""
+
+    def _make_items(self):
+        return super()._make_items()[::7]
 
     def _collect_rows(self, trainer, pl_module, progress):
         rows = super()._collect_rows(trainer, pl_module, progress)
@@ -66,6 +70,12 @@ def main(tower: str, language: str, out: str, kind: str) -> None:
         from lit_vlm.distributed.fsdp import FSDP2Strategy
 
         strategy = FSDP2Strategy()
+    elif kind == "zero3":
+        from lit_vlm.distributed.zero import ZeroStrategy
+
+        strategy = ZeroStrategy(
+            3, offload=False, persistence_threshold=0, timeout=timedelta(minutes=10), bucket_size=10**5
+        )
     _, trainer = fit((tower, language), out, exam, strategy=strategy)
     Path(out, f"rank{trainer.global_rank}.json").write_text(json.dumps([exam.history, exam.exams]), encoding="utf-8")
     close_process_group()

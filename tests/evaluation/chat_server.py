@@ -58,7 +58,7 @@ class ChatServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server.lock:
                     server.bodies.append(body)
-                    server.headers = dict(self.headers)
+                    server.headers = self.headers
                     number = len(server.bodies) - 1
                     server._at_once += 1
                     server.max_at_once = max(server.max_at_once, server._at_once)

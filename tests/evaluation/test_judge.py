@@ -469,6 +469,14 @@ def test_failed_requests_are_left_out_named_and_asked_again(tmp_path):
         assert len(server.bodies) == sent + 1 and summary["all"]["mean"] == 4
 
 
+def test_a_judge_that_scores_nothing_is_an_error_and_its_replies_stay(tmp_path):
+    path = write_answers(tmp_path / "a.jsonl", make_rows(2))
+    with ChatServer(lambda number, body: complete("Bonjour. Note : 7")) as server:
+        with pytest.raises(UserError, match=r"Not one answer got a score.*judged\.jsonl has every reply"):
+            run_judge(path, server)
+        assert len((tmp_path / "a_judged" / "rating" / "judged.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_killed_judge_resumes_and_asks_only_what_is_missing(tmp_path):
     path = write_answers(tmp_path / "a.jsonl", make_rows(12))
     is_dead = threading.Event()

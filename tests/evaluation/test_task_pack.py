@@ -5,12 +5,16 @@ import importlib.util
 import io
 import json
 import math
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from lit_vlm.evaluation.harness import read_task
 from lit_vlm.evaluation.task_pack import box_scores
 from lit_vlm.evaluation.task_pack.box_scores import match_boxes
 from lit_vlm.evaluation.task_pack.choice_letters import read_choice_letter
@@ -57,6 +61,15 @@ def test_every_function_that_a_task_names_exists():
             assert callable(getattr(load_task(module), function)), f"{path}: {name}"
         tasks += "task" in content
     assert tasks == 10
+
+
+def test_the_digest_of_a_task_changes_with_a_score_that_tasks_share(tmp_path):
+    shutil.copytree(PACK, tmp_path / "pack")
+    task, shared = tmp_path / "pack/kreta/kreta_direct.yaml", tmp_path / "pack/choice_letters.py"
+    _, before = read_task(task)
+    assert read_task(task)[1] == before
+    shared.write_text(shared.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")
+    assert read_task(task)[1] != before
 
 
 @pytest.mark.parametrize(
@@ -253,6 +266,54 @@ def test_koffvqa_leaves_out_what_the_judge_did_not_score(judge):
     assert koffvqa.aggregate_score([score["koffvqa_score"] for score in scores]) == pytest.approx(10 * 8 / 3)
     assert koffvqa.aggregate_sum([score["koffvqa_unjudged"] for score in scores]) == 2
     assert len(prompts) == 4 and "원이라고 하면 10점 {기준}" in prompts[0] and "빨간 원" in prompts[0]
+
+
+@pytest.fixture
+def judge_server(monkeypatch):
+    """A judge on this machine that answers with the next of a list: a status, or the text of its review."""
+    replies: list[int | str] = []
+    keys: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            keys.append(self.headers["Authorization"])
+            reply = replies.pop(0)
+            message = {"role": "assistant", "content": reply}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            body = json.dumps(
+                {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": choices}
+            )
+            self.send_response(reply if isinstance(reply, int) else 200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OPENAI_API_URL", f"http://127.0.0.1:{server.server_port}/v1/chat/completions")
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("MODEL_VERSION", "judge")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(koffvqa, "MAX_RETRIES", 1)
+    koffvqa._connect.cache_clear()
+    yield replies, keys
+    koffvqa._connect.cache_clear()
+    server.shutdown()
+    server.server_close()
+
+
+def test_koffvqa_asks_a_real_endpoint_again_and_a_failed_request_is_no_score(judge_server, capsys):
+    replies, keys = judge_server
+    replies += [503, "10점 만점에 6점", 503, 503, 401]
+    row = {"question": "무엇인가요?", "answer": "원이라고 하면 10점"}
+    scores = [koffvqa.score_answer(row, ["빨간 원"])["koffvqa_score"] for _ in range(3)]
+    assert scores == [6.0, None, None] and not replies  # asked again after 503, and not after 401
+    assert set(keys) == {"Bearer key"}
+    assert capsys.readouterr().err.count("the judge gave no review") == 2
 
 
 def test_koffvqa_without_a_judge_stops_before_the_first_question(monkeypatch):

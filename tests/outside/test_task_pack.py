@@ -5,12 +5,13 @@ import csv
 import importlib.util
 import io
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset, Features, Image, Value
-from harness_runs import LMMS_EVAL, make_scripted_app, run_lmms_eval
+from harness_runs import LMMS_EVAL, make_environment, make_scripted_app, run_lmms_eval
 from PIL import Image as Pictures
 
 from lit_vlm.evaluation import task_pack
@@ -207,6 +208,21 @@ def runs(tmp_path_factory) -> dict:
 def test_lmms_eval_scores_made_rows_of_each_set(runs, task, expected):
     results = runs[task]["results"]
     assert {name: results[f"{name},none"] for name in expected} == pytest.approx(expected)
+
+
+def test_lmms_eval_finds_every_task_of_the_pack_with_its_functions(tmp_path):
+    names = sorted(path.stem for path in PACK.glob("*/*.yaml"))
+    code = (
+        "import json, sys\nfrom lmms_eval.tasks import TaskManager\n"
+        f"tasks = TaskManager(include_path={str(PACK)!r}, include_defaults=False)\n"
+        "callables = {name: all(map(callable, (tasks._get_config(name)[key] for key in ('doc_to_text', 'process_results'))))"
+        " for name in tasks.all_subtasks}\nprint('found', json.dumps(callables))"
+    )
+    done = subprocess.run(
+        [LMMS_EVAL, "-c", code], capture_output=True, text=True, env=make_environment(LMMS_EVAL), cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.rpartition("found ")[2]) == dict.fromkeys(names, True)
 
 
 def test_lmms_eval_sends_the_prompt_and_keeps_the_answer_of_each_row(runs):

@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import httpx
+import httpx2
 import openai
 import pytest
 from fastapi import FastAPI, Request
@@ -268,15 +268,15 @@ def test_after_a_kill_only_the_missing_requests_are_asked(tmp_path, fake, upstre
 
 def is_healthy(port):
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
-    except httpx.HTTPError:
+        return httpx2.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    except httpx2.HTTPError:
         return False
 
 
 def test_unusable_requests_are_refused_and_other_sites_cannot_ask(tmp_path):
     recorder = AnswerRecorder(ChatAnswerLog(tmp_path / "answers.jsonl"), RecordingMode.replay)
     with run_in_thread(create_recording_app(recorder)) as url:
-        post = httpx.Client(trust_env=False).post
+        post = httpx2.Client(trust_env=False).post
         for content in (
             b"{",
             b"[]",

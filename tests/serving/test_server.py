@@ -5,7 +5,7 @@ import io
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -233,7 +233,7 @@ def test_a_folder_that_is_allowed_by_name_is_read_and_nothing_else(start_server,
 def test_a_request_that_cannot_be_served_names_its_field(start_server, change, field, message):
     server = start_server()
     body = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "max_tokens": 4} | change
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    response = httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["type"]) == (400, field, "invalid_request_error"), error
     assert message in error["message"]
@@ -252,12 +252,12 @@ def test_models_health_wrong_model_and_wrong_page(start_server):
     server = start_server()
     client = server.make_client()
     assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"{server.url}/health").json() == {"status": "ok"}
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
         ask(client, "?", model="other")
-    assert "this server has" in httpx.get(f"{server.url}/v1/responses").json()["error"]["message"]
+    assert "this server has" in httpx2.get(f"{server.url}/v1/responses").json()["error"]["message"]
     for body in (b"{", b"[]", b"\xff", b"[" * 100_000):
-        response = httpx.post(f"{server.url}/v1/chat/completions", content=body)
+        response = httpx2.post(f"{server.url}/v1/chat/completions", content=body)
         assert response.status_code == 400 and "body" in response.json()["error"]["message"]
     assert ask(client, "?", max_tokens=1).choices
 
@@ -267,8 +267,8 @@ def test_a_token_is_asked_for_and_a_web_page_elsewhere_is_refused(start_server):
     with pytest.raises(openai.AuthenticationError, match="needs its token"):
         ask(server.make_client("wrong"), "?")
     assert ask(server.make_client("a token of this test 1"), "?", max_tokens=1).choices
-    assert httpx.get(f"{server.url}/v1/models").status_code == 401
-    assert httpx.get(f"{server.url}/v1/models", headers={"Host": "elsewhere.example"}).status_code == 400
+    assert httpx2.get(f"{server.url}/v1/models").status_code == 401
+    assert httpx2.get(f"{server.url}/v1/models", headers={"Host": "elsewhere.example"}).status_code == 400
 
 
 def test_a_client_that_leaves_frees_its_place(start_server, processor):
@@ -279,8 +279,8 @@ def test_a_client_that_leaves_frees_its_place(start_server, processor):
         assert server.worker.num_jobs == 1
     until(lambda: not server.batcher.has_work)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "max_tokens": 1400}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(f"{server.url}/v1/chat/completions", json=body, timeout=0.3)
     until(lambda: not server.batcher.has_work)
     assert ask(client, "?", max_tokens=2).choices[0].message.content == "가가"
 

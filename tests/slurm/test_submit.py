@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -235,6 +236,27 @@ def test_a_recipe_is_a_chain_of_jobs_without_finished_stages(slurm, capsys):
     for stage in stages[1:]:
         text = (stage.dir / "submit.sh").read_text(encoding="utf-8")
         assert f"experiment={stage.experiment}" in text and "recipe=" not in text
+
+
+def test_each_stage_has_an_exam_job_on_one_device_that_no_later_stage_waits_for(slurm):
+    overrides = ["recipe=tiny", "trainer=ddp", "trainer.devices=8", "submit.gpus_per_node=8"]
+    submit(parse(["task=submit", *overrides, "submit.exam=true"]))
+    stages = [parse([f"experiment={name}", *overrides[1:]]) for name in RECIPE]
+    calls = [(arguments[1:-2], arguments[-1]) for arguments in read_calls(slurm, "sbatch")]
+    assert [name for _, name in calls] == [
+        str(folder / "submit.sh") for stage in stages for folder in (stage.dir, stage.dir / "exam")
+    ]
+    waits = [option[0].partition(":")[2] if option else "" for option, _ in calls]
+    assert waits == ["", "101", "101", "103", "103", "105", "105", "107"]
+    text = (stages[1].dir / "exam/submit.sh").read_text(encoding="utf-8")
+    wanted = {"--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", f"--job-name={stages[1].name}/exam"}
+    assert wanted <= set(list_options(text))
+    start = text.index("task=exam")
+    words = shlex.split(text[start:].replace("\\\n", " "))
+    exam = parse(words)
+    assert (exam.config.task, exam.init_from) == (Task.exam, str(stages[1].dir / "hf"))
+    with pytest.raises(ConfigError, match="which export=false leaves out"):
+        parse([*STAGE, "submit.exam=true", "export=false"])
 
 
 def test_a_queued_job_is_not_submitted_again_but_waited_for(slurm, tmp_path, capsys):

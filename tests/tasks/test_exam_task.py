@@ -94,6 +94,7 @@ def test_an_exam_is_compared_with_that_of_the_run_before(blueprint, tmp_path, sc
     output = capsys.readouterr().out
     # ocr in 4 cells, and its text lines; one more question of each cell makes no difference
     assert "gained in 4 of 69 cells, lost in 8 (ocr ko easy -1.00 [" in output
+    assert "1.00▲" in (sft / "report.html").read_text(encoding="utf-8")
     write_report(tmp_path / "report.html", [align, sft], "both")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "gained in 4 of 69 cells, lost in 8 (ocr ko easy -1.00 [" in page and "1,680 questions" in page
@@ -124,10 +125,17 @@ def test_a_failed_exam_does_not_stop_the_pipeline_and_one_without_a_model_is_nam
     pipeline.take_exam(tmp_path, ["experiment=tiny/2_sft"], 1)
     assert "No exam" in capsys.readouterr().out and not commands
     (tmp_path / "hf").mkdir()
-    pipeline.take_exam(tmp_path, ["experiment=tiny/2_sft", "init_from=previous", "seed=3"], 1)
+    pipeline.take_exam(tmp_path, ["experiment=tiny/2_sft", "init_from=previous", "seed=3"], None)
     assert "ended with exit status 1" in capsys.readouterr().out
     (command,) = commands
-    assert command[1:] == [str(RUN), "task=exam", "experiment=tiny/2_sft", "seed=3", f"init_from='{tmp_path / 'hf'}'"]
+    assert command[1:] == [
+        str(RUN),
+        "task=exam",
+        "experiment=tiny/2_sft",
+        "seed=3",
+        "evaluate.exam_items=null",
+        f"init_from='{tmp_path / 'hf'}'",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,11 @@ _GREETINGS = {
 
 
 def make_text(rng: SceneRng) -> Scene:
-    """Make a question and its answer; `facts` is one wrong answer. Held-out questions are never training questions."""
+    """Make a question and its answer; `facts` is one wrong answer.
+
+    A held-out question is never a training question of the same difficulty. Of the hard sums, those of two numbers up to 20
+    may be easy training questions.
+    """
     chance = rng.random()
     question, answer, wrong = (
         _make_sum(rng) if chance < 0.5 else _make_translation(rng) if chance < 0.8 else _make_greeting(rng)

@@ -35,7 +35,7 @@ def score_answer(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def split_expressions(dataset: Any) -> Any:
-    """Make one row of each expression of RefCOCO (lmms-lab/RefCOCO): its column `answer` lists those of one object."""
+    """Make one row of each expression of RefCOCO (lmms-lab-encoder/RefCOCO): its column `answer` lists those of one object."""
 
     def split(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [(i, expression) for i, answers in enumerate(batch["answer"]) for expression in answers]
