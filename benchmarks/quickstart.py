@@ -1,10 +1,11 @@
 """Benchmark of the quickstart over several seeds: mean results and their spread.
 
-    python -m benchmarks.quickstart --runs runs/seeds [--seeds 0,1,2,3,4] [--readme]
+    python -m benchmarks.quickstart --runs runs/seeds [--seeds 0,1,2,3,4] [--stages 3_highres,4_dpo] [--readme]
 
 Each seed is a run of all four stages in a separate folder; a finished one is only read. The result goes to
-benchmarks/results/quickstart.json with versions; `--readme` writes its tables into both READMEs. Another processor rounds
-differently, which has the same effect as another seed. So the tables show mean and standard deviation over seeds.
+benchmarks/results/quickstart.json with versions; `--readme` writes its tables into both READMEs. With `--stages` only the
+figures of these stages are replaced, after a change of their recipe. Another processor rounds differently, which has the same
+effect as another seed. So the tables show mean and standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--stages", default=",".join(STAGES), help="stages whose figures are replaced")
     parser.add_argument("--readme", action="store_true")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     for seed in seeds:
         command = [sys.executable, str(ROOT / "run.py"), f"run_dir={arguments.runs / str(seed)}"]
         subprocess.run(command + ([f"seed={seed}"] if seed else []), check=True)
-    result = collect_results([arguments.runs / str(seed) for seed in seeds], seeds)
+    result = collect_results([arguments.runs / str(seed) for seed in seeds], seeds, arguments.stages.split(","))
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(render_tables(result))
     if arguments.readme:
@@ -60,16 +63,15 @@ def read_stage(run_dir: Path, stage: str) -> RunRecord:
     return read_run(folder)
 
 
-def collect_results(run_dirs: list[Path], seeds: list[int]) -> dict[str, Any]:
-    """Collect the figures of each stage, each as a list over seeds."""
-    stages = {stage: [read_stage(run_dir, stage) for run_dir in run_dirs] for stage in STAGES}
-    first = stages["1_align"][0].manifest
-    return {
-        "seeds": seeds,
-        "versions": first["versions"],
-        "processor": _read_processor_name(),
-        "stages": {stage: _collect_figures(records) for stage, records in stages.items()},
-    }
+def collect_results(run_dirs: list[Path], seeds: list[int], stages: Sequence[str] = STAGES) -> dict[str, Any]:
+    """Collect the figures of `stages`, each as a list over seeds; the other stages keep their measured figures."""
+    kept = {} if set(stages) == {*STAGES} else json.loads(RESULT.read_text(encoding="utf-8"))["stages"]
+    measured = {}
+    for stage in stages:
+        records = [read_stage(run_dir, stage) for run_dir in run_dirs]
+        origin = {"seeds": seeds, "versions": records[0].manifest["versions"], "processor": _read_processor_name()}
+        measured[stage] = origin | _collect_figures(records)
+    return {"stages": {stage: (kept | measured)[stage] for stage in STAGES}}
 
 
 def _read_processor_name() -> str:
@@ -101,7 +103,7 @@ def compute_threshold(figures: dict[str, Any], kind: str) -> float:
 
 def render_tables(result: dict[str, Any]) -> str:
     """Render both tables of the README as Markdown."""
-    lines = ["| stage | trained | samples | tokens | loss | held-out score |", "|---|---|---|---|---|---|"]
+    lines = ["| stage | trained | seeds | samples | tokens | loss | held-out score |", "|---|---|---|---|---|---|---|"]
     for stage, figures in result["stages"].items():
         scores = figures["mean_score"]
         score = f"{statistics.mean(scores['before']):.2f} → {_format_mean(scores['after'])}"
@@ -110,6 +112,7 @@ def render_tables(result: dict[str, Any]) -> str:
         cells = (
             f"tiny/{stage}",
             ", ".join(figures["trained"]).replace(" (all)", ""),
+            str(len(figures["seeds"])),
             format_short(statistics.mean(figures["samples"])),
             format_short(statistics.mean(figures["tokens"])),
             f"{statistics.mean(figures['loss_first']):.2f} → {_format_mean(figures['loss_last'])}",
@@ -126,7 +129,9 @@ def render_tables(result: dict[str, Any]) -> str:
 
 
 def _format_mean(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    """Format mean and standard deviation; a single seed has no deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
 
 
 if __name__ == "__main__":

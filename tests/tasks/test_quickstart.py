@@ -7,20 +7,30 @@ import sys
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.quickstart import KIND_TITLES, RESULT, compute_threshold
+from benchmarks.quickstart import KIND_TITLES, RESULT, STAGES, compute_threshold
+from lit_vlm.evaluation.exam import EXAM_FILE, read_answers
+from lit_vlm.evaluation.exam_comparison import Verdict, compare_exams, format_verdicts
+
+
+@pytest.fixture(scope="module")
+def quickstart(repository, tmp_path_factory):
+    """Run the four stages; returns the run folder and what was printed."""
+    run_dir = tmp_path_factory.mktemp("quickstart")
+    done = subprocess.run(
+        [sys.executable, str(repository / "run.py"), f"run_dir={run_dir}"],
+        capture_output=True,
+        text=True,
+        cwd=run_dir,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir, done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_languages(repository, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(repository / "run.py"), f"run_dir={tmp_path}"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    stages = [tmp_path / "tiny" / name for name in ("1_align", "2_sft", "3_highres", "4_dpo")]
+def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_languages(quickstart):
+    run_dir, printed = quickstart
+    stages = [run_dir / "tiny" / name for name in STAGES]
     manifests = [json.loads((stage / "manifest.json").read_text()) for stage in stages]
     align, sft, highres, dpo = (manifest["figures"] for manifest in manifests)
     known = json.loads(RESULT.read_text(encoding="utf-8"))["stages"]  # the tables of the README are made of these
@@ -37,9 +47,24 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
     assert max(figures["peak_memory_bytes"] for figures in (align, sft, highres, dpo)) < 3 * 2**30
     for parent, child in zip(manifests, manifests[1:], strict=False):
         assert child["parent"]["digest"] == parent["weights_digest"]
-    assert "Held-out score after each stage" in done.stdout
-    assert (tmp_path / "tiny" / "report.html").stat().st_size > 50_000
+    assert "Held-out score after each stage" in printed
+    assert (run_dir / "tiny" / "report.html").stat().st_size > 50_000
     assert AutoModelForImageTextToText.from_pretrained(stages[-1] / "hf").num_parameters() > 400_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_no_stage_of_the_quickstart_loses_in_a_cell_of_the_exam_that_it_takes(quickstart):
+    run_dir, _ = quickstart
+    answers = [read_answers(run_dir / "tiny" / name / EXAM_FILE) for name in STAGES]
+    for name, before, after in zip(STAGES[1:], answers, answers[1:], strict=False):
+        assert before is not None and after is not None, name
+        differences = compare_exams(before, after)
+        assert not [one.cell for one in differences if one.verdict is Verdict.lost], (
+            name,
+            format_verdicts(differences),
+        )
+        assert (name == "2_sft") <= any(one.verdict is Verdict.gained for one in differences), name
 
 
 @pytest.mark.slow
