@@ -60,15 +60,16 @@ class Exam(L.Callback):
     ) -> None:
         self.run_dir, self.say = Path(run_dir), say
         self.exam_every_steps, self.training_items = exam_every_steps, training_items
-        self.metrics = [name for name in (metric, best_metric) if name is not None and name.startswith("exam/")]
+        settings = {"logger.metric": metric, "checkpoint.best_metric": best_metric}
+        self.metrics = {key: name for key, name in settings.items() if name is not None and name.startswith("exam/")}
         self.history: dict[str, dict[str, float]] = {}  # step -> scores
         self._seconds = self._training_seconds = 0.0  # of exams, and of training with them
         self._started = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for metric in self.metrics:
+        for setting, metric in self.metrics.items():
             try:
-                require_logged_metric(metric, set(list_exam_metrics()))
+                require_logged_metric(metric, set(list_exam_metrics()), setting)
             except UserError as error:
                 raise make_rank_zero_error(trainer, str(error)) from None
 

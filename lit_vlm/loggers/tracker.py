@@ -194,8 +194,8 @@ class RunTracker:
         return "stopped early" if asks_server and self.wandb and self.wandb.is_asked_to_stop() else "preempted"
 
 
-def require_logged_metric(metric: str, names: set[str]) -> None:
-    """Require that a metric is one of the logged names.
+def require_logged_metric(metric: str, names: set[str], setting: str = "logger.metric") -> None:
+    """Require that the metric of a setting is one of the logged names.
 
     Raises:
         UserError: suggests the nearest name.
@@ -204,6 +204,6 @@ def require_logged_metric(metric: str, names: set[str]) -> None:
         return
     found = format_suggestion(find_nearest(metric, sorted(names)))
     raise UserError(
-        f"logger.metric={metric}: this run logs no such metric, so a sweep that optimises it would learn nothing.{found} It"
-        f" logs {', '.join(sorted(names)) or 'nothing'}."
+        f"{setting}={metric}: this run logs no such metric, so nothing could be chosen by it.{found} It logs"
+        f" {', '.join(sorted(names)) or 'nothing'}."
     )

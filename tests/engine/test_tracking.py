@@ -365,6 +365,8 @@ def test_a_metric_that_is_not_logged_is_reported_with_the_nearest_name():
     require_logged_metric("val/loss_ko", {"val/loss_ko"})
     with pytest.raises(UserError, match=r"logger\.metric=val/los_ko: .*Did you mean val/loss_ko\?"):
         require_logged_metric("val/los_ko", {"train/loss", "val/loss_ko"})
+    with pytest.raises(UserError, match=r"checkpoint\.best_metric=exam/men: .*Did you mean exam/mean\?"):
+        require_logged_metric("exam/men", {"exam/mean"}, "checkpoint.best_metric")
 
 
 # TensorBoard
