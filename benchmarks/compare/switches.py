@@ -68,7 +68,8 @@ class HeadOnAllRows(FlatOnevision):
         hidden = self.model(batch=batch, vision_features=vision_features)
         scores = self.lm_head(hidden, batch.input_ids.roll(-1), bool(kwargs.get("statistics")))
         rows = tuple(score.index_select(0, batch.loss_positions) for score in scores)
-        return (*rows, vision_features.detach()) if kwargs.get("statistics") else rows
+        rows = (*rows, vision_features.detach()) if kwargs.get("statistics") else rows
+        return (*rows, hidden.index_select(0, batch.loss_positions).detach()) if kwargs.get("return_hidden") else rows
 
 
 class LastLayerOnAllRows(FlatOnevisionModel):
