@@ -84,7 +84,7 @@ def get_evaluation_name(config: RunConfig) -> str:
             f"-{_UNSAFE.sub('-', config.evaluate.model_name)}" if config.evaluate.model_name else ""
         )
     folder = Path(init_from).expanduser()
-    if not folder.is_dir():
+    if not folder.is_absolute() and not folder.is_dir():  # a hub id: paths of this machine are absolute by now
         return f"evaluate/{_UNSAFE.sub('-', init_from).strip('-.') or 'model'}"
     folder = folder.resolve()
     folder = folder.parent if folder.name == "hf" else folder
