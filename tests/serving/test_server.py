@@ -276,7 +276,7 @@ def test_a_client_that_leaves_frees_its_place(start_server, processor):
     client = server.make_client()
     with ask(client, "?", max_tokens=1400, stream=True) as stream:
         next(iter(stream))
-        assert server.worker.num_jobs == 1
+        until(lambda: server.worker.num_jobs == 1)
     until(lambda: not server.batcher.has_work)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "?"}], "max_tokens": 1400}
     with pytest.raises(httpx2.ReadTimeout):
