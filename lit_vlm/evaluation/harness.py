@@ -178,11 +178,7 @@ def run_harness(request: HarnessRequest, on_wait: Callable[[], None]) -> None:
             on_wait()
             time.sleep(POLL_SECONDS)
     if process.returncode != 0:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        shown = "\n".join(f"  {line}" for line in lines[-MAX_SHOWN_LINES:])
-        raise UserError(
-            redact_text(f"{HARNESS} {VERSION} failed on {request.task.name}:\n{shown}\nAll of it is in {log}.")
-        )
+        raise UserError(f"{HARNESS} {VERSION} failed on {request.task.name}:{_format_log(log)}")
 
 
 @contextmanager

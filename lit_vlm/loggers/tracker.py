@@ -190,8 +190,9 @@ class RunTracker:
             return "interrupted"
         if not isinstance(error, SystemExit) or error.code not in (RESTART, TERMINATED):
             return "failed"
-        asks_server = not isinstance(error, CoordinatedExit) and is_in_sweep() and self.wandb is not None
-        return "stopped early" if asks_server and self.wandb and self.wandb.is_asked_to_stop() else "preempted"
+        if isinstance(error, CoordinatedExit) or not is_in_sweep() or self.wandb is None:
+            return "preempted"
+        return "stopped early" if self.wandb.is_asked_to_stop() else "preempted"
 
 
 def require_logged_metric(metric: str, names: set[str], setting: str = "logger.metric") -> None:

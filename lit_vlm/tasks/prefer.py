@@ -164,7 +164,9 @@ class LazyScorer:
 
     def get_identity(self) -> Any:
         """Return the name of the judge, or the digest of its weights."""
-        return compute_model_digest(self.judge) or self.judge if self.judge and self.model else self.judge
+        if self.judge is None or self.model is None:
+            return self.judge
+        return compute_model_digest(self.judge) or self.judge
 
 
 def build_request(
