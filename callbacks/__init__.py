@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 
+from callbacks.benchmarks import Benchmarks
 from callbacks.checkpoint import Checkpoint
 from callbacks.exam import Exam
 from callbacks.export import Export, Report
@@ -26,6 +27,7 @@ from lit_vlm.config.user_classes import find_argument_errors, import_class, insp
 from lit_vlm.types import UserError
 
 __all__ = [
+    "Benchmarks",
     "Checkpoint",
     "Exam",
     "Exchange",

@@ -91,6 +91,16 @@ CALLBACKS: dict[str, CallbackEntry] = {
             "best_metric": "checkpoint.best_metric",
         },
     ),
+    "benchmarks": CallbackEntry(
+        "callbacks.benchmarks.Benchmarks",
+        Use.setting,
+        "scores slices of benchmarks between optimizer steps, with evaluate.every_steps=... and benchmarks=[...]",
+        settings={
+            "exam_every_steps": "evaluate.every_steps",
+            "metric": "logger.metric",
+            "best_metric": "checkpoint.best_metric",
+        },
+    ),
     "profile": CallbackEntry(
         "callbacks.profile.Profile",
         Use.named,
@@ -160,7 +170,7 @@ def get_callback_arguments(items: Sequence[Any]) -> dict[str, dict[str, Any]]:
 
 
 def choose_callbacks(
-    items: Sequence[Any], *, export: bool, profile: bool, exam: bool = False
+    items: Sequence[Any], *, export: bool, profile: bool, exam: bool = False, benchmarks: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Choose the callbacks of a run, with their arguments.
 
@@ -173,7 +183,7 @@ def choose_callbacks(
     user_classes = [name for name in given if name not in CALLBACKS and name != ONLY_KEYWORD]
     added = {*user_classes, *named, *list_callbacks(Use.always)} & set(given)
     adds_defaults = bool(added) and not chosen and ONLY_KEYWORD not in given
-    by_setting = {"export": export, "profile": profile, "exam": exam}
+    by_setting = {"export": export, "profile": profile, "exam": exam, "benchmarks": benchmarks}
     names = [
         *(defaults if adds_defaults else chosen),
         *user_classes,

@@ -51,6 +51,25 @@ def find_evaluate_errors(config: RunConfig) -> Iterator[str]:
         )
 
 
+def find_training_benchmark_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each benchmark that a stage cannot be scored on while it trains."""
+    names = config.benchmarks
+    if names and config.evaluate.every_steps is None:
+        yield (
+            f"benchmarks: is read with task=evaluate, or with evaluate.every_steps=<steps> while a stage trains, and task is"
+            f" {config.task.value}. Write one of them, or leave benchmarks out."
+        )
+        return
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield f"benchmarks: {name} is named {count} times."
+        if name not in BENCHMARKS:
+            nearest = format_suggestion(find_nearest(name, BENCHMARKS))
+            yield f"benchmarks: while a stage trains, there is no {name}; there are {', '.join(BENCHMARKS)}.{nearest}"
+        elif BENCHMARKS[name].judge is JudgeUse.needed:
+            yield f"benchmarks: {name} is scored by a judge, which no stage asks while it trains. Score it with task=evaluate."
+
+
 def is_url(init_from: str) -> bool:
     """Return True if a name is the URL of an endpoint."""
     return "://" in init_from

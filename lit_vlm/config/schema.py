@@ -354,7 +354,9 @@ class CheckpointConfig:
     every_minutes: float | None = ranged(15.0, MINUTES)  # minutes between checkpoints; null: only by every_steps
     keep_last: int = ranged(2, COUNT)  # checkpoints to keep; 2, so that one may be corrupt
     keep_best: bool = False  # also keep the checkpoint with the best best_metric
-    best_metric: str = "val/loss"  # val/loss (lowest is best), or a score of the exam, e.g. exam/mean (highest is best)
+    best_metric: str = (
+        "val/loss"  # val/loss (lowest is best), or a score while training, e.g. exam/mean (highest is best)
+    )
     asynchronous: bool = True  # write during training; the copy in host memory is as large as the state
 
 
@@ -490,7 +492,10 @@ class EvaluateConfig:
     every_steps: int | None = ranged(
         None, COUNT
     )  # optimizer steps between two exams while a stage trains, and one at its end; null: none while it trains
-    training_items: int = ranged(5, COUNT)  # as exam_items, for the exam while a stage trains
+    training_items: int = ranged(5, COUNT_OR_ZERO)  # as exam_items, for the exam while a stage trains; 0: no exam
+    training_rows: int = ranged(
+        50, COUNT
+    )  # the first questions of each of `benchmarks` that are asked while a stage trains
     files: str | None = None  # folder of local files, <files>/<benchmark>/*.parquet, .tsv or .jsonl; null: the hub
     limit: int | None = ranged(None, COUNT)  # only the first questions of each benchmark
     max_new_tokens: int | None = ranged(None, COUNT)  # maximum tokens of an answer; null: as each benchmark says
@@ -585,7 +590,7 @@ class RunConfig:
     serve: ServeConfig = field(default_factory=ServeConfig)
     benchmarks: list[str] = field(
         default_factory=list
-    )  # task=evaluate: benchmarks, or tasks of lmms-eval by their names
+    )  # task=evaluate: benchmarks, or tasks of lmms-eval; training with evaluate.every_steps: benchmarks without a judge
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml

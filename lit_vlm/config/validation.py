@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lit_vlm.config.callbacks import find_callback_errors
 from lit_vlm.config.choices import Format, Markup, ScorerName, StageName, StrategyName, Task, WeightUnit
+from lit_vlm.config.evaluate_validation import find_training_benchmark_errors
 from lit_vlm.config.mapping import find_mapping_errors
 from lit_vlm.config.schema import (
     DataConfig,
@@ -60,10 +61,11 @@ MANAGED_TRAINER_ARGUMENTS = {
 
 def find_other_task_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each setting that only another task reads: the run would do something else."""
+    stage_tasks = (Task.train, Task.pipeline, Task.prepare, Task.preflight, Task.submit, Task.sweep)
     for key, value, task in (
         ("sweep", config.sweep, Task.sweep),
         ("sync", config.sync, Task.sync),
-        ("benchmarks", config.benchmarks, Task.evaluate),
+        ("benchmarks", config.benchmarks and config.task not in stage_tasks, Task.evaluate),
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
         ("submit.dry_run", config.submit.dry_run, Task.submit),
         ("judge.answers", config.judge.answers, Task.judge),
@@ -334,15 +336,24 @@ def find_exam_errors(config: RunConfig) -> Iterator[str]:
         yield "evaluate.exam_items: task=exam needs at least 1 question of each kind, found 0."
 
 
-def _find_exam_metric_errors(config: RunConfig) -> Iterator[str]:
-    """Yield an error message for each metric of the exam that a run without exams would not log."""
-    checkpoint = config.checkpoint
+def _find_evaluation_metric_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each metric of an evaluation while training that the run would not log."""
+    checkpoint, evaluate = config.checkpoint, config.evaluate
     metrics = {"logger.metric": config.logger.metric, "checkpoint.best_metric": checkpoint.best_metric}
     for key, metric in metrics.items():
-        if metric is not None and metric.startswith("exam/") and config.evaluate.every_steps is None:
-            yield f"{key}={metric}: the exam is not taken while the stage trains. Set evaluate.every_steps=<steps>."
-    if not checkpoint.best_metric.startswith("exam/") and checkpoint.best_metric != "val/loss":
-        yield f"checkpoint.best_metric: is val/loss or a score of the exam (exam/mean), found {checkpoint.best_metric}."
+        if metric is None or not metric.startswith(("exam/", "benchmark/")):
+            continue
+        if evaluate.every_steps is None:
+            yield f"{key}={metric}: nothing is evaluated while the stage trains. Set evaluate.every_steps=<steps>."
+        elif metric.startswith("exam/") and evaluate.training_items == 0:
+            yield f"{key}={metric}: evaluate.training_items=0 leaves the exam out. Set it to 1 or more."
+        elif metric.startswith("benchmark/") and metric.removeprefix("benchmark/") not in config.benchmarks:
+            yield f"{key}={metric}: the benchmark is not asked while the stage trains. Name it in benchmarks=[...]."
+    if not checkpoint.best_metric.startswith(("exam/", "benchmark/")) and checkpoint.best_metric != "val/loss":
+        yield (
+            "checkpoint.best_metric: is val/loss, a score of the exam (exam/mean) or of a benchmark (benchmark/k_dtcbench), found"
+            f" {checkpoint.best_metric}."
+        )
 
 
 ARTIFACTS = ("model", "lock", "report")
@@ -375,7 +386,8 @@ STAGE_CHECKS = (
     lambda config: find_callback_errors(config.callbacks),
     find_unused_stage_settings,
     find_logger_errors,
-    _find_exam_metric_errors,
+    _find_evaluation_metric_errors,
+    find_training_benchmark_errors,
     _find_checkpoint_errors,
 )
 PREFER_CHECKS = (find_prefer_errors, _find_data_errors, _find_prefer_data_errors)

@@ -81,8 +81,8 @@ def generate_answers_continuously(
     model: LlavaOnevisionForConditionalGeneration,
     processor: Processor,
     samples: Sequence[Sample],
+    max_new_tokens: Sequence[int],
     *,
-    extra_tokens: int,
     max_tokens: int,
     max_tiles: int,
 ) -> Iterator[tuple[int, str]]:
@@ -90,8 +90,8 @@ def generate_answers_continuously(
 
     Args:
         model: in eval mode, with all its weights on one device.
-        samples: their own last messages are read for their length alone.
-        extra_tokens: an answer is cut when it is so much longer than the sample's own answer.
+        samples: their own last messages are not read.
+        max_new_tokens: maximum number of tokens of each answer.
         max_tokens: limit of the key cache, and of the prompts whose images are encoded together.
         max_tiles: limit of the tiles that are encoded together.
 
@@ -100,7 +100,8 @@ def generate_answers_continuously(
     """
     stop_id = get_end_of_answer_id(processor)
     costs = [processor.compute_cost(sample) for sample in samples]
-    longest = max((cost.num_tokens for cost in costs), default=0) + extra_tokens
+    pairs = zip(costs, max_new_tokens, strict=True)
+    longest = max((cost.num_tokens + limit for cost, limit in pairs), default=0)
     batcher = ContinuousBatcher(model, {stop_id}, max_cache_tokens=max(max_tokens, longest), max_sequences=MAX_PROMPTS)
     sizes = [(cost.num_tokens, cost.num_tiles) for cost in costs]
     groups = group_in_order(sizes, max_tokens=max_tokens, max_tiles=max_tiles)
@@ -108,8 +109,7 @@ def generate_answers_continuously(
     while True:
         while len(batcher.waiting) < MAX_PROMPTS and (group := next(groups, None)) is not None:
             batch = collate(processor, [samples[number] for number in group])
-            lengths = [count_answer_tokens(processor, samples[number]) for number in group]
-            params = [DecodingParams(max_new_tokens=length + extra_tokens) for length in lengths]
+            params = [DecodingParams(max_new_tokens=max_new_tokens[number]) for number in group]
             numbers |= zip(batcher.add(batch, params), group, strict=True)
         if not batcher.has_work:
             return

@@ -199,7 +199,21 @@ def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
     svg = draw_line_chart(lines, label=f"exam of {record.name} by step", low=0.0, high=1.0)
     share = (figures.get("exam") or {}).get("time_share")
     charts.append(_make_chart("Exam", svg, lines, f"{share:.0%} of the training time" if share else ""))
+    charts += _draw_benchmark_charts(record)
     return [chart for chart in charts if chart["svg"] or chart["rows"]]
+
+
+def _draw_benchmark_charts(record: RunRecord) -> list[dict[str, Any]]:
+    """Draw the scores of each benchmark that the stage was asked while it trained."""
+    figures = record.figures.get("benchmark") or {}
+    charts = []
+    for metric in figures.get("last") or {}:
+        scores, name = record.metrics.get(metric, []), metric.partition("/")[2]
+        lines = [ChartLine(f"score of {name}", scores, "main", dots=len(scores) <= MAX_DOTS)]
+        svg = draw_line_chart(lines, label=f"{name} of {record.name} by step", low=0.0)
+        note = f"a slice; all benchmarks took {figures['time_share']:.0%} of the training time"
+        charts.append(_make_chart(f"Benchmark {name}", svg, lines, note))
+    return charts
 
 
 def _make_chart(title: str, svg: str, lines: list[ChartLine], note: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lit_vlm.evaluation.exam import (
     make_items,
     score_answer,
 )
-from lit_vlm.evaluation.generation import generate_answers_continuously
+from lit_vlm.evaluation.generation import count_answer_tokens, generate_answers_continuously
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
 from lit_vlm.files import lock_file
 from lit_vlm.formatting import format_count
@@ -86,11 +86,12 @@ def answer_items(model: PretrainedModel, log: ExamLog, items: list[ExamItem], li
     """
     started = last_report = time.monotonic()
     rows: list[dict[str, Any]] = []
+    samples = [item.sample for item in items]
     answered = generate_answers_continuously(
         model.load(),
         model.processor,
-        [item.sample for item in items],
-        extra_tokens=EXTRA_TOKENS,
+        samples,
+        [count_answer_tokens(model.processor, sample) + EXTRA_TOKENS for sample in samples],
         max_tokens=limits[0],
         max_tiles=limits[1],
     )

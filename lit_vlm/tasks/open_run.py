@@ -31,17 +31,20 @@ class RunPlace:
         dir: run folder.
         index_dir: folder of data indexes and plans, shared by all runs.
         parts_dir: folder of the parts of the tiny model, shared by all runs.
+        benchmark_dir: folder of the questions of benchmarks that are asked while a stage trains, shared by all runs.
     """
 
     name: str
     dir: Path
     index_dir: Path
     parts_dir: Path
+    benchmark_dir: Path
 
     @classmethod
     def from_settings(cls, name: str, folder: Path, run_dir: str, index_dir: str | None) -> RunPlace:
         """Make the place from the run's name and folder, and the settings run_dir and data.index_dir."""
-        return cls(name, folder, Path(index_dir or Path(run_dir) / "index"), Path(run_dir) / "parts")
+        root = Path(run_dir)
+        return cls(name, folder, Path(index_dir or root / "index"), root / "parts", root / "benchmarks")
 
     @property
     def checkpoints(self) -> CheckpointFolder:

@@ -44,8 +44,9 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
 
     from lit_vlm.tasks import train_steps as steps  # late: torch and Lightning, which a finished run does not need
 
-    choices = {"export": config.export, "exam": config.evaluate.every_steps is not None}
-    chosen = steps.select_callbacks(config.callbacks, config.trainer, config.debug, **choices)
+    chosen = steps.select_callbacks(
+        config.callbacks, config.trainer, config.debug, config.evaluate, config.benchmarks, export=config.export
+    )
     model = steps.resolve_model(place, config.model, config.data.tiling, run.init_from, seed)
     settings = to_plain(asdict(replace(config, model=model.settings)))
     data = steps.prepare_data(
@@ -55,6 +56,7 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
     stage = steps.build_stage(place, data, config.stage, config.trainer, config.preflight, tiling=tiling, seed=seed)
     callbacks = steps.build_callbacks(
         place,
+        data,
         steps.make_fingerprint(folder, data),
         start,
         chosen,
@@ -63,6 +65,8 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
         trainer=config.trainer,
         validation=config.data.validation,
         evaluate=config.evaluate,
+        benchmarks=config.benchmarks,
+        max_image_pixels=config.data.max_image_pixels,
         debug=config.debug,
         metric=config.logger.metric,
         special_boxes=config.special_boxes,

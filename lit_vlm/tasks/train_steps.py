@@ -58,7 +58,7 @@ from lit_vlm.tasks.prepare_data import (
     resolve_tiny_parts,
 )
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError
+from lit_vlm.types import SPECIAL_TOKENS, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,25 +168,34 @@ def build_stage(
 
 
 def select_callbacks(
-    items: list[Any], trainer: TrainerConfig, debug: DebugMode | None, *, export: bool, exam: bool
+    items: list[Any],
+    trainer: TrainerConfig,
+    debug: DebugMode | None,
+    evaluate: EvaluateConfig,
+    benchmarks: list[str],
+    *,
+    export: bool,
 ) -> dict[str, dict[str, Any]]:
     """Select the callbacks of the run, with their arguments, and check those of the user's own classes.
 
     Args:
         items: the setting `callbacks`.
-        export, exam: the run exports its model; it takes the exam while it trains.
+        benchmarks: benchmarks that are asked while it trains, with `evaluate.every_steps`.
+        export: the run exports its model.
 
     Raises:
         UserError: a class does not exist, is no callback, or does not have an argument.
     """
     profile = trainer.profile or debug is DebugMode.profile
-    chosen = choose_callbacks(items, export=export, profile=profile, exam=exam)
+    exam = evaluate.every_steps is not None and evaluate.training_items > 0
+    chosen = choose_callbacks(items, export=export, profile=profile, exam=exam, benchmarks=bool(benchmarks))
     check_user_callbacks(chosen)
     return chosen
 
 
 def build_callbacks(
     place: RunPlace,
+    prepared: PreparedData,
     fingerprint: RunFingerprint,
     start: StartPoint,
     chosen: dict[str, dict[str, Any]],
@@ -196,6 +205,8 @@ def build_callbacks(
     trainer: TrainerConfig,
     validation: ValidationConfig,
     evaluate: EvaluateConfig,
+    benchmarks: list[str],
+    max_image_pixels: int,
     debug: DebugMode | None,
     metric: str | None,
     special_boxes: bool,
@@ -204,12 +215,23 @@ def build_callbacks(
 
     Args:
         chosen: name or import path -> arguments.
+        benchmarks: benchmarks that are asked while the stage trains.
         metric: logger.metric.
         special_boxes: the setting of this name.
     """
+    slices = None
+    if benchmarks:
+        from lit_vlm.tasks.training_benchmarks import open_benchmark_slices  # late: packages that few runs need
+
+        control_ids = prepared.stage_data.datamodule.processor.template.control_ids
+        has_markup = all(token in control_ids for token in SPECIAL_TOKENS)
+        slices = open_benchmark_slices(
+            benchmarks, evaluate, place.benchmark_dir, max_image_pixels, has_markup=has_markup
+        )
     return make_callbacks(
         chosen,
         place.dir,
+        benchmark_slices=slices,
         max_samples=DEBUG_FAST_STEPS if debug is DebugMode.fast else validation.max_samples,
         **asdict(checkpoint),
         **asdict(guard),

@@ -12,10 +12,12 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 import lightning as L
 from support import blueprint_of, builtin
 
-from callbacks import Exam, Exchange, Throughput
+from callbacks import Benchmarks, Exam, Exchange, Throughput
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.trainer import close_process_group
+from lit_vlm.evaluation.benchmark_slices import BenchmarkSlices
+from lit_vlm.evaluation.exam import make_items
 from lit_vlm.loggers.file_loggers import MetricsCsv
 from lit_vlm.stages import SFTStage
 
@@ -30,6 +32,21 @@ class RecordingExam(Exam):
         rows = super()._collect_rows(trainer, pl_module, progress)
         self.exams = [*getattr(self, "exams", []), rows]
         return rows
+
+
+def make_benchmarks(run_dir, say=lambda text: None):
+    """Make the callback with questions of the exam as a benchmark; its score is the number of different answers."""
+    samples = tuple(item.sample for item in make_items(1)[::11])
+    history = []
+
+    def score(answers, log, on_wait):
+        history.append(list(answers))
+        return {"made": float(len(set(answers)))}
+
+    slices = BenchmarkSlices(("made",), samples, tuple(4 + number for number in range(len(samples))), score)
+    callback = Benchmarks(run_dir, slices, exam_every_steps=2, say=say)
+    callback.answers = history
+    return callback
 
 
 def fit(model_parts, run_dir, *callbacks, stage_class=SFTStage, max_steps=4, strategy="auto", **settings):
@@ -76,8 +93,10 @@ def main(tower: str, language: str, out: str, kind: str) -> None:
         strategy = ZeroStrategy(
             3, offload=False, persistence_threshold=0, timeout=timedelta(minutes=10), bucket_size=10**5
         )
-    _, trainer = fit((tower, language), out, exam, strategy=strategy)
-    Path(out, f"rank{trainer.global_rank}.json").write_text(json.dumps([exam.history, exam.exams]), encoding="utf-8")
+    benchmarks = make_benchmarks(Path(out))
+    _, trainer = fit((tower, language), out, exam, benchmarks, strategy=strategy)
+    results = [exam.history, exam.exams, benchmarks.history, benchmarks.answers]
+    Path(out, f"rank{trainer.global_rank}.json").write_text(json.dumps(results), encoding="utf-8")
     close_process_group()
 
 

@@ -5,17 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import exam_runs
 import lightning as L
 import pytest
 import torch
-from exam_runs import RecordingExam, fit
+from exam_runs import RecordingExam, fit, make_benchmarks
 from waiting import PATIENCE
 
-from callbacks import Checkpoint, Exam, Throughput
-from callbacks import exam as exam_module
+from callbacks import Checkpoint, Exam, Throughput, evaluation
 from lit_vlm.evaluation.exam import ExamAnswers, list_exam_metrics, make_items
 from lit_vlm.files import read_csv_rows
 from lit_vlm.reports.report import write_report
@@ -43,7 +43,7 @@ def test_a_run_with_exams_ends_with_the_weights_of_one_without_bit_for_bit(small
     """With dropout, so that a random number more or less would show."""
     lora = {"parts": {"language_model": {"lora": {"rank": 4, "dropout": 0.3}}}}
     weights, modes = [], []
-    for exams in ([], [make_exam(tmp_path)]):
+    for exams in ([], [make_exam(tmp_path), make_benchmarks(tmp_path)]):
         recorder = ModeRecorder()
         stage, _ = fit(small_parts, tmp_path, *exams, recorder, **lora)
         weights.append(stage.model.state_dict())
@@ -80,27 +80,29 @@ def test_the_time_of_an_exam_does_not_count_as_training(small_parts, tmp_path, m
 def test_answers_in_turn_and_in_common_batches_are_the_same_also_with_rows_of_new_tokens(small_parts, tmp_path):
     """Sharded weights need common batches. `align` keeps the rows of new tokens apart."""
     stage, trainer = fit(small_parts, tmp_path, stage_class=AlignStage, max_steps=2)
-    items, datamodule = make_items(1)[::5], trainer.datamodule
+    samples, datamodule = [item.sample for item in make_items(1)[::5]], trainer.datamodule
+    limits = [8 + number for number in range(len(samples))]
     stage.eval()
     answers = [
-        {item.sample.id: text for item, text in answer(stage, datamodule, items, items)}
-        for answer in (exam_module._answer_alone, exam_module._answer_together)
+        dict(answer(stage, datamodule, samples, limits, range(len(samples))))
+        for answer in (evaluation._answer_alone, evaluation._answer_together)
     ]
     assert answers[0] == answers[1] and len(answers[0]) == 12 and any(answers[0].values())
 
 
 @pytest.mark.parametrize("kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp2", "zero3"))])
 def test_two_ranks_give_the_answers_and_scores_of_one(small_parts, tmp_path, kind):
-    exam = make_exam(tmp_path)
-    fit(small_parts, tmp_path, exam)
+    exam, benchmarks = make_exam(tmp_path), make_benchmarks(tmp_path)
+    fit(small_parts, tmp_path, exam, benchmarks)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [sys.executable, *launcher, str(WORKER), *small_parts, str(tmp_path), kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
-    assert ranks[0] == ranks[1]
-    assert ranks[0][1] == exam.exams and ranks[0][0] == exam.history
+    assert ranks[0][:3] == ranks[1][:3]
+    assert ranks[0] == [exam.history, exam.exams, benchmarks.history, benchmarks.answers]
+    assert ranks[1][3] == []  # rank 0 alone runs the harness
     assert len({row["answer"] for row in exam.exams[0]}) > 1
 
 
@@ -134,6 +136,15 @@ def test_the_best_checkpoint_is_that_of_the_highest_exam_score(small_parts, tmp_
     assert checkpoint.folder.read_best() == checkpoint.folder.read_best("exam/word_ko") == (4, 0.3)
     assert checkpoint.folder.read_best("val/loss") is None
     assert checkpoint.folder.list_steps() == [6, 4]
+
+
+def test_a_question_of_a_benchmark_that_does_not_fit_the_context_is_refused_before_the_first_step(
+    small_parts, tmp_path
+):
+    benchmarks = make_benchmarks(tmp_path)
+    benchmarks.slices = replace(benchmarks.slices, max_new_tokens=(10**6,) * len(benchmarks.slices.samples))
+    with pytest.raises(UserError, match=r"may have 1,000,\d+ tokens.*evaluate\.max_new_tokens"):
+        fit(small_parts, tmp_path, benchmarks)
 
 
 def test_a_score_that_the_exam_does_not_have_is_refused_before_the_first_step(small_parts, tmp_path):

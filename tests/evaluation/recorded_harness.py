@@ -41,14 +41,21 @@ def ask(url, prompt, image, max_tokens):
 
 def main():
     found = dict(zip(sys.argv, sys.argv[1:], strict=False))
-    task, output = found["--tasks"], Path(found["--output_path"])
+    if os.environ.get("HARNESS_FAULT") == "crash":
+        print("Traceback (most recent call last):\nValueError: a column of the wrong type")
+        return  # with status 0, too
+    place = Path(found["--output_path"]) / "model"
+    place.mkdir(parents=True)
+    results = {task: run(task, found, place) for task in found["--tasks"].split(",")}
+    (place / "20260101_000000_results.json").write_text(json.dumps({"results": results}), encoding="utf-8")
+
+
+def run(task, found, place):
+    """Ask about the rows of a task, write the samples and return the scores."""
     model = dict(pair.split("=", 1) for pair in found["--model_args"].split(","))
     settings = yaml.safe_load((Path(found["--include_path"]) / f"{task}.yaml").read_text(encoding="utf-8"))
     (path,) = settings["dataset_kwargs"]["data_files"].values()
     rows = pq.read_table(path).to_pylist()
-    if os.environ.get("HARNESS_FAULT") == "crash":
-        print("Traceback (most recent call last):\nValueError: a column of the wrong type")
-        return  # with status 0, too
     recorded = RUNS[task.removeprefix("lit_vlm_")]["samples"]
     samples = [recorded[row["index"]] for row in rows]
     max_tokens = int(found.get("--gen_kwargs", "max_new_tokens=1024").partition("=")[2])
@@ -59,15 +66,12 @@ def main():
     with ThreadPoolExecutor(int(model["num_concurrent"])) as pool:
         answers = list(pool.map(lambda given: ask(*given), arguments))
     hits = [answer.strip()[:1] == sample["target"] for answer, sample in zip(answers, samples, strict=True)]
-    place = output / "model"
-    place.mkdir(parents=True)
-    results = {"results": {task: {"alias": task, "dtcbench_acc,none": sum(hits) / len(hits)}}}
-    (place / "20260101_000000_results.json").write_text(json.dumps(results), encoding="utf-8")
     lines = [
         json.dumps(sample | {"doc_id": number, "filtered_resps": answer})
         for number, (sample, answer) in enumerate(zip(samples, answers, strict=True))
     ]
     (place / f"20260101_000000_samples_{task}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"alias": task, "dtcbench_acc,none": sum(hits) / len(hits)}
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def scripted(monkeypatch):
     def set_kinds(*kinds, stop_after=None):
         asked = []
 
-        def answer(model, processor, samples, **limits):
+        def answer(model, processor, samples, max_new_tokens, **limits):
             for number, sample in enumerate(samples):
                 if len(asked) == stop_after:
                     raise KeyboardInterrupt
