@@ -73,4 +73,7 @@ class Benchmarks(Evaluation):
         return gather_objects(scores, trainer.world_size)[0]
 
     def describe_scores(self, scores: Mapping[str, float]) -> str:
-        return ", ".join(f"{name} {score:.2f}" for name, score in scores.items()) or "no scores of benchmarks"
+        return (
+            ", ".join(f"{name.partition('/')[2]} {score:.2f}" for name, score in scores.items())
+            or "no scores of benchmarks"
+        )
