@@ -212,9 +212,12 @@ def test_every_example_record_is_read(path, tmp_path):
         assert source[0].images[0].load().size == (84, 56)
 
 
-@pytest.mark.parametrize("number", range(len(blocks(ROOT / "docs/library.md", "python"))))
-def test_the_examples_of_the_library_page_run(number, tmp_path):
-    (tmp_path / "library.py").write_text(blocks(ROOT / "docs/library.md", "python")[number], encoding="utf-8")
+LIBRARY_EXAMPLES = [block for page in ("library.md", "qformer.md") for block in blocks(ROOT / "docs" / page, "python")]
+
+
+@pytest.mark.parametrize("number", range(len(LIBRARY_EXAMPLES)))
+def test_the_examples_of_the_library_pages_run(number, tmp_path):
+    (tmp_path / "library.py").write_text(LIBRARY_EXAMPLES[number], encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "library.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)

@@ -16,17 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lit_vlm.data.datamodule import ResumeSampler
 from lit_vlm.data.lazy_images import compute_image_hash
 from lit_vlm.data.loader import setup_worker_signals
-from lit_vlm.types import RecordError, Sample, Source, UserError
+from lit_vlm.types import Record, RecordError, Sample, Source, UserError
 
 Tokenize = Callable[[Sequence[str]], tuple[Tensor, Tensor]]  # texts to ids and mask, [B, T] each
-
-# Mean and standard deviation of CLIP's pixels, which BLIP and BLIP-2 have too
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class PairBatch(NamedTuple):
@@ -103,11 +100,47 @@ class CaptionPairs(Dataset):
         return CaptionPair(pixels, text, image_id - (1 << 64 if image_id >= 1 << 63 else 0), text_id)
 
 
+class DistinctCaptions:
+    """Source of the first records of another source whose captions all differ, to measure retrieval without ties.
+
+    Args:
+        num_captions: length of the source.
+
+    Raises:
+        UserError: the other source has fewer different captions.
+    """
+
+    def __init__(self, source: Source, num_captions: int) -> None:
+        self.source, self.name = source, source.name
+        first: dict[str, int] = {}
+        for number in range(len(source)):
+            first.setdefault(read_caption(source[number]), number)
+            if len(first) == num_captions:
+                break
+        else:
+            raise UserError(
+                f"The source {source.name} has {len(first):,} different captions in {len(source):,} records, and {num_captions:,} are needed. "
+                "Give it more records, or ask for fewer captions."
+            )
+        self.numbers = list(first.values())
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[self.numbers[index]]
+
+    @property
+    def digest(self) -> str:
+        """Digest of the other source and of the number of captions."""
+        return hashlib.blake2b(f"{self.source.digest}|{len(self)}".encode(), digest_size=16).hexdigest()
+
+
 class PairCollator:
-    """Collator of pairs to a `PairBatch`."""
+    """Collator of pairs to a `PairBatch`; the mean and the standard deviation of the pixels are those of CLIP and BLIP-2."""
 
     def __init__(
-        self, tokenize: Tokenize, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD
+        self, tokenize: Tokenize, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD
     ) -> None:
         self.tokenize = tokenize
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
@@ -229,4 +262,14 @@ class CaptionDataModule(L.LightningDataModule):
         return self._make_loader(self.held_out, batch_size=size, sampler=list(numbers), collate_fn=self.collate)
 
     def _make_loader(self, pairs: Dataset, **options: Any) -> DataLoader:
-        return DataLoader(pairs, num_workers=self.num_workers, worker_init_fn=setup_worker_signals, **options)
+        return StepLoader(pairs, num_workers=self.num_workers, worker_init_fn=setup_worker_signals, **options)
+
+
+class StepLoader(DataLoader):
+    """DataLoader that begins at the trainer's step, so it has no state to restore; Lightning would warn without one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load nothing."""

@@ -37,15 +37,18 @@ class RetrievalRecall(Metric):
     higher_is_better = True
     full_state_update = False
 
+    image_features: list[Tensor]
+    image_ids: list[Tensor]
+    text_features: list[Tensor]
+    text_ids: list[Tensor]
+
     def __init__(self, cutoffs: Sequence[int] = CUTOFFS) -> None:
         super().__init__()
         self.cutoffs = tuple(cutoffs)
         for name in ("image_features", "image_ids", "text_features", "text_ids"):
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(
-        self, image_features: Tensor, image_ids: Tensor, text_features: Tensor, text_ids: Tensor
-    ) -> None:  # ids of other types than int64 could be equal after rounding
+    def update(self, image_features: Tensor, image_ids: Tensor, text_features: Tensor, text_ids: Tensor) -> None:
         """Add images with ids [I] and features [I, Q, E] (or [I, E]), and texts with ids [J] and features [J, E]."""
         if image_features.dim() == 2:
             image_features = image_features[:, None]

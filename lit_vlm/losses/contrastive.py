@@ -10,6 +10,7 @@ gradient accumulation, features must be cached, or accumulation refused.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,20 @@ from lit_vlm.types import IGNORE_INDEX, UserError
 LABEL_SMOOTHING = 0.1  # of ITC, ITG and LM in BLIP-2, and of LM in BLIP
 NEGATIVE_FLOOR = 1e-4  # added to the probability of each negative, so that every other pair can be one
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # range of BLIP's temperature; BLIP-2 does not limit it
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastiveLosses:
+    """Losses of a batch, [] each: image-text contrast, image-text matching, and captions given the image."""
+
+    itc: Tensor
+    itm: Tensor
+    itg: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the three, as BLIP and BLIP-2 train it."""
+        return self.itc + self.itm + self.itg
 
 
 # ---- ranks
@@ -83,6 +98,14 @@ def find_matches(num_pairs: int, pair_ids: Tensor | None = None) -> Tensor:
     rank = torch.distributed.get_rank() if world_size > 1 else 0
     own = torch.arange(num_pairs) + rank * num_pairs
     return own[:, None] == torch.arange(world_size * num_pairs)[None]
+
+
+def find_local_matches(num_pairs: int, pair_ids: Tensor | None = None) -> Tensor:
+    """Find the pairs of this rank that match each other, [B, B] bool; see `find_matches`."""
+    if pair_ids is None:
+        return torch.eye(num_pairs, dtype=torch.bool)
+    columns = pair_ids.reshape(num_pairs, -1)
+    return (columns[:, None] == columns[None]).any(-1)
 
 
 # ---- BLIP-2: image-text contrast with queries

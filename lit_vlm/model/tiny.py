@@ -11,7 +11,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from lit_vlm.files import atomic_folder
@@ -77,6 +86,36 @@ def make_language_model(path: Path, seed: int = 0, corpus: Iterable[str] | None 
     with disable_transformers_logging():
         _call_with_seed(seed, lambda: Qwen2ForCausalLM(config)).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def make_text_encoder(path: Path, seed: int = 0, corpus: Iterable[str] | None = None, **changes: int | float) -> None:
+    """Make a BERT with three layers and its WordPiece tokenizer, the text encoder of BLIP-2's first stage."""
+    tokenizer = make_wordpiece_tokenizer(corpus)
+    shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = BertConfig(
+        **{
+            **shape,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 64,
+            "pad_token_id": tokenizer.pad_token_id,
+            **changes,
+        }
+    )
+    with disable_transformers_logging():
+        _call_with_seed(seed, lambda: BertForMaskedLM(config)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def make_wordpiece_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 800) -> BertTokenizer:
+    """Make a cased WordPiece tokenizer: lower case would split Hangul syllables into letters."""
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=False)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
+    )
+    pieces.train_from_iterator(corpus or CORPUS_FILE.read_text(encoding="utf-8").splitlines(), trainer)
+    return BertTokenizer(vocab=pieces.get_vocab(), do_lower_case=False)
 
 
 def make_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 640) -> Qwen2Tokenizer:

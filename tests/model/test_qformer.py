@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from float64 import Float64
-from transformers import BertConfig, Blip2ForImageTextRetrieval, Blip2VisionConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    BertConfig,
+    Blip2ForImageTextRetrieval,
+    Blip2VisionConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from waiting import PATIENCE
 
+from lit_vlm.model.qformer.generation import build_blip2_generator, make_caption_labels
 from lit_vlm.model.qformer.lavis_weights import convert_lavis_weights, rename_lavis_weight
 from lit_vlm.model.qformer.pretraining import Blip2ForPretraining, make_blip2_config
 
@@ -137,6 +148,73 @@ def test_each_pass_equals_that_of_lavis(name):
         rows = mask.bool()
         theirs = torch.tensor(theirs, dtype=torch.float64)[rows].tolist()
     assert measure_difference(ours[rows], theirs) < TOLERANCE
+
+
+@pytest.fixture
+def opt(tmp_path) -> str:
+    """Make the folder of a tiny OPT with the made weights, and a tokenizer with as many words."""
+    config = OPTConfig(**made.make_opt_config())
+    model = OPTForCausalLM(config).double()
+    weights = {
+        name: torch.tensor(made.make_weight(f"opt_model.{name}", tuple(parameter.shape)))
+        for name, parameter in model.named_parameters()
+    }
+    model.load_state_dict(weights, strict=False)
+    model.save_pretrained(tmp_path / "opt")
+    words = WordLevel({"<unk>": 0, "<pad>": 1, "</s>": 2} | {f"w{n}": n for n in range(3, 25)}, unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), unk_token="<unk>", pad_token="<pad>", eos_token="</s>", bos_token="</s>"
+    )
+    tokenizer.save_pretrained(tmp_path / "opt")
+    return str(tmp_path / "opt")
+
+
+def test_the_second_stages_loss_and_gradients_equal_those_of_lavis(opt):
+    torch.set_default_dtype(torch.float64)  # else the copy of the first stage is rounded
+    model, tokenizer = build_blip2_generator(make_model(), opt)
+    assert model.config.image_token_index == len(tokenizer) - 1 == 25
+    model.vision_model.post_layernorm.eps = 1e-5
+    with Float64():
+        model.double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("language_model."):
+                lavis = name.replace("language_model.", "opt_model.")
+                parameter.copy_(torch.tensor(made.make_weight(lavis, tuple(parameter.shape))))
+        for name in ("weight", "bias"):
+            value = getattr(model.language_projection, name)
+            value.copy_(torch.tensor(made.make_weight(f"opt_proj.{name}", tuple(value.shape))))
+        model.query_tokens.copy_(torch.tensor(made.make_weight("query_tokens", tuple(model.query_tokens.shape))))
+    ids, mask = map(torch.tensor, made.make_opt_texts())
+    ids = torch.cat([torch.full((len(ids), made.QUERIES), model.config.image_token_index), ids], dim=1)
+    mask = torch.cat([mask.new_ones(len(mask), made.QUERIES), mask], dim=1)
+    labels = make_caption_labels(ids, mask, model.config.image_token_index)
+    with Float64():
+        image = model.vision_model.post_layernorm(torch.tensor(made.make_images(0)))
+        model.vision_model.forward = lambda **_: BaseModelOutputWithPooling(last_hidden_state=image)
+        loss = model(pixel_values=image, input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+    theirs = LAVIS["blip2_opt"]
+    assert float(loss.detach()) == pytest.approx(theirs["loss"], abs=TOLERANCE)
+    parameters, gradients = dict(model.named_parameters()), {}
+    for name in theirs["gradients"]:
+        ours = rename_lavis_weight(name).removeprefix("retrieval.").replace("opt_proj.", "language_projection.")
+        gradient = parameters[ours].grad
+        probe = torch.tensor(made.make_array("probe " + name, tuple(gradient.shape)))
+        gradients[name] = float((gradient * probe).sum())
+    assert len(gradients) > 40 and gradients == pytest.approx(theirs["gradients"], abs=1e-9)
+    assert not any(parameter.grad is not None for parameter in model.language_model.parameters())
+
+
+def test_the_published_sizes_have_the_parameters_of_lavis():
+    """LAVIS's classes have as many: `BertLMHeadModel`, queries, projections, heads, temperature and ln_vision."""
+    with torch.device("meta"):
+        config = make_blip2_config(Blip2VisionConfig(), BertConfig(vocab_size=30523))
+        model = Blip2ForPretraining(Blip2ForImageTextRetrieval(config), bos_token_id=30522)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trainable == 186_705_470  # 188M in the paper (arXiv 2301.12597, section 3.1)
+    tower = model.retrieval.vision_model.parameters()
+    assert sum(parameter.numel() for parameter in tower) == 985_952_256  # ViT-g/14 without its last block
 
 
 def compute_step(rank: int, world_size: int) -> dict:

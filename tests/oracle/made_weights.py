@@ -12,6 +12,7 @@ VISION_WIDTH, NUM_PATCHES = 12, 5
 HIDDEN, LAYERS, HEADS, INTERMEDIATE, VOCAB, POSITIONS = 16, 2, 2, 24, 30, 12
 QUERIES, FEATURES = 3, 8
 PAD, CLS, SEP, BOS, ENC = 0, 1, 2, 28, 29
+OPT_PAD, OPT_VOCAB = 1, 26
 PAIRS, TOKENS = 3, 7  # of each rank
 QUEUE_SIZE = 12
 
@@ -24,7 +25,11 @@ def make_array(name: str, shape: tuple[int, ...], scale: float = 0.3) -> np.ndar
 def make_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Make a parameter by its name in LAVIS; scales of layer norms are near 1."""
     value = make_array(name, shape)
-    return 1 + 0.3 * value if "LayerNorm.weight" in name or name == "ln_vision.weight" or ".norm" in name else value
+    return (
+        1 + 0.3 * value
+        if "LayerNorm.weight" in name or "layer_norm.weight" in name or name == "ln_vision.weight" or ".norm" in name
+        else value
+    )
 
 
 def make_texts(rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +40,32 @@ def make_texts(rank: int) -> tuple[np.ndarray, np.ndarray]:
     ids[:, 0] = CLS
     for row, length in enumerate((TOKENS, 4, 5)[(rank + i) % 3] for i in range(PAIRS)):
         ids[row, length - 1], ids[row, length:], mask[row, length:] = SEP, PAD, 0
+    return ids, mask
+
+
+def make_opt_config() -> dict:
+    """Make the settings of a tiny OPT."""
+    return {
+        "vocab_size": OPT_VOCAB,
+        "hidden_size": 20,
+        "word_embed_proj_dim": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+        "max_position_embeddings": 24,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "pad_token_id": OPT_PAD,
+    }
+
+
+def make_opt_texts() -> tuple[np.ndarray, np.ndarray]:
+    """Make token ids and mask of captions for the language model, [PAIRS, TOKENS] each."""
+    ids = np.random.RandomState(7).randint(3, OPT_VOCAB - 1, (PAIRS, TOKENS))
+    mask = np.ones((PAIRS, TOKENS), dtype=np.int64)
+    ids[:, 0] = 2
+    for row, length in enumerate((TOKENS, 4, 5)):
+        ids[row, length:], mask[row, length:] = OPT_PAD, 0
     return ids, mask
 
 

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 from lavis.models import eva_vit, med
+from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
 from lavis.models.blip_models import tie_encoder_decoder_weights
 from lavis.models.blip_models.blip_pretrain import BlipPretrain
@@ -190,6 +192,40 @@ def run_blip2_passes():
     return {name: (value * 1.0).tolist() for name, value in outputs.items()}
 
 
+class OptTokenizer:
+    """Tokenizer of the language model that returns the made token ids; they end with a line break."""
+
+    pad_token_id, padding_side = made.OPT_PAD, "right"
+
+    def __call__(self, texts, **_):
+        assert all(text.endswith("\n") for text in texts)
+        ids, mask = made.make_opt_texts()
+        return Texts(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+
+
+def run_blip2_opt():
+    """Run BLIP-2's second stage with a tiny OPT."""
+    stage1, config = make_blip2(), made.make_opt_config()
+    model = Blip2OPT.__new__(Blip2OPT)
+    nn.Module.__init__(model)
+    model.visual_encoder, model.ln_vision, model.query_tokens = nn.Identity(), stage1.ln_vision, stage1.query_tokens
+    model.Qformer = stage1.Qformer
+    model.Qformer.cls = None
+    model.Qformer.bert.embeddings.word_embeddings = model.Qformer.bert.embeddings.position_embeddings = None
+    for layer in model.Qformer.bert.encoder.layer:
+        layer.output = layer.intermediate = None
+    model.opt_tokenizer, model.prompt, model.max_txt_len = OptTokenizer(), "", made.TOKENS
+    model.opt_model = OPTForCausalLM(OPTConfig(**config))
+    model.opt_proj = nn.Linear(made.HIDDEN, config["hidden_size"])
+    model.double()
+    set_weights(model)
+    for parameter in model.opt_model.parameters():
+        parameter.requires_grad = False
+    output = model({"image": torch.tensor(made.make_images(0)), "text_input": ["made"] * made.PAIRS})
+    output["loss"].backward()
+    return {"loss": float(output["loss"]), "gradients": sum_gradients(model)}
+
+
 def run_blip(rank, world_size):
     config = med.BertConfig(**{**make_bert_config().to_dict(), "add_type_embeddings": False, "model_type": "bert"})
     encoder = med.XBertEncoder(config, add_pooling_layer=False)
@@ -231,6 +267,7 @@ def run_blip(rank, world_size):
             )
         )
     output = model({"image": torch.tensor(made.make_images(rank)), "text_input": rank, **samples})
+    output.loss.backward()
     inner = output.intermediate_output
     return {
         "losses": {name: float(output[name]) for name in ("loss", "loss_itc", "loss_itm", "loss_lm")},
@@ -248,6 +285,7 @@ def run_blip(rank, world_size):
             + made.make_array("momentum text_proj.weight", (made.FEATURES, made.HIDDEN), 0.05)
         ).tolist(),
         "text_proj": model.text_proj.weight.tolist(),
+        "gradients": sum_gradients(model),
         "step": EPOCH * ITERATIONS + ITERATION,
         "steps_per_epoch": ITERATIONS,
     }
@@ -264,7 +302,7 @@ def work(rank, world_size, port, results):
 def main():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    fixtures = {"vision_tower": run_vision_tower(), "blip2_passes": run_blip2_passes()}
+    fixtures = {"vision_tower": run_vision_tower(), "blip2_passes": run_blip2_passes(), "blip2_opt": run_blip2_opt()}
     for world_size in (1, 2):
         with mp.Manager() as manager, socket.socket() as place:
             place.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     Blip2VisionConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from lit_vlm.files import atomic_folder
 from lit_vlm.model.hub import disable_transformers_logging, raise_folder_errors
@@ -25,6 +27,7 @@ from lit_vlm.types import UserError
 
 CAPTION_TOKEN = "[DEC]"  # first token of a caption that is predicted; its name in BLIP and BLIP-2
 MAX_TEXT_TOKENS = 32  # of BLIP-2's first stage
+IMAGE_FILE = "preprocessor_config.json"
 HEADS_FILE = "pretraining_heads.safetensors"  # text head and temperature, beside the files of transformers
 
 
@@ -51,9 +54,7 @@ def tokenize_captions(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int = MAX_TEXT_TOKENS
 ) -> tuple[Tensor, Tensor]:
     """Tokenize texts to ids and mask [B, max_tokens] each, padded to one length so that ranks can exchange them."""
-    output = tokenizer(
-        list(texts), padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt"
-    )
+    output = tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_tokens, return_tensors="pt")
     return output["input_ids"], output["attention_mask"]
 
 
@@ -83,14 +84,7 @@ def build_blip2(
         UserError: a folder is not what is needed.
     """
     tokenizer = load_caption_tokenizer(text_encoder)
-    with disable_transformers_logging(), raise_folder_errors(text_encoder, "no masked language model can be read"):
-        encoder = AutoModelForMaskedLM.from_pretrained(text_encoder, dtype=torch.float32)
-    if encoder.config.model_type != "bert":
-        raise UserError(
-            f"{text_encoder}: its model type is {encoder.config.model_type}, and a Q-Former has the layers of BERT. Give a folder of "
-            "model type bert; it may be of any language."
-        )
-    encoder.resize_token_embeddings(max(len(tokenizer), encoder.config.vocab_size), mean_resizing=False)
+    encoder = load_text_encoder(text_encoder, len(tokenizer))
     tower = _load_vision_tower(vision_tower) if isinstance(vision_tower, str) else None
     config = make_blip2_config(
         vision_tower if tower is None else tower.config,
@@ -108,6 +102,23 @@ def build_blip2(
         retrieval.vision_model.load_state_dict(tower.state_dict())
     _copy_text_encoder(model, encoder)
     return model, tokenizer
+
+
+def load_text_encoder(folder: str, num_tokens: int) -> Any:
+    """Load a BERT with its head, with rows for at least `num_tokens` tokens.
+
+    Raises:
+        UserError: it is no BERT.
+    """
+    with disable_transformers_logging(), raise_folder_errors(folder, "no masked language model can be read"):
+        encoder = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    if encoder.config.model_type != "bert":
+        raise UserError(
+            f"{folder}: its model type is {encoder.config.model_type}, and the text layers of BLIP and BLIP-2 are those of BERT. Give a "
+            "folder of model type bert; it may be of any language."
+        )
+    encoder.resize_token_embeddings(max(num_tokens, encoder.config.vocab_size), mean_resizing=False)
+    return encoder
 
 
 def _load_vision_tower(folder: str) -> Any:
@@ -153,7 +164,25 @@ def save_blip2(model: Blip2ForPretraining, tokenizer: PreTrainedTokenizerBase, f
     with atomic_folder(folder, replace=True) as temporary, disable_transformers_logging():
         model.retrieval.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        write_image_config(temporary, model.retrieval.config.vision_config.image_size)
         save_file({name: value.cpu().contiguous() for name, value in heads.items()}, temporary / HEADS_FILE)
+
+
+def write_image_config(folder: Path, side: int) -> None:
+    """Write the settings of transformers' BlipImageProcessor for the images that `CaptionPairs` makes, `side` pixels wide."""
+    settings = {
+        "image_processor_type": "BlipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(OPENAI_CLIP_MEAN),
+        "image_std": list(OPENAI_CLIP_STD),
+    }
+    (folder / IMAGE_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def load_blip2(

@@ -9,7 +9,6 @@ caption's logits at once: under the mask of `make_itg_mask` queries do not see t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import Blip2Config, Blip2ForImageTextRetrieval
 from transformers.activations import ACT2FN
 
 from lit_vlm.losses.contrastive import (
+    ContrastiveLosses,
     compute_caption_loss,
     compute_itc_loss,
     compute_itm_loss,
@@ -36,20 +36,6 @@ from lit_vlm.types import IGNORE_INDEX, UserError
 # of a text, D width of the Q-Former, E width of the shared features, V vocabulary size.
 
 TEMPERATURE = 0.07  # initial value
-
-
-@dataclass(frozen=True, slots=True)
-class ContrastiveLosses:
-    """Losses of a batch, [] each: image-text contrast, image-text matching, and captions given the image."""
-
-    itc: Tensor
-    itm: Tensor
-    itg: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """Sum of the three, as BLIP and BLIP-2 train it."""
-        return self.itc + self.itm + self.itg
 
 
 class QFormerTextHead(nn.Module):

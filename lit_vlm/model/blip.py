@@ -1,0 +1,308 @@
+"""BLIP's pretraining model: transformers' retrieval model and caption decoder, tied, with momentum encoders and a queue.
+
+As in LAVIS 1.0.2, encoder and decoder share embeddings, cross-attention and feed-forward layers; only their self-attention
+differs. The decoder's head is the table of word embeddings.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipTextConfig,
+    BlipVisionConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
+
+from lit_vlm.files import atomic_folder
+from lit_vlm.losses.contrastive import (
+    ContrastiveLosses,
+    FeatureQueue,
+    compute_caption_loss,
+    compute_itm_loss,
+    compute_momentum_itc_loss,
+    compute_negative_weights,
+    find_local_matches,
+    sample_negatives,
+    update_momentum,
+)
+from lit_vlm.model.hub import disable_transformers_logging
+from lit_vlm.model.qformer.build import load_caption_tokenizer, load_text_encoder, write_image_config
+from lit_vlm.types import IGNORE_INDEX, UserError
+
+# Shapes: B pairs of this rank, P patches of an image, C width of the vision tower, T tokens of a text, E width of the
+# shared features, N entries of the queue.
+
+TEMPERATURE = 0.07  # initial value
+MOMENTUM = 0.995
+QUEUE_SIZE = 57_600
+MATCHING_TOKEN = "[ENC]"  # first token of a text that is matched with an image
+
+
+class BlipForPretraining(nn.Module):
+    """BLIP's pretraining model.
+
+    Args:
+        retrieval: transformers' model with vision tower, text encoder, projections and matching head.
+        bos_token_id: `[DEC]`, the first token of a caption that is predicted.
+        enc_token_id: `[ENC]`, the first token of a text that is matched.
+        queue_size, global_batch_size: see `FeatureQueue`.
+        seed: for the decoder and the queue.
+    """
+
+    def __init__(
+        self,
+        retrieval: BlipForImageTextRetrieval,
+        bos_token_id: int,
+        enc_token_id: int,
+        *,
+        queue_size: int = QUEUE_SIZE,
+        global_batch_size: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        text_config = retrieval.config.text_config
+        if not all(0 <= token < text_config.vocab_size for token in (bos_token_id, enc_token_id)):
+            raise UserError(
+                f"bos_token_id={bos_token_id} or enc_token_id={enc_token_id} is not among the {text_config.vocab_size:,} rows of the "
+                "vocabulary. Add [DEC] and [ENC] to the tokenizer before the model is built (build_blip does it)."
+            )
+        self.retrieval, self.bos_token_id, self.enc_token_id = retrieval, bos_token_id, enc_token_id
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.text_decoder = BlipTextLMHeadModel(text_config)
+        _tie_decoder(self.text_decoder, retrieval.text_encoder)
+        self.temperature = nn.Parameter(torch.tensor(TEMPERATURE))
+        self.momentum = nn.ModuleDict(
+            {
+                name: copy.deepcopy(getattr(retrieval, name))
+                for name in ("vision_model", "text_encoder", "vision_proj", "text_proj")
+            }
+        ).requires_grad_(False)
+        self.queue = FeatureQueue(queue_size, retrieval.config.image_text_hidden_size, global_batch_size, seed)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        alpha: float,
+        pair_ids: Tensor | None = None,
+        negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> ContrastiveLosses:
+        """Move the momentum encoders, compute the three losses of this rank's pairs, and push their features into the queue.
+
+        Call it once per optimizer step. Ranks must have equally many pairs.
+
+        Args:
+            pixel_values: [B, 3, H, W], normalised.
+            input_ids: [B, T], from `[CLS]` to `[SEP]`, padded.
+            attention_mask: [B, T], 1 for a token and 0 for padding.
+            alpha: see `compute_alpha`.
+            pair_ids: see `find_matches`; pairs of this rank that share an id are no negatives of each other.
+            negatives: rows [B] of the negative images, and of the negative texts, among the pairs of this rank; None:
+                they are sampled, similar ones more often.
+
+        Raises:
+            UserError: a pair has no negative on this rank.
+        """
+        image_embeds = self.encode_images(pixel_values)
+        self.update_momentum()
+        with torch.no_grad():
+            momentum_embeds = self.momentum["vision_model"](pixel_values=pixel_values).last_hidden_state
+        return self.compute_losses(
+            (image_embeds, momentum_embeds), input_ids, attention_mask, alpha, pair_ids, negatives
+        )
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] by the vision tower, [B, P, C]."""
+        return self.retrieval.vision_model(pixel_values=pixel_values).last_hidden_state
+
+    def update_momentum(self) -> None:
+        """Move all momentum encoders by one step."""
+        for name, module in self.momentum.items():
+            update_momentum(module, getattr(self.retrieval, name), MOMENTUM)
+
+    def compute_losses(
+        self,
+        image_embeds: tuple[Tensor, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        alpha: float,
+        pair_ids: Tensor | None = None,
+        negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> ContrastiveLosses:
+        """Compute the losses from images encoded by the vision tower and by its momentum copy, [B, P, C] each; see `forward`."""
+        embeds, momentum_embeds = image_embeds
+        features = self._compute_features(self.retrieval, embeds, input_ids, attention_mask)
+        with torch.no_grad():
+            momentum_features = self._compute_features(self.momentum, momentum_embeds, input_ids, attention_mask)
+        itc, image_logits, text_logits = compute_momentum_itc_loss(
+            features, momentum_features, self.queue, self.temperature, alpha
+        )
+        self.queue.push(*momentum_features)
+        if negatives is None:
+            matches, num_pairs = find_local_matches(len(input_ids), pair_ids), len(input_ids)
+            negatives = (
+                sample_negatives(compute_negative_weights(text_logits[:, :num_pairs], matches)),
+                sample_negatives(compute_negative_weights(image_logits[:, :num_pairs], matches)),
+            )
+        images, texts = negatives
+        matching_logits = self.match(
+            torch.cat([embeds, embeds[images], embeds]),
+            torch.cat([input_ids, input_ids, input_ids[texts]]),
+            torch.cat([attention_mask, attention_mask, attention_mask[texts]]),
+        )
+        caption_ids = _replace_first(input_ids, self.bos_token_id)
+        captions = self.text_decoder(caption_ids, attention_mask=attention_mask, encoder_hidden_states=embeds).logits
+        labels = caption_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+        return ContrastiveLosses(itc, compute_itm_loss(matching_logits), compute_caption_loss(captions, labels))
+
+    def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Compute the logits of (no match, match) of each image and text, [B, 2]."""
+        ids = _replace_first(input_ids, self.enc_token_id)
+        hidden = self.retrieval.text_encoder(
+            ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds
+        ).last_hidden_state
+        return self.retrieval.itm_head(hidden[:, 0])
+
+    def compute_image_features(self, image_embeds: Tensor) -> Tensor:
+        """Compute the shared features of encoded images [B, P, C], [B, E] of length 1."""
+        return F.normalize(self.retrieval.vision_proj(image_embeds[:, 0]), dim=-1)
+
+    def compute_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Compute the shared features of texts [B, T], [B, E] of length 1; a text sees no image."""
+        hidden = self.retrieval.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state
+        return F.normalize(self.retrieval.text_proj(hidden[:, 0]), dim=-1)
+
+    @staticmethod
+    def _compute_features(
+        model: Any, embeds: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the shared features of images and texts, [B, E] each, by the model or by its momentum copies."""
+        parts = model if isinstance(model, nn.ModuleDict) else dict(model.named_children())
+        hidden = parts["text_encoder"](input_ids, attention_mask=attention_mask).last_hidden_state
+        return (
+            F.normalize(parts["vision_proj"](embeds[:, 0]), dim=-1),
+            F.normalize(parts["text_proj"](hidden[:, 0]), dim=-1),
+        )
+
+
+def _replace_first(input_ids: Tensor, token_id: int) -> Tensor:
+    return torch.cat([torch.full_like(input_ids[:, :1], token_id), input_ids[:, 1:]], dim=1)
+
+
+def _tie_decoder(decoder: BlipTextLMHeadModel, encoder: Any) -> None:
+    """Tie embeddings, cross-attention and feed-forward layers; self-attention stays the decoder's own."""
+    decoder.bert.embeddings = encoder.embeddings
+    decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
+    for own, shared in zip(decoder.bert.encoder.layer, encoder.encoder.layer, strict=True):
+        own.crossattention, own.intermediate, own.output = shared.crossattention, shared.intermediate, shared.output
+
+
+def make_blip_config(
+    vision_config: BlipVisionConfig, text_config: Any, *, feature_width: int = 256, **tokens: int
+) -> BlipConfig:
+    """Make the config of BLIP from those of a vision tower and of a BERT-like text encoder.
+
+    Args:
+        feature_width: E, width of the features that images and texts share.
+        tokens: ids by the names of the config, such as `bos_token_id`.
+    """
+    names = (
+        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob "
+        "attention_probs_dropout_prob max_position_embeddings initializer_range layer_norm_eps pad_token_id"
+    ).split()
+    text = BlipTextConfig(
+        **{name: getattr(text_config, name) for name in names},
+        encoder_hidden_size=vision_config.hidden_size,
+        projection_dim=feature_width,
+        label_smoothing=0.1,
+        **tokens,
+    )
+    return BlipConfig(
+        vision_config=vision_config.to_dict(), text_config=text.to_dict(), image_text_hidden_size=feature_width
+    )
+
+
+def build_blip(
+    text_encoder: str,
+    vision_config: BlipVisionConfig,
+    *,
+    global_batch_size: int,
+    queue_size: int = QUEUE_SIZE,
+    feature_width: int = 256,
+    seed: int = 0,
+) -> tuple[BlipForPretraining, PreTrainedTokenizerBase]:
+    """Build a pretraining model with a new vision tower, and its tokenizer with `[DEC]` and `[ENC]`.
+
+    Embeddings, self-attention and feed-forward layers start from the text encoder; cross-attention, projections and the
+    matching head are new.
+
+    Args:
+        text_encoder: folder or hub id of a BERT-like masked language model in any language.
+
+    Raises:
+        UserError: the folder is not what is needed, or the queue is no multiple of the global batch size.
+    """
+    tokenizer = load_caption_tokenizer(text_encoder)
+    if MATCHING_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [MATCHING_TOKEN]})
+    enc_token_id = int(tokenizer.convert_tokens_to_ids(MATCHING_TOKEN))
+    encoder = load_text_encoder(text_encoder, len(tokenizer))
+    tokens = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+    }
+    config = make_blip_config(vision_config, encoder.config, feature_width=feature_width, **tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        retrieval = BlipForImageTextRetrieval(config)
+    _copy_bert(retrieval.text_encoder, encoder.bert)
+    model = BlipForPretraining(
+        retrieval,
+        tokenizer.bos_token_id,
+        enc_token_id,
+        queue_size=queue_size,
+        global_batch_size=global_batch_size,
+        seed=seed,
+    )
+    _copy_bert(model.text_decoder.bert, encoder.bert)
+    head = model.text_decoder.cls.predictions
+    head.transform.load_state_dict(encoder.cls.predictions.transform.state_dict())
+    with torch.no_grad():
+        head.bias.copy_(encoder.cls.predictions.bias)
+    return model, tokenizer
+
+
+def _copy_bert(target: Any, bert: Any) -> None:
+    """Copy the weights of a BERT that a text model of BLIP has; it has no token types."""
+    names = target.state_dict().keys()
+    target.load_state_dict({name: value for name, value in bert.state_dict().items() if name in names}, strict=False)
+
+
+def save_blip(model: BlipForPretraining, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save two folders that transformers loads: `retrieval` (`BlipForImageTextRetrieval`) and `captions` (`BlipForConditionalGeneration`).
+
+    transformers' retrieval model matches the texts that it gets: put `[ENC]` in the place of their first token.
+    """
+    config = model.retrieval.config
+    with disable_transformers_logging():
+        captioner = BlipForConditionalGeneration(copy.deepcopy(config))
+        captioner.vision_model.load_state_dict(model.retrieval.vision_model.state_dict())
+        captioner.text_decoder.load_state_dict(model.text_decoder.state_dict())
+    for name, part in (("retrieval", model.retrieval), ("captions", captioner)):
+        with atomic_folder(folder / name, replace=True) as temporary, disable_transformers_logging():
+            part.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            write_image_config(temporary, config.vision_config.image_size)
