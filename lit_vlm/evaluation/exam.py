@@ -244,10 +244,13 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 
 def get_answers_path(model: str, run_dir: Path) -> Path:
-    """Return the file of a model's answers: in its run folder, or below run_dir/exam for a model without one."""
+    """Return the file of a model's answers: in its run folder, or below run_dir/exam for a model without one.
+
+    `hf-step-N`, the model of a checkpoint, has a folder of its own in the run folder.
+    """
     folder = Path(model)
-    if folder.name == "hf" and (folder.parent / "manifest.json").is_file():
-        return folder.parent / EXAM_FILE
+    if folder.name.startswith("hf") and (folder.parent / "manifest.json").is_file():
+        return folder.parent / EXAM_FILE if folder.name == "hf" else folder.parent / "exam" / folder.name / EXAM_FILE
     name = folder.parent.name if folder.name == "hf" else folder.name
     return run_dir / "exam" / (name if folder.is_dir() else model) / EXAM_FILE
 

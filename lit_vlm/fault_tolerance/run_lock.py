@@ -26,6 +26,10 @@ DEFAULT_REMEDY = "Wait for it or end that process; or give this run a name of it
 ORPHAN_WAIT_SECONDS = 10.0  # loader workers of a killed run keep its lock until they notice, after 5 s
 
 
+class RunIsHeldError(UserError):
+    """Error for a run folder whose lock another process holds."""
+
+
 class RunLock:
     """Lock of a run folder, held from `acquire` to the end of the context.
 
@@ -45,8 +49,8 @@ class RunLock:
             Whether the lock was acquired by this call.
 
         Raises:
-            UserError: another process holds the lock (the message names process, host and time), or the lock files cannot
-                be used.
+            RunIsHeldError: another process holds the lock; the message names process, host and time.
+            UserError: the lock files cannot be used.
         """
         if self._lock is not None or not is_rank_zero():
             return False
@@ -57,7 +61,7 @@ class RunLock:
             _acquire_lock(lock, self.folder)
             write_json(self.folder / HOLDER_FILE, holder, durable=False)
         except Timeout:
-            raise UserError(f"{_format_holder(self.folder)} {self.remedy}") from None
+            raise RunIsHeldError(f"{_format_holder(self.folder)} {self.remedy}") from None
         except OSError as error:
             path = self.folder / (HOLDER_FILE if lock.is_locked else LOCK_FILE)
             lock.release()

@@ -15,8 +15,8 @@ from lit_vlm.config.settings import read_model_config
 from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.sharded_state import StateKind, TensorShard
 from lit_vlm.distributed.trainer import disable_library_warnings
-from lit_vlm.fault_tolerance.run_lock import RunLock
-from lit_vlm.files import CorruptFileError, compute_weights_digest
+from lit_vlm.fault_tolerance.run_lock import RunIsHeldError, RunLock
+from lit_vlm.files import CorruptFileError, compute_weights_digest, lock_file
 from lit_vlm.formatting import format_count
 from lit_vlm.model.box_tokens import TOKENIZER_FILE, has_special_boxes, set_special_boxes
 from lit_vlm.model.export import export_model
@@ -37,6 +37,7 @@ from lit_vlm.tasks.terminal import say
 from lit_vlm.types import UserError
 
 AUTO = "auto"
+EXPORT_LOCK = "export.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,9 @@ class RunCheckpoint:
 def export(run: Run) -> None:
     """Export the newest complete checkpoint to `hf/` of a finished run, or to `hf-step-N/` of an unfinished one.
 
-    The run is the folder at `init_from`, or the one of these settings; `resume_from` names another checkpoint of it. If its
-    model is there with the other value of `special_boxes`, only the files of its tokenizer are written again.
+    The run is the folder at `init_from`, or the one of these settings; `resume_from` names another checkpoint of it. It may be under
+    way: then its checkpoint is read while it trains on. If its model is there with the other value of `special_boxes`, only the
+    files of its tokenizer are written again.
 
     Raises:
         UserError: there is no such run or no complete checkpoint, or the model that the run started from has changed.
@@ -70,12 +72,12 @@ def export(run: Run) -> None:
     if not run.config.overwrite and change_boxes(find_model_folder(run.init_from, run.dir), special_boxes):
         return
     folder = find_run_folder(run.init_from, run.dir)
-    with RunLock(folder) as run_lock:
-        run_lock.acquire()
+    with RunLock(folder) as run_lock, lock_file(folder / EXPORT_LOCK):
+        is_running = not acquire_lock(run_lock, folder)
         checkpoint = open_checkpoint(folder, run.config.resume_from, run.config.run_dir)
         manifest = read_manifest_or_empty(folder)
         is_last = checkpoint.index.step == (manifest.get("plan") or {}).get("steps")
-        is_finished = manifest.get("status") == "finished" and is_last
+        is_finished = manifest.get("status") == "finished" and is_last and not is_running
         target = folder / ("hf" if is_finished else f"hf-{checkpoint.path.name}")
         if not run.config.overwrite and change_boxes(target, special_boxes):
             return
@@ -90,6 +92,21 @@ def export(run: Run) -> None:
         else f" The run is not finished: this is its model after {format_count(checkpoint.index.step, 'step')}."
     )
     say(f"Model: {target}   From: {checkpoint.path}{note}")
+
+
+def acquire_lock(run_lock: RunLock, folder: Path) -> bool:
+    """Acquire the lock of a run; False if the run is training, which an export does not disturb.
+
+    Raises:
+        UserError: another process changes a finished run, or the lock files cannot be used.
+    """
+    try:
+        run_lock.acquire()
+    except RunIsHeldError:
+        if read_manifest_or_empty(folder).get("status") == "finished":
+            raise
+        return False
+    return True
 
 
 def find_model_folder(init_from: str | None, run_dir: Path) -> Path:
@@ -208,7 +225,13 @@ def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path, special_b
         TensorShard(name, StateKind.weight, tuple(one.shape), 0, one.detach().view(-1))
         for name, one in trainable.items()
     ]
-    load_tensors(checkpoint.path, index, pieces)
+    try:
+        load_tensors(checkpoint.path, index, pieces)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{checkpoint.path} was removed while it was read: its run saved newer ones. Start the same command again, or keep more"
+            " checkpoints with checkpoint.keep_last=..."
+        ) from error
     try:
         with raise_os_errors():
             export_model(model, spec.tokenizer, spec.images, target, special_boxes=special_boxes)

@@ -2,15 +2,20 @@
 
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from resume_cases import build_overrides, kill_at_micro_batch, run_undisturbed, start
-from run_helpers import TWO, RunOutput
+from run_helpers import RUN, TWO, RunOutput
 from safetensors.torch import load_file
+from waiting import PATIENCE
 
 from lit_vlm.config import parse
+from lit_vlm.evaluation.exam import get_answers_path
+from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.tasks.export import export
 from lit_vlm.types import UserError
 
@@ -45,6 +50,13 @@ def get_run_pair(work_folder):
         return pairs[stage]
 
     return get_pair
+
+
+def run_in_process(*overrides: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, which does not share this one's locks."""
+    return subprocess.run(
+        [sys.executable, str(RUN), *overrides], capture_output=True, text=True, timeout=PATIENCE, check=check
+    )
 
 
 def run_export(*overrides: str) -> None:
@@ -98,6 +110,30 @@ def test_a_killed_run_exports_its_last_checkpoint_to_a_folder_named_after_the_st
     run_export(f"init_from={folder}", f"resume_from={steps[0]}")
     one, other = (load_file(folder / f"hf-{path.name}" / "model.safetensors") for path in (steps[0], steps[-1]))
     assert one.keys() == other.keys() and any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_under_way_exports_its_last_checkpoint_while_it_trains_on(work_folder, get_run_pair):
+    own, later, overrides = get_run_pair("align")
+    overrides = [*overrides, "run_name=running", "checkpoint.asynchronous=false", "export=true"]
+    stopped = start(overrides, work_folder, 1, kill_at_micro_batch(3 * later.manifest["plan"]["k"]))
+    assert -signal.SIGKILL in stopped.wait()
+    folder = work_folder / "runs" / "running"
+    with RunLock(folder) as held:  # as the running process holds it
+        held.acquire()
+        run_in_process("task=export", f"init_from={folder}")
+        (exported,) = folder.glob("hf-step-*")
+        assert (exported / "config.json").is_file() and not (folder / "hf").exists()
+    assert get_answers_path(str(exported), work_folder) == folder / "exam" / exported.name / "exam.jsonl"
+    run_undisturbed(overrides, work_folder, finished=True)
+    check_same_folder(own.hf, folder / "hf")
+
+
+def test_a_finished_run_that_another_process_changes_is_not_exported(get_run_pair):
+    _, later, _ = get_run_pair("align")
+    with RunLock(later.dir) as held:
+        held.acquire()
+        done = run_in_process("task=export", f"init_from={later.dir}", check=False)
+    assert done.returncode != 0 and "under way already" in " ".join(done.stderr.split()) and not later.hf.exists()
 
 
 def test_a_lost_manifest_does_not_prevent_the_export(get_run_pair):
