@@ -247,7 +247,20 @@ def test_the_whole_loss_and_its_gradients_equal_those_of_lavis():
     require_lavis(compute_step(0, 1), 0, 1)
 
 
-def test_the_whole_loss_on_two_ranks_equals_that_of_lavis(tmp_path):
-    results = run_ranks(Path(__file__).with_name("qformer_worker.py"), [str(tmp_path)], ["step"], tmp_path, 2, PATIENCE)
+@torch.no_grad()
+def compute_pairs(rows: slice) -> dict[str, float]:
+    """Compute ITC and ITM of some pairs of rank 0; two pairs in all have only one choice of negatives."""
+    model = make_model()
+    with Float64():
+        image, ids, mask = (value[rows] for value in make_batch(model))
+        losses = model.compute_losses(image, ids, mask)
+    return {"itc": float(losses.itc), "itm": float(losses.itm)}
+
+
+def test_the_loss_on_two_ranks_equals_that_of_lavis_and_one_pair_on_each_rank_that_of_two_pairs(tmp_path):
+    worker = Path(__file__).with_name("qformer_worker.py")
+    results = run_ranks(worker, [str(tmp_path)], ["step", "pair"], tmp_path, 2, PATIENCE)
     for rank, result in enumerate(results):
         require_lavis(result["step"], rank, 2)
+    means = {name: (results[0]["pair"][name] + results[1]["pair"][name]) / 2 for name in ("itc", "itm")}
+    assert means == pytest.approx(compute_pairs(slice(0, 2)), abs=TOLERANCE)
