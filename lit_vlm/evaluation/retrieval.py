@@ -7,13 +7,15 @@ candidates one score has recall 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_vlm.data.caption_pairs import PairBatch
 from lit_vlm.losses.contrastive import compute_query_similarities
 
 # Shapes: I images, J texts, Q queries of an image, E width of the shared features.
@@ -101,6 +103,41 @@ def compute_ranks(scores: Tensor, right: Tensor) -> Tensor:
     scores, right = scores[has_right], right[has_right]
     best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
     return 1 + ((scores >= best) & ~right).sum(1)
+
+
+@torch.no_grad()
+def evaluate_retrieval(
+    model: Any, batches: Iterable[PairBatch], *, num_candidates: int = 128, pairs_per_pass: int = 64
+) -> dict[str, float]:
+    """Evaluate retrieval among all pairs of some batches, by features alone and re-ranked by matching, on one process.
+
+    Pairs with equal texts count as right for each other.
+
+    Args:
+        model: `Blip2ForPretraining` or `BlipForPretraining`, in eval mode.
+        num_candidates: see `rerank_candidates`.
+        pairs_per_pass: pairs that are matched in one pass.
+
+    Returns:
+        The recalls of `compute_recalls`, 0 to 1, and the same with the prefix `reranked_`.
+    """
+    recall, parts = RetrievalRecall(), []
+    for batch in batches:
+        embeds, text_ids = model.encode_images(batch.pixel_values), batch.pair_ids[:, 1]
+        texts = model.compute_text_features(batch.input_ids, batch.attention_mask)
+        recall.update(model.compute_image_features(embeds), text_ids, texts, text_ids)
+        parts.append((embeds, batch.input_ids, batch.attention_mask, text_ids))
+    embeds, input_ids, mask, text_ids = (torch.cat(column) for column in zip(*parts, strict=True))
+
+    def score_pairs(images: Tensor, texts: Tensor) -> Tensor:
+        passes = zip(images.split(pairs_per_pass), texts.split(pairs_per_pass), strict=True)
+        return torch.cat([model.match(embeds[i], input_ids[j], mask[j])[:, 1] for i, j in passes])
+
+    similarities, matches = recall.compute_similarities(), text_ids[:, None] == text_ids[None]
+    by_image, by_text = rerank_candidates(similarities, score_pairs, num_candidates)
+    reranked = compute_recalls(by_image, matches, recall.cutoffs, text_similarities=by_text)
+    values = recall.compute() | {f"reranked_{name}": value for name, value in reranked.items()}
+    return {name: float(value) for name, value in values.items()}
 
 
 def rerank_candidates(similarities: Tensor, score_pairs: PairScorer, num_candidates: int) -> tuple[Tensor, Tensor]:

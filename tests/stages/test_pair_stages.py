@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from float64 import Float64
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import (
     AutoTokenizer,
@@ -24,6 +25,7 @@ from waiting import PATIENCE
 
 from lit_vlm.data.caption_pairs import CaptionDataModule, CaptionPairs, DistinctCaptions, PairCollator, StepBatches
 from lit_vlm.data.synthetic import BuiltinSource
+from lit_vlm.evaluation.retrieval import compute_recalls, evaluate_retrieval
 from lit_vlm.model.blip import build_blip
 from lit_vlm.model.qformer.build import build_blip2, load_blip2, load_caption_tokenizer, save_blip2, tokenize_captions
 from lit_vlm.model.qformer.generation import (
@@ -244,16 +246,42 @@ def test_gradient_accumulation_is_refused_by_name(text_encoder):
 @pytest.mark.slow
 def test_two_ranks_train_alike_and_gather_the_recalls(text_encoder, tmp_path):
     worker = Path(__file__).with_name("pair_stage_worker.py")
-    results = run_ranks(worker, [str(tmp_path), text_encoder], ["fit"], tmp_path, 2, PATIENCE)
+    results = run_ranks(worker, [str(tmp_path), text_encoder], ["fit", "blip"], tmp_path, 2, PATIENCE)
     first, second = (result["fit"] for result in results)
     assert first["weights"].keys() == second["weights"].keys()
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
     assert first["recalls"] == second["recalls"] and len(first["recalls"]) == 6
     model, tokenizer = build(text_encoder)
-    model.load_state_dict(first["weights"])
-    trainer = L.Trainer(accelerator="cpu", enable_checkpointing=False, **QUIET)
+    model.double().load_state_dict(first["weights"])
+    trainer = L.Trainer(accelerator="cpu", enable_checkpointing=False, precision="64-true", **QUIET)
     (alone,) = trainer.validate(RepresentStage(model), make_data(tokenizer), verbose=False)
     assert first["recalls"] == pytest.approx(alone)  # each held-out pair counts once, on one rank and on two
+    blip, other = (result["blip"] for result in results)  # with the momentum encoders and the queue
+    assert {"queue.images", "queue.position", "momentum.text_proj.weight"} <= blip.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in blip.items())
+
+
+@pytest.mark.parametrize("family", ["blip2", "blip"])
+def test_reranked_recalls_are_those_of_features_and_matching_together(text_encoder, family):
+    model, tokenizer = build(text_encoder) if family == "blip2" else build_blip_stage(text_encoder)
+    model = (model if family == "blip2" else model.model).eval()
+    source = DistinctCaptions(make_source("en", 200, hard=True), 12)
+    tokenize = functools.partial(tokenize_captions, tokenizer, max_tokens=20)
+    data = CaptionDataModule([source], [source], tokenize, image_size=SIZE, global_batch_size=8, num_steps=1)
+    with Float64(), torch.no_grad():  # without training, scores of different images differ by little more than rounding
+        model.double()
+        values = evaluate_retrieval(model, data.val_dataloader(), num_candidates=12, pairs_per_pass=5)
+        batch = PairCollator(tokenize)([data.held_out[number] for number in range(12)])
+        embeds = model.encode_images(batch.pixel_values)
+        images = model.compute_image_features(embeds).reshape(12, -1, 8)
+        similarities = (images @ model.compute_text_features(batch.input_ids, batch.attention_mask).T).amax(1)
+        rows = [embeds[number].expand(12, -1, -1) for number in range(12)]
+        scores = torch.stack([model.match(row, batch.input_ids, batch.attention_mask)[:, 1] for row in rows])
+    own = torch.eye(12).bool()
+    expected = compute_recalls(similarities, own) | {
+        f"reranked_{name}": value for name, value in compute_recalls(similarities + scores, own).items()
+    }
+    assert values == pytest.approx({name: float(value) for name, value in expected.items()})
 
 
 # ---- the second stage
