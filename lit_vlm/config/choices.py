@@ -28,6 +28,7 @@ class Task(Enum):
     serve = "serve"  # serve a finished model with an OpenAI-compatible interface
     evaluate = "evaluate"  # score a finished model, or an endpoint, on benchmarks with lmms-eval
     judge = "judge"  # have a model at an OpenAI-compatible endpoint judge a file of answers
+    curate = "curate"  # find duplicates, or rows of benchmarks, in the training data, and select the other records
 
 
 # Projector between the vision tower and the language model, from the registry.
@@ -163,6 +164,37 @@ class ScorerName(Enum):
 
     exact = "exact"  # compare with the reference answer by the metric of its kind: boxes, text lines, else exact match
     judge = "judge"  # score with prefer.judge
+
+
+class CurationMethod(Enum):
+    """Search of task=curate."""
+
+    duplicates = "duplicates"  # records that are there already
+    contamination = "contamination"  # records with the picture or the question of a benchmark
+
+
+class DuplicateKind(Enum):
+    """Records that are duplicates in task=curate."""
+
+    rows = "rows"  # the same pictures and the same turns; the same picture with other turns is only listed
+    pictures = "pictures"  # the same pictures, whatever the turns
+    texts = "texts"  # nearly the same turns with the same numbers, whatever the pictures
+
+
+class PictureMatch(Enum):
+    """Difference up to which two pictures are the same."""
+
+    bytes = "bytes"  # the same bytes
+    pixels = "pixels"  # the same decoded pixels
+    perceptual = "perceptual"  # the same view after re-encoding, resizing or a crop of 5 %, in the same colours
+
+
+class Certainty(Enum):
+    """Certainty that a record holds a row of a benchmark, from the surest on."""
+
+    certain = "certain"  # a picture with the same bytes or pixels
+    likely = "likely"  # a picture with the same view, or a long question
+    possible = "possible"  # a short question
 
 
 class JudgeKind(Enum):

@@ -37,6 +37,7 @@ NON_IDENTITY_KEYS = (
     "data.lock",
     "preflight",
     "prefer",
+    "curate",
     "serve",
     "benchmarks",
     "evaluate",

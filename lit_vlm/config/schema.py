@@ -16,9 +16,12 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.config.callbacks import list_default_callbacks
 from lit_vlm.config.choices import (
     ActivationCheckpointing,
+    Certainty,
     ContainerRuntime,
+    CurationMethod,
     DebugMode,
     DeviceName,
+    DuplicateKind,
     JudgeKind,
     LearningRateSchedule,
     MarkerMeaning,
@@ -27,6 +30,7 @@ from lit_vlm.config.choices import (
     OnNonfinite,
     OnOverlong,
     PairKind,
+    PictureMatch,
     ProjectorName,
     ScorerName,
     StageName,
@@ -133,6 +137,7 @@ class SourceConfig:
     fraction: float | None = ranged(
         None, SHARE_ABOVE_0
     )  # use only this share of the records, chosen by digest; null: all
+    selection: str | None = None  # use only the records of this file, which task=curate writes; null: all
     max_tiles: int | None = ranged(
         None, COUNT_OR_ZERO
     )  # maximum tiles of an image besides its base view; 0: only the base view; null: the model's maximum
@@ -450,6 +455,24 @@ class PreferConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CurateConfig:
+    """Settings of task=curate: find records of data.sources that should not be trained on, and select the others."""
+
+    method: CurationMethod = CurationMethod.duplicates
+    output: str | None = None  # folder of selections, lists and page; null: <run folder>/<method>
+    duplicates: DuplicateKind = DuplicateKind.rows  # method=duplicates: which records are duplicates
+    pictures: PictureMatch = PictureMatch.perceptual  # how far two pictures may differ and still be the same
+    min_similarity: float = ranged(
+        0.8, SHARE_ABOVE_0
+    )  # duplicates=texts: estimated Jaccard similarity of two texts from which they are duplicates
+    min_overlap: float = ranged(
+        0.8, SHARE_ABOVE_0
+    )  # method=contamination: share of a benchmark question's n-grams that a record must contain
+    min_certainty: Certainty = Certainty.likely  # method=contamination: leave out records that are at least so sure
+    num_shown: int = ranged(24, COUNT_OR_ZERO)  # examples on the page, of each result
+
+
+@dataclass(kw_only=True, slots=True)
 class TrialsConfig:
     """Execution of the trials of task=sweep."""
 
@@ -587,10 +610,11 @@ class RunConfig:
     debug: DebugMode | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
+    curate: CurateConfig = field(default_factory=CurateConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     benchmarks: list[str] = field(
         default_factory=list
-    )  # task=evaluate: benchmarks, or tasks of lmms-eval; training with evaluate.every_steps: benchmarks without a judge
+    )  # task=evaluate: benchmarks, or tasks of lmms-eval; training with evaluate.every_steps: benchmarks without a judge; task=curate
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml

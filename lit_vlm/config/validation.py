@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from lit_vlm.config.callbacks import find_callback_errors
-from lit_vlm.config.choices import Format, Markup, ScorerName, StageName, StrategyName, Task, WeightUnit
+from lit_vlm.config.choices import CurationMethod, Format, Markup, ScorerName, StageName, StrategyName, Task, WeightUnit
 from lit_vlm.config.evaluate_validation import find_training_benchmark_errors
 from lit_vlm.config.mapping import find_mapping_errors
 from lit_vlm.config.schema import (
@@ -29,6 +29,7 @@ from lit_vlm.config.stage_validation import (
     find_unused_stage_settings,
 )
 from lit_vlm.config.user_classes import is_class_path
+from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.model.projectors import PROJECTORS, list_exportable_projectors
 from lit_vlm.types import ModelPart, SampleKind, find_nearest, format_suggestion
 
@@ -61,11 +62,11 @@ MANAGED_TRAINER_ARGUMENTS = {
 
 def find_other_task_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each setting that only another task reads: the run would do something else."""
-    stage_tasks = (Task.train, Task.pipeline, Task.prepare, Task.preflight, Task.submit, Task.sweep)
+    benchmark_tasks = (Task.train, Task.pipeline, Task.prepare, Task.preflight, Task.submit, Task.sweep, Task.curate)
     for key, value, task in (
         ("sweep", config.sweep, Task.sweep),
         ("sync", config.sync, Task.sync),
-        ("benchmarks", config.benchmarks and config.task not in stage_tasks, Task.evaluate),
+        ("benchmarks", config.benchmarks and config.task not in benchmark_tasks, Task.evaluate),
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
         ("submit.dry_run", config.submit.dry_run, Task.submit),
         ("judge.answers", config.judge.answers, Task.judge),
@@ -328,6 +329,22 @@ def find_prefer_errors(config: RunConfig) -> Iterator[str]:
         yield f"prefer.judge: is asked with prefer.scorer=judge only, and the scorer is {prefer.scorer.value}."
 
 
+def find_curate_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of task=curate."""
+    curate = config.curate
+    if not config.data.sources:
+        yield "data.sources: is empty; task=curate reads the sources of a mixture, e.g. data=own with data.sources."
+    if curate.method is CurationMethod.contamination:
+        if config.evaluate.files is None:
+            yield "evaluate.files is not set: curate.method=contamination reads benchmarks from local files, <files>/<benchmark>/."
+        for name in config.benchmarks:
+            if name not in BENCHMARKS:
+                suggestion = format_suggestion(find_nearest(name, BENCHMARKS))
+                yield f"benchmarks: there is no {name}; there are {', '.join(BENCHMARKS)}.{suggestion}"
+    elif config.benchmarks:
+        yield f"benchmarks: is read with curate.method=contamination only, and the method is {curate.method.value}."
+
+
 def find_exam_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each missing or unusable setting of task=exam."""
     if config.init_from is None:
@@ -390,4 +407,5 @@ STAGE_CHECKS = (
     find_training_benchmark_errors,
     _find_checkpoint_errors,
 )
+CURATE_CHECKS = (find_curate_errors, _find_data_errors)
 PREFER_CHECKS = (find_prefer_errors, _find_data_errors, _find_prefer_data_errors)

@@ -1,1 +1,1 @@
-"""Curation of training data with a model: preference pairs."""
+"""Curation of training data: which records of a mixture stay, found without a model."""

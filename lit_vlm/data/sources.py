@@ -10,7 +10,9 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lit_vlm.config.choices import Format, MarkerMeaning, Markup
 from lit_vlm.config.schema import SourceConfig
@@ -33,6 +35,7 @@ from lit_vlm.data.readers.record_files import (
 )
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import get_file_identity
+from lit_vlm.data.selection import apply_selection
 from lit_vlm.data.subsets import SourceSubset, TileLimitedSource
 from lit_vlm.formatting import format_count
 from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError, find_nearest, format_suggestion
@@ -53,12 +56,20 @@ class FileSource:
         settings: reader settings.
         limit: read only the first `limit` rows; None: all.
         digest: of the files and the reader settings.
+        files_digest: of the files alone.
     """
 
     def __init__(
-        self, name: str, rows: Rows, read: RecordReader, settings: ReaderSettings, limit: int | None, digest: str
+        self,
+        name: str,
+        rows: Rows,
+        read: RecordReader,
+        settings: ReaderSettings,
+        limit: int | None,
+        digest: str,
+        files_digest: str,
     ) -> None:
-        self.name, self.digest = name, digest
+        self.name, self.digest, self.files_digest = name, digest, files_digest
         self._rows, self._read, self._settings = rows, read, settings
         self._length = len(rows) if limit is None else min(limit, len(rows))
 
@@ -89,6 +100,12 @@ class FileSource:
         self._rows.update_hash(hasher, start, stop)
         return hasher.hexdigest()
 
+    def compute_rows_digest(self) -> str:
+        """Compute the digest of the content of all records, whatever settings they are read with."""
+        hasher = hashlib.sha256()
+        self._rows.update_hash(hasher, 0, self._length)
+        return hasher.hexdigest()
+
 
 def open_source(
     name: str,
@@ -115,9 +132,16 @@ def open_source(
         raise UserError(f"data.sources.{name}.num_samples={config.num_samples}: at least 1 is needed, or null for all.")
     if config.fraction is not None and not 0 < config.fraction <= 1:
         raise UserError(f"data.sources.{name}.fraction={config.fraction}: above 0 and at most 1, or null for all.")
+    if config.selection is not None:
+        setting = f"data.sources.{name}.selection"
+        path = resolve_source_path(name, "selection", config.selection)
+        options: dict[str, Any] = {"max_image_pixels": max_image_pixels, "seed": seed, "held_out": held_out}
+        whole = open_source(name, choose_all_records(config), **options, cache=cache)
+        limit = None if config.fraction is not None or config.format == Format.builtin else config.num_samples
+        source = apply_selection(whole, path, setting, limit)
+        return _apply_fraction(name, config, source)
     kind = _parse_kind(name, config.kind)
     split = config.split or (None if held_out else "train")  # the split that records may name
-    source: Source
     if is_class_path(config.format):
         settings = _build_settings(name, config, kind, max_image_pixels, config.format, Path(config.path or "."), split)
         source = open_own_source(name, config, settings)
@@ -127,6 +151,16 @@ def open_source(
         source = _open_mapped(name, config, kind, max_image_pixels, split)
     else:
         source = _open_files(name, config, kind, max_image_pixels, split, cache)
+    return _apply_fraction(name, config, source)
+
+
+def choose_all_records(config: SourceConfig) -> SourceConfig:
+    """Return the settings of the same source with all of its records: no selection, fraction or number of samples."""
+    num_samples = config.num_samples if config.format == Format.builtin else None  # there it says how many to make
+    return replace(config, selection=None, fraction=None, num_samples=num_samples)
+
+
+def _apply_fraction(name: str, config: SourceConfig, source: Source) -> Source:
     if config.fraction is None:
         return source
     share = SourceSubset(source, config.fraction, config.num_samples)
@@ -163,8 +197,10 @@ def _open_files(
         source_format = "webdataset" if archive else detect_format(name, rows, columns)
     settings = _build_settings(name, config, kind, max_image_pixels, source_format, root, split)
     limit = config.num_samples if config.fraction is None else None  # else it limits the selected records
-    digest = _compute_digest(list_identity_files(files), settings, limit)
-    return FileSource(name, rows, READERS[source_format], settings, limit, digest)
+    identities = list(map(get_file_identity, list_identity_files(files)))
+    digest = _compute_digest(identities, settings, limit)
+    files_digest = hashlib.sha256(json.dumps(identities).encode()).hexdigest()
+    return FileSource(name, rows, READERS[source_format], settings, limit, digest, files_digest)
 
 
 def _open_rows(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, list[Path], Path]:
@@ -305,6 +341,6 @@ def _dump_reader_settings(settings: ReaderSettings) -> str:
     return json.dumps([_READER_VERSION, settings.describe()], sort_keys=True, default=str)
 
 
-def _compute_digest(files: Sequence[Path], settings: ReaderSettings, limit: int | None) -> str:
-    read = [list(map(get_file_identity, files)), _dump_reader_settings(settings), limit]
+def _compute_digest(files: Sequence[tuple[str, int, int]], settings: ReaderSettings, limit: int | None) -> str:
+    read = [files, _dump_reader_settings(settings), limit]
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()

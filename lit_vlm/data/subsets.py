@@ -1,4 +1,4 @@
-"""Subsets of a source of any format: a fraction of its records, or all records with a lower tile limit."""
+"""Subsets of a source of any format: some of its records, or all records with a lower tile limit."""
 
 from __future__ import annotations
 
@@ -11,25 +11,17 @@ import numpy as np
 from lit_vlm.types import Record, Source
 
 
-class SourceSubset:
-    """Subset of a source's records: a pseudo-random fraction.
-
-    The choice depends on the source's name and a record's position alone. So a selected record stays selected when
-    records are appended.
+class PositionSubset:
+    """Subset of a source's records, by their positions.
 
     Args:
-        fraction: above 0, at most 1.
-        limit: maximum number of records; the first of the selected ones are used.
+        positions: [n], ascending.
+        digest: of the source and of the choice.
     """
 
-    def __init__(self, source: Source, fraction: float, limit: int | None = None) -> None:
-        self.name, self._source, self._fraction, self._limit = source.name, source, fraction, limit
-        parts = (source.digest, source.name, fraction, limit)
-        self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()
-        self._positions = choose_positions(source.name, len(source), fraction)[:limit]
-
-    def __reduce__(self):  # computing the positions again is faster than sending them to a worker
-        return SourceSubset, (self._source, self._fraction, self._limit)
+    def __init__(self, source: Source, positions: np.ndarray, digest: str) -> None:
+        self.name, self.digest = source.name, digest
+        self._source, self._positions = source, positions
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -48,6 +40,26 @@ class SourceSubset:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return int(self._positions[index])
+
+
+class SourceSubset(PositionSubset):
+    """Subset of a source's records: a pseudo-random fraction.
+
+    The choice depends on the source's name and a record's position alone. So a selected record stays selected when
+    records are appended.
+
+    Args:
+        fraction: above 0, at most 1.
+        limit: maximum number of records; the first of the selected ones are used.
+    """
+
+    def __init__(self, source: Source, fraction: float, limit: int | None = None) -> None:
+        digest = hashlib.sha256(repr((source.digest, source.name, fraction, limit)).encode()).hexdigest()
+        super().__init__(source, choose_positions(source.name, len(source), fraction)[:limit], digest)
+        self._fraction, self._limit = fraction, limit
+
+    def __reduce__(self):  # computing the positions again is faster than sending them to a worker
+        return SourceSubset, (self._source, self._fraction, self._limit)
 
 
 class TileLimitedSource:

@@ -172,6 +172,35 @@ def format_bad_rows(name: str, bad_rows: Sequence[BadRow]) -> str:
     )
 
 
+class BenchmarkRows:
+    """Rows of a benchmark by number, in the form that its task reads.
+
+    Raises:
+        UserError: a column is missing.
+    """
+
+    def __init__(self, name: str, benchmark: Benchmark, rows: Rows, image_root: Path | None, max_pixels: int) -> None:
+        self._rows, self._reader = rows, _RowReader(name, benchmark, rows, image_root, max_pixels)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get_origin(self, number: int) -> str:
+        """Return the file and position of a row."""
+        return self._rows.get_origin(number)
+
+    def read(self, number: int) -> Row:
+        """Read a row: column -> value; an image is {bytes, path}.
+
+        Raises:
+            RecordError: the row cannot be used.
+        """
+        try:
+            return self._reader.convert(number)
+        except _BadValueError as error:
+            raise RecordError(self.get_origin(number), str(error)) from error
+
+
 class _RowReader:
     """Reader of a benchmark's rows in the form that its task reads."""
 

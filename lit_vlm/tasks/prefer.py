@@ -15,13 +15,20 @@ from rich.table import Table
 from lit_vlm.config import Run
 from lit_vlm.config.choices import ScorerName
 from lit_vlm.config.schema import PreferConfig, ValidationConfig
-from lit_vlm.curation.answer_log import IMAGES, AnswerLog, find_template_day, get_log_folder
-from lit_vlm.curation.generator import PAIR, PairGenerator, PairImages, find_image_root, get_sample_key, summarize_lines
-from lit_vlm.curation.scorers import ExactScorer, ModelJudge, Scorer, load_custom_scorer
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
 from lit_vlm.formatting import format_count
+from lit_vlm.preferences.answer_log import IMAGES, AnswerLog, find_template_day, get_log_folder
+from lit_vlm.preferences.generator import (
+    PAIR,
+    PairGenerator,
+    PairImages,
+    find_image_root,
+    get_sample_key,
+    summarize_lines,
+)
+from lit_vlm.preferences.scorers import ExactScorer, ModelJudge, Scorer, load_custom_scorer
 from lit_vlm.runs.run_folder import compute_model_digest, compute_sources_digest, require_finished_parent, to_plain
 from lit_vlm.tasks.mixture_lock import get_template_date
 from lit_vlm.tasks.open_run import RunPlace, open_sources

@@ -12,9 +12,9 @@ from run_helpers import make_llava_record, run, write_records
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.choices import Format, Markup
 from lit_vlm.config.schema import SourceConfig
-from lit_vlm.curation import generator
-from lit_vlm.curation.answer_log import AnswerLog
 from lit_vlm.data.sources import open_source
+from lit_vlm.preferences import generator
+from lit_vlm.preferences.answer_log import AnswerLog
 from lit_vlm.tasks.prefer import generate_preferences
 from lit_vlm.types import ControlToken, Language, SampleKind, UserError
 

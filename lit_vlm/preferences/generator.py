@@ -15,7 +15,14 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.config.choices import PairKind
 from lit_vlm.config.schema import PreferConfig
-from lit_vlm.curation.pairs import (
+from lit_vlm.data.index.sample_index import SampleIndex
+from lit_vlm.data.lazy_images import EncodedImage, FileImage, resolve_image_path
+from lit_vlm.data.processor import Processor
+from lit_vlm.data.staging import resolve_original_path
+from lit_vlm.evaluation.generation import Completion, batch_by_length, sample_answers
+from lit_vlm.files import atomic_write
+from lit_vlm.model.generate import SamplingParams
+from lit_vlm.preferences.pairs import (
     AnswerOrigin,
     AnswerPair,
     AnswerState,
@@ -25,14 +32,7 @@ from lit_vlm.curation.pairs import (
     choose_response_pair,
     remove_control_token,
 )
-from lit_vlm.curation.scorers import Scorer, compute_grades
-from lit_vlm.data.index.sample_index import SampleIndex
-from lit_vlm.data.lazy_images import EncodedImage, FileImage, resolve_image_path
-from lit_vlm.data.processor import Processor
-from lit_vlm.data.staging import resolve_original_path
-from lit_vlm.evaluation.generation import Completion, batch_by_length, sample_answers
-from lit_vlm.files import atomic_write
-from lit_vlm.model.generate import SamplingParams
+from lit_vlm.preferences.scorers import Scorer, compute_grades
 from lit_vlm.types import ContentPart, ControlToken, ImagePlaceholder, LazyImage, Message, Role, Sample
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from lit_vlm.curation.pairs import (
+from lit_vlm.data.markup import build_object_mention
+from lit_vlm.preferences.pairs import (
     AnswerOrigin,
     AnswerPair,
     AnswerState,
@@ -12,7 +13,6 @@ from lit_vlm.curation.pairs import (
     choose_response_pair,
     remove_control_token,
 )
-from lit_vlm.data.markup import build_object_mention
 from lit_vlm.types import Box, ControlToken, ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 BOXES = build_object_mention("별", Box(0.1, 0.1, 0.5, 0.5))

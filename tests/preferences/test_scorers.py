@@ -3,8 +3,8 @@
 import pytest
 from support import builtin, sample
 
-from lit_vlm.curation import scorers
-from lit_vlm.curation.scorers import (
+from lit_vlm.preferences import scorers
+from lit_vlm.preferences.scorers import (
     ExactScorer,
     ModelJudge,
     build_judge_sample,
@@ -92,7 +92,7 @@ def test_a_class_that_returns_invalid_grades_gets_an_error_with_the_valid_ones(g
     [
         ("nowhere.Judge", "cannot be imported"),
         ("json.JSONDecoder", "is not a class with a method grade"),
-        ("lit_vlm.curation.scorers.ModelJudge", "cannot be made without arguments"),
+        ("lit_vlm.preferences.scorers.ModelJudge", "cannot be made without arguments"),
     ],
 )
 def test_a_class_that_cannot_judge_is_refused(path, message):

@@ -10,11 +10,11 @@ from support import picture
 
 from lit_vlm.config.choices import Format
 from lit_vlm.config.schema import SourceConfig
-from lit_vlm.curation.generator import PairImages, build_pair_row, find_image_root
-from lit_vlm.curation.pairs import AnswerOrigin, AnswerPair, AnswerState, CandidateAnswer
 from lit_vlm.data.lazy_images import BytesImage, FileImage
 from lit_vlm.data.markup import build_object_mention
 from lit_vlm.data.sources import open_source
+from lit_vlm.preferences.generator import PairImages, build_pair_row, find_image_root
+from lit_vlm.preferences.pairs import AnswerOrigin, AnswerPair, AnswerState, CandidateAnswer
 from lit_vlm.types import Box, ControlToken, ImagePlaceholder, Language, Message, RecordError, Role, Sample, SampleKind
 
 MINE = SourceConfig(format=Format.preference, kind="preference")  # as conf/data/preference.yaml

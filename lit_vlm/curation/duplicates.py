@@ -1,0 +1,209 @@
+"""Duplicates in a mixture: the first record of each group stays, in the order of the sources.
+
+A duplicate record has the same pictures and the same turns as a record that stays. Two pictures are the same by their bytes,
+their pixels, or their view. A record is only compared with records that stay, so a chain of small changes removes nothing
+that differs from what is left.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from lit_vlm.config.choices import DuplicateKind, PictureMatch
+from lit_vlm.curation.features import Features
+from lit_vlm.curation.matching import match_pictures, match_texts
+from lit_vlm.curation.picture_hashes import find_same_views
+from lit_vlm.curation.text_hashes import estimate_similarities
+
+
+class Evidence(StrEnum):
+    """Evidence that two records are the same, from the surest on."""
+
+    text = "text"  # the same turns, without a picture
+    bytes = "bytes"  # the pictures have the same bytes
+    pixels = "pixels"  # the pictures have the same pixels
+    view = "view"  # the pictures show the same view
+    similar_text = "similar_text"  # the turns are nearly the same
+
+
+_ORDER = tuple(Evidence)
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Record that another record, which stays, makes needless.
+
+    Attributes:
+        record, kept: numbers of the two records.
+        similarity: estimated Jaccard similarity of the turns; 1 if they are equal.
+    """
+
+    record: int
+    kept: int
+    evidence: Evidence
+    similarity: float = 1.0
+
+
+@dataclass(slots=True)
+class PictureGroups:
+    """Pictures by what they show.
+
+    Attributes:
+        contents, pixels: number of the first picture with the same bytes, and with the same pixels, [N].
+        neighbours: for the number of a first picture, those of other first pictures with the same view.
+        num_full_buckets: see `Matches`.
+    """
+
+    contents: np.ndarray
+    pixels: np.ndarray
+    neighbours: dict[int, list[int]]
+    num_full_buckets: int
+
+    def list_same(self, picture: int) -> list[int]:
+        """List the first pictures that are the same as a picture, its own first."""
+        first = int(self.pixels[picture])
+        return [first, *self.neighbours.get(first, ())]
+
+    def compare(self, first: int, second: int) -> Evidence | None:
+        """Compare two pictures; None: they differ."""
+        if self.contents[first] == self.contents[second]:
+            return Evidence.bytes
+        one, other = int(self.pixels[first]), int(self.pixels[second])
+        if one == other:
+            return Evidence.pixels
+        return Evidence.view if other in self.neighbours.get(one, ()) else None
+
+
+def group_pictures(features: Features, match: PictureMatch) -> PictureGroups:
+    """Group all pictures of the records by bytes, pixels and view, as far as `match` asks."""
+    contents = find_first(features.images["content"])
+    if match is PictureMatch.bytes:
+        return PictureGroups(contents, contents, {}, 0)
+    pixels = find_first(features.images["pixels"])
+    if match is PictureMatch.pixels:
+        return PictureGroups(contents, pixels, {}, 0)
+    firsts = np.unique(pixels)
+    pairs = match_pictures(features.images["views"][firsts], features.images["brightness"][firsts])
+    first, second = confirm_views(features, firsts[pairs.first], firsts[pairs.second])
+    neighbours = defaultdict[int, list[int]](list)
+    for one, other in zip(first.tolist(), second.tolist(), strict=True):
+        neighbours[one].append(other)
+        neighbours[other].append(one)
+    return PictureGroups(contents, pixels, dict(neighbours), pairs.num_full_buckets)
+
+
+def confirm_views(features: Features, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Confirm candidate pairs of pictures by their thumbnails. Returns the pairs that show the same view."""
+    kept: list[np.ndarray] = [np.zeros(0, bool)]
+    for start in range(0, len(first), 1 << 14):
+        part = slice(start, start + (1 << 14))
+        kept.append(find_same_views(features.read_thumbnails(first[part]), features.read_thumbnails(second[part])))
+    same = np.concatenate(kept)
+    return first[same], second[same]
+
+
+def find_first(digests: np.ndarray) -> np.ndarray:
+    """Find the number of the first equal digest for each one: [N] int64 of [N, 2] uint64."""
+    view = np.ascontiguousarray(digests).view([("a", "u8"), ("b", "u8")]).ravel()
+    _, first, inverse = np.unique(view, return_index=True, return_inverse=True)
+    return first[inverse.ravel()].astype(np.int64)
+
+
+def find_duplicates(
+    features: Features, groups: PictureGroups, kind: DuplicateKind, min_similarity: float, is_out: np.ndarray
+) -> list[Duplicate]:
+    """Find the duplicates among the records, in their order.
+
+    Args:
+        is_out: records that an earlier selection leaves out already, [R] bool; they take no part.
+    """
+    usable = (features.rows["is_bad"] == 0) & ~is_out
+    if kind is DuplicateKind.texts:
+        return _find_similar_texts(features, np.flatnonzero(usable), min_similarity)
+    return list(_find_same_records(features, groups, np.flatnonzero(usable), with_turns=kind is DuplicateKind.rows))
+
+
+def _find_same_records(
+    features: Features, groups: PictureGroups, records: np.ndarray, *, with_turns: bool
+) -> Iterator[Duplicate]:
+    texts, counts, firsts = features.rows["text"].tolist(), features.rows["num_images"].tolist(), features.first_images
+    kept: dict[tuple[int, int, int], list[int]] = {}  # (text, number of pictures, first picture) -> records that stay
+    for record in records.tolist():
+        count, text = counts[record], texts[record] if with_turns else 0
+        if count == 0 and not with_turns:
+            continue
+        first = int(firsts[record])
+        same = groups.list_same(first) if count else [-1]
+        best: Duplicate | None = None
+        for picture in same:
+            for other in kept.get((text, count, picture), ()):
+                evidence = _compare_pictures(groups, count, first, int(firsts[other]))
+                if evidence and (best is None or _ORDER.index(evidence) < _ORDER.index(best.evidence)):
+                    best = Duplicate(record, other, evidence)
+        if best:
+            yield best
+        else:
+            kept.setdefault((text, count, same[0]), []).append(record)
+
+
+def _compare_pictures(groups: PictureGroups, count: int, first: int, second: int) -> Evidence | None:
+    """Compare the pictures of two records one by one. Returns the weakest evidence; None if a pair differs."""
+    found = [groups.compare(first + number, second + number) for number in range(count)]
+    if None in found:
+        return None
+    return max((one for one in found if one), key=_ORDER.index, default=Evidence.text)
+
+
+def _find_similar_texts(features: Features, records: np.ndarray, min_similarity: float) -> list[Duplicate]:
+    """Find records whose turns are nearly those of a record that stays; equal turns count first."""
+    rows = features.rows
+    _, first, inverse = np.unique(rows["text"][records], return_index=True, return_inverse=True)
+    equal = {
+        int(records[n]): int(records[first[group]]) for n, group in enumerate(inverse.ravel()) if first[group] != n
+    }
+    unique = records[np.sort(first)]
+    unique = unique[rows["num_shingles"][unique] > 0]
+    pairs = match_texts(rows["signature"][unique], rows["numbers"][unique], min_similarity)
+    earlier = defaultdict[int, list[int]](list)
+    for one, other in zip(unique[pairs.first].tolist(), unique[pairs.second].tolist(), strict=True):
+        earlier[other].append(one)
+    kept_for: dict[int, int] = {}
+    for record in sorted(earlier):
+        kept = next((one for one in sorted(earlier[record]) if one not in kept_for), None)
+        if kept is not None:
+            kept_for[record] = kept
+    found = []
+    for record in sorted({*equal, *kept_for}):
+        if record in kept_for:
+            kept, evidence = kept_for[record], Evidence.similar_text
+        else:
+            kept, evidence = kept_for.get(equal[record], equal[record]), Evidence.text
+        signatures = rows["signature"][[record]], rows["signature"][[kept]]
+        found.append(Duplicate(record, kept, evidence, float(estimate_similarities(*signatures)[0])))
+    return found
+
+
+def list_shared_pictures(features: Features, groups: PictureGroups, left_out: Sequence[int]) -> list[list[int]]:
+    """List the groups of records that stay and share a picture; their turns differ, so none of them is a duplicate record.
+
+    A group is named by the first of its pictures; a record with several pictures may be in several groups.
+    """
+    out = set(left_out)
+    records = defaultdict[int, list[int]](list)
+    for record in np.flatnonzero(features.rows["num_images"] > 0).tolist():
+        if record in out:
+            continue
+        for picture in range(
+            int(features.first_images[record]),
+            int(features.first_images[record]) + int(features.rows["num_images"][record]),
+        ):
+            same = groups.list_same(picture)
+            key = next((one for one in same if one in records), same[0])
+            if not records[key] or records[key][-1] != record:
+                records[key].append(record)
+    return [group for group in records.values() if len(group) > 1]

@@ -1,0 +1,271 @@
+"""Features of records for curation: digests and hashes of texts and pictures, computed once in parallel and kept on disk.
+
+Each shard of a source is a pair of files in the index folder, named by a hash of the content of its records and of the version of
+the features. So an interrupted pass resumes with the shard at which it stopped, another pass finds the features again, and features
+of another version are not read. A picture file that changed since is hashed again (its size and modification time are kept).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lit_vlm.curation.picture_hashes import HASH_VERSION, NUM_VIEWS, THUMBNAIL_SIDE, PictureHash, hash_picture
+from lit_vlm.curation.text_hashes import (
+    NUM_PERMUTATIONS,
+    TEXT_VERSION,
+    compute_signatures,
+    hash_numbers,
+    hash_shingles,
+    hash_text,
+    iterate_shingles,
+    join_turns,
+    list_messages,
+)
+from lit_vlm.data.index.build import map_parallel
+from lit_vlm.data.index.fingerprint import compute_stamp
+from lit_vlm.data.index.shard_cache import ShardRange, get_origin, hash_parts, list_shard_ranges, lock_source
+from lit_vlm.data.lazy_images import hash_pixels
+from lit_vlm.files import atomic_write
+from lit_vlm.types import LazyImage, Record, RecordError, Source
+
+FEATURES_FOLDER = "curation"  # in the index folder
+ROW = np.dtype(
+    [
+        ("stamp", "u8"),  # of its picture files
+        ("is_bad", "u1"),  # cannot be read
+        ("text", "u8"),  # digest of the normalised turns
+        ("numbers", "u8"),  # digest of their numbers
+        ("num_shingles", "u4"),
+        ("num_images", "u4"),
+        ("signature", "u4", NUM_PERMUTATIONS),
+    ]
+)
+IMAGE = np.dtype(
+    [
+        ("content", "u8", 2),  # digest of the encoded bytes
+        ("pixels", "u8", 2),  # digest of size and pixels
+        ("views", "u8", NUM_VIEWS),
+        ("brightness", "f4"),  # mean level
+        ("thumbnail", "u1", (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)),
+    ]
+)
+IMAGE_FIELDS = ("content", "pixels", "views", "brightness")  # read into memory; thumbnails stay on disk
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(slots=True)
+class Features:
+    """Features of the records of several sources, in their order.
+
+    Attributes:
+        source_ids, positions: source of each record, and its position there, [R].
+        rows: [R] of ROW.
+        first_images: number of the first picture of each record, [R]; those of one record follow each other.
+        images: pictures of all records: field -> [N, ...].
+        thumbnails: [n, S, S, 3] of each shard, on disk, in the order of the pictures.
+        errors: (source name, error) of the records that cannot be read; they are never left out by a pass.
+    """
+
+    source_ids: np.ndarray
+    positions: np.ndarray
+    rows: np.ndarray
+    first_images: np.ndarray
+    images: dict[str, np.ndarray]
+    thumbnails: list[np.ndarray]
+    errors: list[tuple[str, str]]
+
+    def read_thumbnails(self, numbers: np.ndarray) -> np.ndarray:
+        """Read the thumbnails of pictures: [n, S, S, 3] uint8."""
+        ends = np.cumsum([len(part) for part in self.thumbnails])
+        result = np.empty((len(numbers), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8)
+        parts = np.searchsorted(ends, numbers, side="right")
+        for part in np.unique(parts):
+            chosen = parts == part
+            result[chosen] = self.thumbnails[part][numbers[chosen] - (ends[part - 1] if part else 0)]
+        return result
+
+
+@dataclass(slots=True)
+class ShardFeatures:
+    """Features of one shard: records, pictures, and the messages of records that cannot be read by their position."""
+
+    rows: np.ndarray
+    images: np.ndarray
+    errors: dict[int, str]
+
+
+class FeatureStore:
+    """Store of the features of shards.
+
+    Args:
+        folder: index folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / FEATURES_FOLDER
+
+    def read(self, shard: ShardRange) -> tuple[np.ndarray, np.ndarray] | None:
+        """Read the rows and the pictures of a shard; the pictures stay on disk. None: not there, or of another version."""
+        rows_path, images_path = self._get_paths(shard)
+        try:
+            rows, images = np.load(rows_path), np.load(images_path, mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            return None
+        if rows.dtype != ROW or images.dtype != IMAGE or len(rows) != len(shard):
+            return None
+        return (rows, images) if int(rows["num_images"].sum()) == len(images) else None
+
+    def write(self, shard: ShardRange, features: ShardFeatures) -> None:
+        """Write the features of a shard; the rows come last, so that a pair of files is complete."""
+        rows_path, images_path = self._get_paths(shard)
+        for path, values in ((images_path, features.images), (rows_path, features.rows)):
+            with atomic_write(path) as draft, draft.open("wb") as stream:
+                np.save(stream, values, allow_pickle=False)
+
+    def _get_paths(self, shard: ShardRange) -> tuple[Path, Path]:
+        key = hash_parts("curation", HASH_VERSION, TEXT_VERSION, shard.content_key)
+        return self.folder / f"{key}.rows.npy", self.folder / f"{key}.images.npy"
+
+
+def compute_features(
+    sources: Sequence[Source], index_dir: Path, *, workers: int, on_progress: OnProgress | None = None
+) -> Features:
+    """Compute the features of all records, or read those that are there.
+
+    Args:
+        index_dir: folder of the store.
+        workers: processes that read and decode.
+        on_progress: called after each shard.
+    """
+    store, parts = FeatureStore(index_dir), dict[tuple[int, int], dict[int, str]]()
+    all_shards: list[ShardRange] = []
+    for source_id, source in enumerate(sources):
+        with lock_source(source, index_dir, FEATURES_FOLDER):
+            shards, done = list_shard_ranges(source_id, source, index_dir), 0
+            for shard, errors in map_parallel(partial(_update_shard, sources, store), shards, workers):
+                parts[source_id, shard.start] = errors
+                done += len(shard)
+                if on_progress:
+                    on_progress(source.name, done, len(source))
+        all_shards += shards
+    return _join_shards(sources, store, all_shards, parts)
+
+
+def _update_shard(sources: Sequence[Source], store: FeatureStore, shard: ShardRange) -> dict[int, str]:
+    """Bring the features of a shard up to date. Returns the messages of records that cannot be read."""
+    source, known = sources[shard.source_id], store.read(shard)
+    features = extract_features(source, range(shard.start, shard.stop), known)
+    if known is None or not np.array_equal(known[0], features.rows):
+        store.write(shard, features)
+    return features.errors
+
+
+def extract_features(
+    source: Source, positions: Sequence[int], known: tuple[np.ndarray, np.ndarray] | None = None
+) -> ShardFeatures:
+    """Extract the features of records.
+
+    Args:
+        known: rows and pictures that were extracted before; those of unchanged files are taken over.
+    """
+    rows, images, shingles, errors = np.zeros(len(positions), ROW), list[np.ndarray](), list[np.ndarray](), {}
+    hashed: dict[bytes, PictureHash] = {}  # by content: a picture with several conversations is decoded once
+    ends = np.cumsum(known[0]["num_images"]) if known else None
+    for number, position in enumerate(positions):
+        shingles.append(np.zeros(0, np.uint64))
+        try:
+            record = source[position]
+            rows[number]["stamp"] = compute_stamp(record)
+            if known and ends is not None and _is_current(known[0][number], rows[number]):
+                rows[number] = known[0][number]
+                images.append(np.array(known[1][ends[number] - rows[number]["num_images"] : ends[number]]))
+                continue
+            found = hash_images(record, hashed)
+        except RecordError as error:
+            rows[number]["is_bad"] = 1
+            errors[number] = str(error)
+            continue
+        shingles[number] = fill_text(rows[number], record)
+        rows[number]["num_images"] = len(found)
+        images.append(found)
+    fresh = [number for number, hashes in enumerate(shingles) if len(hashes)]
+    rows["signature"][fresh] = compute_signatures([shingles[number] for number in fresh])
+    return ShardFeatures(rows, np.concatenate([np.zeros(0, IMAGE), *images]), errors)
+
+
+def _is_current(known: np.void, row: np.void) -> bool:
+    return known["stamp"] == row["stamp"] and not known["is_bad"]
+
+
+def fill_text(row: np.void, record: Record) -> np.ndarray:
+    """Fill in the digests of a record's text. Returns the hashes of its shingles."""
+    turns = join_turns(list_messages(record))
+    plain = " ".join(message.text for message in list_messages(record))
+    row["text"], row["numbers"] = hash_text(turns), hash_numbers(plain)
+    hashes = hash_shingles(iterate_shingles(plain))
+    row["num_shingles"] = len(hashes)
+    return hashes
+
+
+def hash_images(record: Record, hashed: dict[bytes, PictureHash]) -> np.ndarray:
+    """Hash the pictures of a record: [n] of IMAGE.
+
+    Args:
+        hashed: hashes of the pictures seen before, by their content; added to.
+
+    Raises:
+        RecordError: a picture cannot be decoded.
+    """
+    result = np.zeros(len(record.images), IMAGE)
+    for row, image in zip(result, record.images, strict=True):
+        fill_image(row, image, hashed)
+    return result
+
+
+def fill_image(row: np.void, image: LazyImage, hashed: dict[bytes, PictureHash]) -> None:
+    """Fill in the hashes of a picture, a row of IMAGE. Raises RecordError if it cannot be decoded."""
+    content = _hash_content(image)
+    if content not in hashed:
+        hashed[content] = hash_picture(image.load())
+    found = hashed[content]
+    row["content"] = np.frombuffer(content, np.uint64)
+    row["pixels"], row["views"], row["thumbnail"] = found.pixels, found.views, found.thumbnail
+    row["brightness"] = found.thumbnail.mean()
+
+
+def _hash_content(image: LazyImage) -> bytes:
+    """Hash the encoded bytes of a picture, or its pixels if it has no file: 16 bytes."""
+    content = getattr(image, "content", None)
+    return content() if content else hash_pixels(np.asarray(image.load()))
+
+
+def _join_shards(
+    sources: Sequence[Source],
+    store: FeatureStore,
+    shards: Sequence[ShardRange],
+    errors: dict[tuple[int, int], dict[int, str]],
+) -> Features:
+    read = [(shard, store.read(shard)) for shard in shards]
+    parts = [(shard, found[0], found[1]) for shard, found in read if found is not None]
+    assert len(parts) == len(shards)  # just written
+    rows = np.concatenate([np.zeros(0, ROW), *(part[1] for part in parts)])
+    ends = np.cumsum(rows["num_images"], dtype=np.int64)
+    fields = {name: [np.zeros(0, IMAGE[name]), *(part[2][name] for part in parts)] for name in IMAGE_FIELDS}
+    return Features(
+        np.concatenate([np.zeros(0, np.int32), *(np.full(len(shard), shard.source_id, np.int32) for shard in shards)]),
+        np.concatenate([np.zeros(0, np.int64), *(np.arange(shard.start, shard.stop) for shard in shards)]),
+        rows,
+        ends - rows["num_images"],
+        {name: np.concatenate(values) for name, values in fields.items()},
+        [part[2]["thumbnail"] for part in parts],
+        [
+            (sources[source_id].name, message or get_origin(sources[source_id], start + place))
+            for (source_id, start), found in sorted(errors.items())
+            for place, message in sorted(found.items())
+        ],
+    )

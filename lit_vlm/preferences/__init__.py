@@ -1,0 +1,1 @@
+"""Curation of training data with a model: preference pairs."""
