@@ -64,6 +64,10 @@ EXAMPLES = (
         "python run.py task=prefer init_from=runs/tiny/3_highres/hf data=llava_json data.sources.mine.path=my.json",
         "preference pairs from a model's own answers, for stage=dpo (docs/preferences.md)",
     ),
+    (
+        "python run.py task=curate data=llava_json data.sources.mine.path=my.json",
+        "find duplicate records; with curate.method=contamination rows of benchmarks (docs/curation.md)",
+    ),
     ("python run.py task=export init_from=runs/mine", "the model's folder from a run's checkpoint"),
     ("python run.py task=runs", "the runs below runs/, their figures and the settings in which they differ"),
     ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),

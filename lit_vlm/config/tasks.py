@@ -40,6 +40,10 @@ def _get_task_name(config: RunConfig) -> str:
     return config.task.value
 
 
+def _get_curate_name(config: RunConfig) -> str:
+    return config.run_name or config.task.value
+
+
 def _get_sweep_name(config: RunConfig) -> str:
     return config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
 
@@ -59,7 +63,7 @@ TASKS: dict[Task, TaskEntry] = {
     Task.exam: TaskEntry("lit_vlm.tasks.exam:run_exam", (validation.find_exam_errors,), _get_task_name),
     Task.serve: TaskEntry("lit_vlm.tasks.serve:serve", (), _get_task_name),
     Task.evaluate: TaskEntry("lit_vlm.tasks.evaluate:evaluate", (find_evaluate_errors,), get_evaluation_name),
-    Task.curate: TaskEntry("lit_vlm.tasks.curate:curate", validation.CURATE_CHECKS, _get_task_name),
+    Task.curate: TaskEntry("lit_vlm.tasks.curate:curate", validation.CURATE_CHECKS, _get_curate_name),
     Task.judge: TaskEntry("lit_vlm.tasks.judge:judge_answers", (find_judge_errors,), _get_task_name),
 }
 

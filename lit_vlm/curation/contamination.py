@@ -168,8 +168,8 @@ def _read_rows(
         places += [number] * len(found)
         for column in _TEXT_COLUMNS:
             if column in columns:
-                values = row[column] if isinstance(row[column], list) else [row[column]]
-                texts += [(number, hash_grams(str(text))) for text in values]
+                lines = row[column] if isinstance(row[column], list) else [row[column]]
+                texts += [(number, hash_grams(str(line))) for line in lines]
     return np.concatenate([np.zeros(0, IMAGE), *images]), places, texts, num_bad
 
 
@@ -195,7 +195,7 @@ def _choose_questions(questions: list[np.ndarray], places: list[BenchmarkPlace])
         for hashes, place in zip(questions, places, strict=True)
     ]
     rows = Counter({key: len({places[n].row for n in numbers}) for key, numbers in _group(keys).items()})
-    first = {}
+    first = dict[tuple[tuple[str, bytes], int], int]()
     for number, key in enumerate(keys):
         if key is not None and rows[key] <= MAX_SHARING_ROWS:
             first.setdefault((key, places[number].row), number)

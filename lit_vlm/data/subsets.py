@@ -93,6 +93,8 @@ def choose_positions(name: str, num_records: int, fraction: float) -> np.ndarray
 
 def find_runs(positions: np.ndarray) -> list[tuple[int, int]]:
     """Find the runs of consecutive numbers in [n] ascending positions: (first, last) of each."""
+    if not len(positions):
+        return []
     starts = np.flatnonzero(np.diff(positions, prepend=positions[:1] - 2) != 1)
     ends = np.append(starts[1:], len(positions)) - 1
     return list(zip(positions[starts].tolist(), positions[ends].tolist(), strict=True))

@@ -57,7 +57,7 @@ OUTPUT_KEY = "curate.output"
 
 
 @dataclass(slots=True)
-class Mixture:
+class CuratedMixture:
     """Sources of a mixture with all of their records.
 
     Attributes:
@@ -133,7 +133,7 @@ def curate(run: Run) -> None:
         require_same_request(output, request, overwrite=config.overwrite)
         with show_progress("hash") as on_progress:
             features = compute_features(sources, index_dir, workers=workers, on_progress=on_progress)
-        mixture = Mixture(sources, identities, selections, features, mark_left_out(features, selections))
+        mixture = CuratedMixture(sources, identities, selections, features, mark_left_out(features, selections))
         require_readable(mixture)
         if settings.method is CurationMethod.duplicates:
             result = search_duplicates(mixture, settings)
@@ -218,7 +218,7 @@ def mark_left_out(features: Features, selections: Sequence[Selection | None]) ->
     return is_out
 
 
-def require_readable(mixture: Mixture) -> None:
+def require_readable(mixture: CuratedMixture) -> None:
     """Raise UserError if no record can be read."""
     errors = mixture.features.errors
     if len(errors) == len(mixture.features.rows):
@@ -226,7 +226,7 @@ def require_readable(mixture: Mixture) -> None:
         raise UserError(f"data.sources: no record can be read, so nothing was compared. {name}: {message}")
 
 
-def search_duplicates(mixture: Mixture, settings: CurateConfig) -> CurationResult:
+def search_duplicates(mixture: CuratedMixture, settings: CurateConfig) -> CurationResult:
     """Search for duplicates within and across the sources."""
     features = mixture.features
     groups = group_pictures(features, settings.pictures)
@@ -264,7 +264,7 @@ def search_duplicates(mixture: Mixture, settings: CurateConfig) -> CurationResul
 
 
 def search_leaks(
-    mixture: Mixture,
+    mixture: CuratedMixture,
     settings: CurateConfig,
     names: Sequence[str],
     files: Path,
@@ -321,7 +321,7 @@ def search_leaks(
     return CurationResult([leak.record for leak in sure], lines, counts, shown[0], shown[1], [], notes)
 
 
-def describe_leak(mixture: Mixture, leak: Leak) -> dict[str, Any]:
+def describe_leak(mixture: CuratedMixture, leak: Leak) -> dict[str, Any]:
     """Describe a leak in the list."""
     return mixture.describe(leak.record) | {
         "certainty": leak.certainty.value,
@@ -359,7 +359,7 @@ def choose_examples(items: Sequence[Any], groups: Sequence[str], count: int) -> 
 
 
 def write_results(
-    output: Path, mixture: Mixture, result: CurationResult, settings: CurateConfig, request: dict[str, Any]
+    output: Path, mixture: CuratedMixture, result: CurationResult, settings: CurateConfig, request: dict[str, Any]
 ) -> None:
     """Write selections, lists, page and, last, the summary."""
     features = mixture.features
@@ -408,7 +408,7 @@ def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
         stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def count_sources(mixture: Mixture, left_out: Sequence[int]) -> list[SourceCounts]:
+def count_sources(mixture: CuratedMixture, left_out: Sequence[int]) -> list[SourceCounts]:
     """Count the records of each source."""
     features = mixture.features
     is_now = np.zeros(len(features.rows), bool)
@@ -422,7 +422,7 @@ def count_sources(mixture: Mixture, left_out: Sequence[int]) -> list[SourceCount
 
 
 def show_results(
-    output: Path, mixture: Mixture, result: CurationResult, settings: CurateConfig, data: DataConfig
+    output: Path, mixture: CuratedMixture, result: CurationResult, settings: CurateConfig, data: DataConfig
 ) -> None:
     """Show a table of the sources and of the results, and the settings that train on the selection."""
     table = Table(title=f"{settings.method.value}: sources", title_justify="left")
@@ -439,8 +439,8 @@ def show_results(
         say(note)
     if mixture.features.errors:
         name, message = mixture.features.errors[0]
-        count = format_count(len(mixture.features.errors), "record")
-        say(f"{count} cannot be read and stay as they are; the first, of {name}: {message}")
+        unread = format_count(len(mixture.features.errors), "record")
+        say(f"{unread} cannot be read and stay as they are; the first, of {name}: {message}")
     say(f"{output / PAGE_FILE}   {output / LEFT_OUT_FILE}   {output / SUMMARY_FILE}")
     changed = [one.name for one in sources if one.num_left_out or one.num_out_before]
     if changed:

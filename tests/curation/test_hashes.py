@@ -1,0 +1,175 @@
+"""Hashes of pictures and texts, and the search among them: what is found, and what is not."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data as photos
+
+from lit_vlm.curation import matching
+from lit_vlm.curation.matching import iterate_ranges, match_pictures, match_texts
+from lit_vlm.curation.picture_hashes import NUM_VIEWS, find_same_views, hash_picture
+from lit_vlm.curation.text_hashes import (
+    NUM_PERMUTATIONS,
+    compute_signatures,
+    estimate_similarities,
+    hash_numbers,
+    hash_shingles,
+    hash_text,
+    iterate_shingles,
+    join_turns,
+)
+from lit_vlm.types import Message, Role
+
+PHOTO = Image.fromarray(photos.astronaut()).resize((320, 240))
+OTHER = Image.fromarray(photos.coffee()).resize((320, 240))
+
+
+def reencode(image: Image.Image, quality: int) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def paint(image: Image.Image) -> Image.Image:
+    return Image.fromarray(np.asarray(image)[:, :, [2, 0, 1]])
+
+
+def is_found(first: Image.Image, second: Image.Image) -> bool:
+    """Return True if the search takes the two pictures for the same."""
+    one, other = hash_picture(first), hash_picture(second)
+    brightness = np.array([one.thumbnail.mean(), other.thumbnail.mean()])
+    pairs = match_pictures(np.stack([one.views, other.views]), brightness)
+    return bool(len(pairs.first)) and bool(find_same_views(one.thumbnail[None], other.thumbnail[None])[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: reencode(image, 40),
+        lambda image: image.resize((160, 120), Image.Resampling.BICUBIC),
+        lambda image: image.resize((640, 480), Image.Resampling.BICUBIC),
+        lambda image: image.crop((0, 0, 304, 228)),
+        lambda image: image.crop((8, 10, 312, 238)),
+    ],
+    ids=["quality 40", "half", "double", "corner", "inside"],
+)
+def test_a_reencoded_resized_or_slightly_cropped_picture_is_the_same(change):
+    for photo in (PHOTO, OTHER):
+        assert is_found(photo, change(photo))
+        assert is_found(change(photo), photo)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        lambda image: image.transpose(Image.Transpose.ROTATE_180),
+        paint,
+        lambda image: image.crop((0, 0, 200, 150)),
+        lambda image: OTHER,
+    ],
+    ids=["flipped", "rotated", "recoloured", "a part", "another"],
+)
+def test_a_flipped_recoloured_or_largely_cropped_picture_is_another(change):
+    assert not is_found(PHOTO, change(PHOTO))
+
+
+def test_red_and_blue_of_one_shape_differ_although_their_perceptual_hash_is_the_same():
+    red, blue = (Image.new("RGB", (96, 96), "white") for _ in range(2))
+    red.paste("#d22", (20, 20, 70, 70))
+    blue.paste("#22d", (20, 20, 70, 70))
+    assert np.bitwise_count(hash_picture(red).views[0] ^ hash_picture(blue).views[0]) <= 10
+    assert not is_found(red, blue)
+
+
+def test_the_digest_of_pixels_depends_on_every_pixel_and_on_the_shape():
+    pixels = np.zeros((4, 9, 3), np.uint8)
+    changed = pixels.copy()
+    changed[3, 8, 2] = 1
+    digests = {
+        hash_picture(Image.fromarray(one)).pixels.tobytes() for one in (pixels, changed, pixels.reshape(9, 4, 3))
+    }
+    assert len(digests) == 3
+    assert hash_picture(Image.fromarray(pixels.copy())).pixels.tobytes() in digests
+
+
+def test_near_hashes_are_found_as_often_as_the_tables_promise():
+    random = np.random.default_rng(0)
+    count = 2000
+    hashes = random.integers(0, 1 << 63, count, np.uint64)
+    near = hashes.copy()
+    for number in range(count):
+        for bit in random.permutation(63)[:6]:
+            near[number] ^= np.uint64(1) << np.uint64(bit)
+    views = np.repeat(np.concatenate([hashes, near])[:, None], NUM_VIEWS, 1)
+    pairs = match_pictures(views, np.zeros(2 * count))
+    found = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    share = sum((number, number + count) in found for number in range(count)) / count
+    assert share > 0.98  # 1 - (1 - (58/64)^20)^40 = 0.997
+    assert all(np.bitwise_count(views[a, 0] ^ views[b, 0]) <= 10 for a, b in found)
+
+
+def test_a_full_bucket_is_searched_among_the_nearest_brightness_and_counted():
+    views = np.full((500, NUM_VIEWS), 7, np.uint64)
+    brightness = np.linspace(0, 250, 500)
+    pairs = match_pictures(views, brightness)
+    assert pairs.num_full_buckets == matching.NUM_TABLES
+    assert {(number, number + 1) for number in range(499)} <= set(
+        zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
+    )
+    assert len(pairs.first) <= 500 * matching.WINDOW
+
+
+def test_ranges_are_iterated_completely_in_chunks_of_any_size():
+    low, high = np.array([3, 5, 5, 0, 9]), np.array([6, 5, 9, 2, 30])
+    expected = [(n, place) for n in range(5) for place in range(low[n], high[n])]
+    for chunk in (1, 4, 100):
+        found = [pair for one, other in iterate_ranges(low, high, chunk) for pair in zip(one, other, strict=True)]
+        assert found == expected
+
+
+def sign(*texts: str) -> tuple[np.ndarray, np.ndarray]:
+    signatures = compute_signatures([hash_shingles(iterate_shingles(text)) for text in texts])
+    return signatures, np.array([hash_numbers(text) for text in texts], np.uint64)
+
+
+def test_the_similarity_of_signatures_is_that_of_the_shingles():
+    random = np.random.default_rng(1)
+    shared = random.integers(0, 1 << 63, 400, np.uint64)
+    texts = [
+        np.sort(np.concatenate([shared, random.integers(0, 1 << 63, 100, np.uint64)])) for _ in range(2)
+    ]  # Jaccard 400 / 600
+    signatures = compute_signatures(texts)
+    assert signatures.shape == (2, NUM_PERMUTATIONS)
+    found = estimate_similarities(signatures[:1], signatures[1:])[0]
+    assert abs(found - 2 / 3) < 4 * (2 / 9 / NUM_PERMUTATIONS) ** 0.5
+
+
+def test_korean_texts_that_differ_in_spacing_are_nearly_equal_and_a_number_makes_them_differ():
+    text = "서울역 앞 광장에서 사람들이 빨간 버스를 기다리고 있습니다 그 옆에는 택시 3대가 서 있습니다"
+    others = [text.replace(" ", ""), text.replace("3", "4"), "부산 해운대 바닷가에서 아이들이 모래성을 쌓고 있습니다"]
+    pairs = match_texts(*sign(text, *others), 0.8)
+    assert list(zip(pairs.first, pairs.second, strict=True)) == [(0, 1)]
+
+
+def test_short_texts_are_nearly_equal_only_if_their_shingles_are():
+    pairs = match_texts(*sign("빨간 원", "빨간원", "빨간 점", "a red circle", "A red circle.", "a blue circle"), 0.8)
+    assert list(zip(pairs.first, pairs.second, strict=True)) == [(0, 1), (3, 4)]
+
+
+def test_english_words_keep_their_order():
+    pairs = match_texts(*sign("the dog bites the man in the park", "the man bites the dog in the park"), 0.8)
+    assert len(pairs.first) == 0
+
+
+def test_turns_are_equal_after_unicode_and_white_space_and_not_across_roles():
+    def hash_turns(*turns):
+        return hash_text(join_turns(Message(role, (text,)) for role, text in turns))
+
+    user, assistant = Role.user, Role.assistant
+    known = hash_turns((user, "무엇이 보이나요?"), (assistant, "각"))
+    assert hash_turns((user, " 무엇이\n보이나요? "), (assistant, "\u1100\u1161\u11a8")) == known
+    assert hash_turns((user, "무엇이 보이나요? 각")) != known
+    assert hash_turns((assistant, "무엇이 보이나요?"), (user, "각")) != known

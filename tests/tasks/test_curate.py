@@ -1,0 +1,258 @@
+"""Tests of task=curate: duplicates and rows of benchmarks in a small mixture, and a run that trains on the selection."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from made_benchmarks import make_rows, write_parquet
+from PIL import Image
+from run_helpers import make_llava_record, run, save_photos, write_data_choice, write_records
+
+from lit_vlm.config import ConfigError, parse
+from lit_vlm.curation import features
+from lit_vlm.tasks.curate import curate
+from lit_vlm.types import UserError
+
+QUESTION, ANSWER = "<image>\n무엇이 보이나요?", "사진이 보입니다."
+
+
+def run_curate(folder, *overrides):
+    """Run task=curate. Returns the folder of its results."""
+    job = parse(["task=curate", f"run_dir={folder / 'runs'}", "data.index_workers=1", *overrides])
+    curate(job)
+    return job.dir / job.config.curate.method.value
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def list_left_out(output):
+    return [(line["source"], line["position"], line["evidence"]) for line in read_lines(output / "left_out.jsonl")]
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """Two sources whose records are duplicates or look like it. Returns their folder and the overrides that name them."""
+    folder = save_photos(tmp_path / "photos")
+    china = Image.open(folder / "china.jpg").convert("RGB")
+    changes = {
+        "again.jpg": china.resize((320, 213)),
+        "flipped.png": china.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        "painted.png": Image.fromarray(np.asarray(china)[:, :, [2, 0, 1]]),
+        "pixels.png": china,
+    }
+    for name, image in changes.items():
+        image.save(folder / name, quality=40)
+    china_records = [
+        make_llava_record(QUESTION, ANSWER, id=name, image=name)
+        for name in ("china.jpg", "flipped.png", "painted.png", "again.jpg")
+    ]
+    one = [
+        *china_records,
+        make_llava_record("<image>\n어디인가요?", "중국입니다.", id="other turns", image="china.jpg"),
+        make_llava_record("수도는?", "서울", id="text"),
+        make_llava_record(QUESTION, ANSWER, id="missing", image="none.jpg"),
+    ]
+    two = [
+        make_llava_record("<image>\n무엇이  보이나요? ", ANSWER, id="bytes", image="china.jpg"),
+        make_llava_record(QUESTION, ANSWER, id="pixels", image="pixels.png"),
+        make_llava_record("수도는?", "서울", id="text again"),
+        make_llava_record("수도는?", "부산", id="other text"),
+        make_llava_record(QUESTION, ANSWER, id="flower", image="flower.png"),
+    ]
+    sources = {
+        name: {"path": str(write_records(tmp_path / f"{name}.json", rows)), "image_root": str(folder)}
+        for name, rows in (("one", one), ("two", two))
+    }
+    return tmp_path, write_data_choice(tmp_path, sources=sources, validation={"fraction": 0})
+
+
+def test_only_rows_with_the_same_picture_and_turns_go_within_and_across_sources(mixture, capsys):
+    folder, overrides = mixture
+    output = run_curate(folder, *overrides)
+    assert list_left_out(output) == [
+        ("one", 3, "view"),
+        ("two", 0, "bytes"),
+        ("two", 1, "pixels"),
+        ("two", 2, "text"),
+    ]
+    kept = [line["same_as"]["position"] for line in read_lines(output / "left_out.jsonl")]
+    assert kept == [0, 0, 0, 5]
+    groups = [[one["position"] for one in line["records"]] for line in read_lines(output / "same_pictures.jsonl")]
+    assert groups == [[0, 4]]
+    printed = capsys.readouterr().out
+    assert "1 record cannot be read" in printed and "none.jpg" in printed
+    page = (output / "page.html").read_text("utf-8")
+    assert page.count("data:image/") == 6 + 2 and "the same picture, other turns" in page
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["sources"][0] == {
+        "name": "one",
+        "num_records": 7,
+        "num_bad": 1,
+        "num_out_before": 0,
+        "num_left_out": 1,
+        "kept": 6,
+    }
+
+
+def test_pictures_and_texts_can_be_duplicates_on_their_own(mixture):
+    folder, overrides = mixture
+    output = run_curate(folder, *overrides, "curate.duplicates=pictures", "run_name=pictures")
+    assert [one[:2] for one in list_left_out(output)] == [("one", 3), ("one", 4), ("two", 0), ("two", 1)]
+    output = run_curate(folder, *overrides, "curate.duplicates=texts", "run_name=texts")
+    assert [one[:2] for one in list_left_out(output)] == [
+        ("one", 1),
+        ("one", 2),
+        ("one", 3),
+        *(("two", n) for n in (0, 1, 2, 4)),
+    ]
+    output = run_curate(folder, *overrides, "curate.pictures=bytes", "run_name=bytes")
+    assert list_left_out(output) == [("two", 0, "bytes"), ("two", 2, "text")]
+
+
+def test_a_run_trains_on_the_selected_records(mixture):
+    folder, overrides = mixture
+    output = run_curate(folder, *overrides)
+    selections = [f"data.sources.{name}.selection={output / name}.selection.json" for name in ("one", "two")]
+    done = run(
+        *("stage=sft", *overrides, *selections, "data.on_bad_record=quarantine", "data.max_quarantined=0.5"),
+        *(f"run_dir={folder / 'runs'}", "run_name=trained", "trainer.max_steps=1", "data.tiling=base"),
+    )
+    lock = json.loads((done.dir / "mixture.lock").read_text())
+    assert sum(source["records"] for source in lock["sources"].values()) == 7 + 5 - 4
+
+
+def test_a_second_search_adds_to_a_selection(mixture):
+    folder, overrides = mixture
+    first = run_curate(folder, *overrides, "curate.duplicates=texts", "run_name=texts")
+    selection = f"data.sources.one.selection={first / 'one'}.selection.json"
+    second = run_curate(folder, *overrides, selection)
+    assert list_left_out(second) == [("two", 0, "bytes"), ("two", 1, "pixels"), ("two", 2, "text")]
+    chosen = json.loads((second / "one.selection.json").read_text())
+    assert chosen["left_out"] == [[1, 3]] and chosen["passes"] == ["duplicates", "duplicates"]
+
+
+def test_an_interrupted_search_decodes_no_picture_twice(mixture, monkeypatch):
+    folder, overrides = mixture
+    decoded = []
+    hash_picture = features.hash_picture
+
+    def count(picture):
+        decoded.append(picture.size)
+        return hash_picture(picture)
+
+    monkeypatch.setattr(features, "hash_picture", count)
+    output = run_curate(folder, *overrides)
+    found, num_decoded = list_left_out(output), len(decoded)
+    assert num_decoded == 4 + 3  # of each source, each file once
+    run_curate(folder, *overrides)
+    assert len(decoded) == num_decoded
+    os.utime(folder / "photos" / "flower.png", ns=(1, 1))
+    assert list_left_out(run_curate(folder, *overrides)) == found
+    assert len(decoded) == num_decoded + 1
+    for path in (folder / "runs" / "index" / "curation").glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:100])  # cut off
+    assert list_left_out(run_curate(folder, *overrides)) == found
+
+
+def test_the_output_of_another_search_is_not_replaced(mixture):
+    folder, overrides = mixture
+    run_curate(folder, *overrides)
+    with pytest.raises(UserError, match="another search: it differs in curate"):
+        run_curate(folder, *overrides, "curate.duplicates=pictures")
+    assert run_curate(folder, *overrides, "curate.duplicates=pictures", "overwrite=true")
+
+
+def test_a_mixture_without_a_readable_record_is_an_error(tmp_path):
+    records = [make_llava_record(QUESTION, ANSWER, id="missing", image="none.jpg")]
+    path = write_records(tmp_path / "rows.json", records)
+    with pytest.raises(UserError, match="no record can be read"):
+        run_curate(tmp_path, "data=llava_json", f"data.sources.mine.path={path}")
+
+
+# -------------------------------------------------------------------------------------------------- contamination
+
+LONG = (
+    "다음 표는 2023년 상반기 동안 서울과 부산의 지하철 노선별 하루 평균 이용객 수를 나타낸 것입니다. "
+    "부산 2호선의 이용객이 가장 많은 달은 언제이고 서울 9호선과의 차이는 몇 명인가요?"
+)
+SHORT = "이 그래프에서 초록색 막대가 나타내는 과목은 무엇입니까?"
+
+
+@pytest.fixture
+def leaked(tmp_path):
+    """Rows of two benchmarks in their published layout, and a mixture that holds some of them."""
+    rows = make_rows("k_dtcbench", 8, side=192)
+    photos = save_photos(tmp_path / "photos")
+    for row, name in zip(rows, ("china.jpg", "flower.png", "astronaut.jpg"), strict=False):
+        row["image"] = Image.open(photos / name).convert("RGB")
+    rows[3]["question"], rows[4]["question"] = LONG, SHORT
+    write_parquet(rows, tmp_path / "benchmarks" / "k_dtcbench" / "test.parquet")
+    stream = io.BytesIO()
+    rows[0]["image"].save(stream, "PNG")
+    (photos / "same_bytes.png").write_bytes(stream.getvalue())
+    half = rows[1]["image"]
+    half.resize((half.width // 2, half.height // 2)).save(photos / "half.jpg", quality=40)
+    records = [
+        make_llava_record(QUESTION, ANSWER, id="cat", image="고양이.png"),
+        make_llava_record(QUESTION, ANSWER, id="bytes", image="same_bytes.png"),
+        make_llava_record(QUESTION, ANSWER, id="view", image="half.jpg"),
+        make_llava_record(f"질문입니다.\n{LONG.replace(' 서울', '  서울')}", "6월, 1,200명", id="long question"),
+        make_llava_record(SHORT, "국어", id="short question"),
+        make_llava_record(rows[5]["question"], "두 개", id="common question"),
+    ]
+    path = write_records(tmp_path / "rows.json", records)
+    overrides = ["data=llava_json", f"data.sources.mine.path={path}", f"data.sources.mine.image_root={photos}"]
+    method = ["curate.method=contamination", f"evaluate.files={tmp_path / 'benchmarks'}"]
+    return tmp_path, [*overrides, *method, "benchmarks=[k_dtcbench,k_viscuit]"]
+
+
+def test_pictures_and_questions_of_a_benchmark_are_found_with_their_certainty(leaked, capsys):
+    folder, overrides = leaked
+    output = run_curate(folder, *overrides)
+    lines = read_lines(output / "left_out.jsonl")
+    found = [(one["position"], one["row"], one["certainty"], one["picture"], one["left_out"]) for one in lines]
+    assert found == [
+        (1, 0, "certain", "bytes", True),
+        (2, 1, "likely", "view", True),
+        (3, 3, "likely", None, True),
+        (4, 4, "possible", None, False),
+    ]
+    assert all(line["benchmark"] == "k_dtcbench" for line in lines)
+    assert lines[2]["overlap"] > 0.9
+    assert "k_viscuit: not checked: there is no folder" in capsys.readouterr().out
+    page = (output / "page.html").read_text("utf-8")
+    assert "k_viscuit was not checked" in page
+    assert page.count("data:image/") == 2 + 2 + 1 + 1  # a picture of both where the record has one
+    selection = json.loads((output / "mine.selection.json").read_text())
+    assert selection["left_out"] == [[1, 3]]
+
+
+def test_the_least_certainty_decides_what_goes(leaked):
+    folder, overrides = leaked
+    output = run_curate(folder, *overrides, "curate.min_certainty=certain", "run_name=certain")
+    assert json.loads((output / "mine.selection.json").read_text())["left_out"] == [[1, 1]]
+    output = run_curate(folder, *overrides, "curate.min_certainty=possible", "run_name=possible")
+    assert json.loads((output / "mine.selection.json").read_text())["left_out"] == [[1, 4]]
+
+
+def test_no_benchmark_to_check_against_is_an_error(leaked):
+    folder, overrides = leaked
+    with pytest.raises(UserError, match="nothing was checked"):
+        run_curate(folder, *overrides, "benchmarks=[k_viscuit]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["curate.method=contamination"], "evaluate.files is not set"),
+        (["curate.method=contamination", "evaluate.files=x", "benchmarks=[mmsta]"], "Did you mean mmstar"),
+        (["benchmarks=[mmstar]"], "curate.method=contamination only"),
+    ],
+)
+def test_settings_of_curate_are_checked_before_anything_is_read(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(["task=curate", "data=llava_json", "data.sources.mine.path=x.json", *overrides])
