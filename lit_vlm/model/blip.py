@@ -268,6 +268,8 @@ def build_blip(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         retrieval = BlipForImageTextRetrieval(config)
+        for layer in (retrieval.vision_proj, retrieval.text_proj, retrieval.itm_head):
+            layer.reset_parameters()  # PyTorch's initialisation, as in LAVIS; transformers has another
     _copy_bert(retrieval.text_encoder, encoder.bert)
     model = BlipForPretraining(
         retrieval,

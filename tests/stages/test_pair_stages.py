@@ -152,6 +152,9 @@ def test_the_text_side_starts_as_the_text_encoder(text_encoder):
     torch.testing.assert_close(ours[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
     size = expected_logits.shape[-1]
     torch.testing.assert_close(logits[mask.bool()][:, :size], expected_logits[mask.bool()], rtol=0, atol=1e-5)
+    for part in (model.retrieval.vision_projection, model.retrieval.text_projection, model.retrieval.itm_head):
+        bound = part.in_features**-0.5  # PyTorch's initialisation is uniform within it, as LAVIS's new layers
+        assert part.bias.any() and 0.8 * bound < float(part.weight.detach().abs().max()) <= bound
     layer = model.retrieval.qformer.encoder.layer[1]
     assert torch.equal(layer.intermediate_query.dense.weight, layer.intermediate.dense.weight)
     assert torch.equal(layer.output_query.LayerNorm.weight, layer.output.LayerNorm.weight)

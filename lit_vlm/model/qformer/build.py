@@ -97,6 +97,8 @@ def build_blip2(
         torch.manual_seed(seed)
         retrieval = Blip2ForImageTextRetrieval(config)
         torch.nn.init.normal_(retrieval.query_tokens, std=encoder.config.initializer_range)
+        for layer in (retrieval.vision_projection, retrieval.text_projection, retrieval.itm_head):
+            layer.reset_parameters()  # PyTorch's initialisation, as in LAVIS; transformers has another
         model = Blip2ForPretraining(retrieval, tokenizer.bos_token_id, freeze_vision_tower=freeze_vision_tower)
     if tower is not None:
         retrieval.vision_model.load_state_dict(tower.state_dict())

@@ -64,6 +64,7 @@ def build_blip2_generator(
             decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         model = Blip2ForConditionalGeneration(_make_config(first_stage, decoder.config, image_token_id))
+        model.language_projection.reset_parameters()  # PyTorch's initialisation, as in LAVIS; transformers has another
     model.language_model.load_state_dict(decoder.state_dict())
     model.generation_config = copy.deepcopy(decoder.generation_config)
     _copy_first_stage(model, first_stage)
