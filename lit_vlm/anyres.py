@@ -1,8 +1,7 @@
-"""Compute LLaVA-OneVision's anyres tiling: the number of tiles and tokens that an image becomes.
+"""Compute the tiling of the LLaVA family: the number of tiles and tokens that an image becomes.
 
 `data` counts tokens with it and `model` arranges features with it, so the two cannot disagree. The rules are those of
-transformers 5.23 (`models/llava_onevision/{image_processing,modeling,processing}_llava_onevision.py`), rounding
-included. A test compares both.
+transformers 5.23 (`models/llava*/{image_processing,modeling,processing}_*.py`), rounding included. A test compares both.
 """
 
 from __future__ import annotations
@@ -21,11 +20,20 @@ class Tiling(StrEnum):
     anyres = "anyres"
 
 
+class ModelClass(StrEnum):
+    """Class of transformers that the model trains and is exported as; its value is the class's `model_type`."""
+
+    llava = "llava"  # LLaVA 1 and 1.5: one square view of each image, no row separator
+    llava_next = "llava_next"  # LLaVA-NeXT (1.6): the whole image and its tiles, never downsampled, for each image
+    llava_onevision = "llava_onevision"  # LLaVA-OneVision, VARCO-VISION: tiles, downsampled above max_tiles
+
+
 class TileLayout(NamedTuple):
-    """Arrangement of one image's tile features as tokens. Heights and widths of a grid are in patches."""
+    """Arrangement of one image's tile features as tokens."""
 
     num_tiles: int  # inputs of the vision tower, the base view first
     num_tokens: int  # image placeholders in the prompt
+    # below: in tokens of the stitched grid, which are patches unless the projector merges them
     rows: int = 0  # tiles down and across; 0: base view only
     columns: int = 0
     # top, bottom, left, right: the part of the stitched grid that the image covers
@@ -39,19 +47,32 @@ class ImageSettings:
 
     tile_size: int  # pixels, square
     patch_size: int
-    grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) of the resolutions to choose from
-    max_tiles: int  # N of anyres_max_N: features are pooled above 1.1 times the patches of N tiles
+    grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) of the resolutions to choose from; LLaVA 1.x: none
+    max_tiles: int | None  # N of anyres_max_N: features are pooled above 1.1 times the tokens of N tiles; None: never
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: int = 3  # PIL's bicubic
     tiling: Tiling = Tiling.anyres
     select: str = "full"  # vision_feature_select_strategy: "full" (SigLIP) or "default" (CLIP, its class token dropped)
     do_rescale: float = field(default=1 / 255)
+    model_class: ModelClass = ModelClass.llava_onevision
+    token_side: int | None = None  # tokens along one side of a tile where the projector merges patches; None: patches
+    pad_to_square: bool = True  # LLaVA 1.x: pad an image to a square in the mean colour; False: crop its centre
 
     @property
     def side(self) -> int:
-        """Patches along one side of a tile."""
-        return self.tile_size // self.patch_size
+        """Tokens along one side of a tile."""
+        return self.token_side or self.tile_size // self.patch_size
+
+    @property
+    def token_px(self) -> int:
+        """Pixels along one side of a token, from which transformers' processors count."""
+        return self.tile_size // self.token_side if self.token_side else self.patch_size
+
+    @property
+    def has_newline(self) -> bool:
+        """True if a learned separator ends each row of tiles, and the base view."""
+        return self.model_class is not ModelClass.llava
 
     @property
     def vision_aspect_ratio(self) -> str:
@@ -63,16 +84,19 @@ class ImageSettings:
         """Compute the tiles and tokens of an image of this size (pixels).
 
         Args:
-            single_image: False when the sample holds several images; each image is then its base view only.
+            single_image: False when the sample holds several images; OneVision then encodes the base view of each only.
             max_tiles: maximum number of tiles in addition to the base view; a smaller grid of the model's is selected.
                 0: the base view only.
         """
-        if max_tiles == 0:
-            single_image = False
+        if self.is_base_view_only(single_image=single_image, max_tiles=max_tiles):
+            return TileLayout(num_tiles=1, num_tokens=self.side**2 + self.has_newline)
         pinpoints = self.select_pinpoints(max_tiles)
-        return _compute_layout(
-            self.side, self.tile_size, pinpoints, self.max_tiles, self.tiling, height, width, single_image
-        )
+        return _compute_layout(self.side, self.tile_size, pinpoints, self.max_tiles, height, width)
+
+    def is_base_view_only(self, *, single_image: bool = True, max_tiles: int | None = None) -> bool:
+        """Return True if an image is encoded as its base view, without tiles. Arguments as in `compute_layout`."""
+        is_one_of_several = not single_image and self.model_class is ModelClass.llava_onevision
+        return self.tiling is Tiling.base or max_tiles == 0 or is_one_of_several
 
     def select_pinpoints(self, max_tiles: int | None = None) -> tuple[tuple[int, int], ...]:
         """Select the resolutions (height, width) that have at most `max_tiles` tiles."""
@@ -109,17 +133,8 @@ def _filter_pinpoints(
 
 @lru_cache(maxsize=65536)
 def _compute_layout(
-    side: int,
-    tile_size: int,
-    pinpoints: tuple[tuple[int, int], ...],
-    max_tiles: int,
-    tiling: Tiling,
-    height: int,
-    width: int,
-    single_image: bool,
+    side: int, tile_size: int, pinpoints: tuple[tuple[int, int], ...], max_tiles: int | None, height: int, width: int
 ) -> TileLayout:
-    if tiling is Tiling.base or not single_image:
-        return TileLayout(num_tiles=1, num_tokens=side * side + 1)  # one newline closes the base view
     target_height, target_width = select_best_resolution(height, width, pinpoints)
     rows, columns = target_height // tile_size, target_width // tile_size
     grid_height, grid_width = rows * side, columns * side
@@ -129,7 +144,7 @@ def _compute_layout(
     else:
         left = (grid_width - int(round(width * (grid_height / height), 7))) // 2
     kept_height, kept_width = grid_height - 2 * top, grid_width - 2 * left
-    ratio = math.sqrt(kept_height * kept_width / (max_tiles * side**2))
+    ratio = math.sqrt(kept_height * kept_width / (max_tiles * side**2)) if max_tiles else 0.0
     pooled = (int(kept_height // ratio), int(kept_width // ratio)) if ratio > 1.1 else None
     token_height, token_width = pooled or (kept_height, kept_width)
     return TileLayout(

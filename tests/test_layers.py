@@ -11,6 +11,8 @@ from lit_vlm.config.choices import Task
 ROOT = Path(__file__).resolve().parents[1]
 # Modules that import no layer: registries whose names the configuration reads, without torch.
 REGISTRIES = {"model.projectors", "losses.loss_types", "evaluation.benchmarks"}
+# Projectors that are exported with a model: the file runs without this package.
+PROJECTOR_CODE = "model.projector_modules"
 # Tasks of lmms-eval, which run in its environment without this package: scores that `data` and `evaluation` share with them
 TASK_PACK = "evaluation.task_pack"
 BELOW_MODEL = {
@@ -24,6 +26,7 @@ BELOW_MODEL = {
     "cost",
     "losses",
     *REGISTRIES,
+    PROJECTOR_CODE,
     TASK_PACK,
 }
 RUN_ROOMS = {"cluster", "distributed", "checkpoint", "runs", "fault_tolerance", "loggers", "reports"}
@@ -36,6 +39,8 @@ MAY_IMPORT = {
     "secret_patterns": set(),
     "files": {"types", "redaction"},
     **{registry: set() for registry in REGISTRIES},
+    "model.projectors": {PROJECTOR_CODE},
+    PROJECTOR_CODE: set(),
     TASK_PACK: set(),
     "config": {"types", "anyres", "compat", "formatting", "redaction", *REGISTRIES},
     "cost": {"types", "config", "formatting", *REGISTRIES},
@@ -81,7 +86,7 @@ def get_package(module: str) -> str | None:
     A registry and the task pack are packages of their own: `lit_vlm.model.projectors` -> `model.projectors`.
     """
     parts = module.split(".")
-    if (part := ".".join(parts[1:3])) in {*REGISTRIES, TASK_PACK}:
+    if (part := ".".join(parts[1:3])) in {*REGISTRIES, PROJECTOR_CODE, TASK_PACK}:
         return part
     name = parts[1] if parts[0] == "lit_vlm" and len(parts) > 1 else parts[0]
     return name if name in MAY_IMPORT else None

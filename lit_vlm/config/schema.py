@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from lit_vlm.anyres import Tiling
+from lit_vlm.anyres import ModelClass, Tiling
 from lit_vlm.config.callbacks import list_default_callbacks
 from lit_vlm.config.choices import (
     ActivationCheckpointing,
@@ -71,12 +71,14 @@ from lit_vlm.types import Language, ModelPart
 class ModelConfig:
     """Parts of the model: hub ids or local folders; `tiny` is generated on demand.
 
-    If init_from names a whole model, the two parts and the projector are not read.
+    If init_from names a whole model, the two parts, the class and the projector are not read.
     """
 
     vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
+    model_class: ModelClass = ModelClass.llava_onevision  # transformers' class that is trained and exported
     projector: ProjectorName = ProjectorName["mlp2x_gelu"]
+    pad_to_square: bool | None = None  # LLaVA 1.x: true pads a picture in the mean colour, false crops; null: true
     vision_feature_layer: int | None = ranged(
         None, LAYER
     )  # layer whose output goes to the projector; null: second to last; later layers are removed
@@ -199,7 +201,7 @@ class DataConfig:
     on_overlong: OnOverlong = OnOverlong.quarantine
     tokens_per_micro_batch: int = ranged(16384, COUNT)  # token limit of a micro-batch: memory of one forward pass
     tiles_per_micro_batch: int = ranged(64, COUNT)  # tile limit of a micro-batch: memory of one vision tower pass
-    tiling: Tiling = Tiling.anyres  # base: the whole image once; anyres: the image and its tiles (LLaVA-OneVision)
+    tiling: Tiling = Tiling.anyres  # base: the whole image once; anyres: the image and its tiles (not LLaVA 1.x)
     on_bad_record: OnBadRecord = OnBadRecord.stop
     max_quarantined: float = ranged(0.01, SHARE)  # maximum share of a source; above it the run stops
     max_image_pixels: int = ranged(64_000_000, COUNT)  # larger images are bad records (decompression bombs)

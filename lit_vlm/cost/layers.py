@@ -59,7 +59,7 @@ def build_layer_costs(
     )
     policy = [
         *[tower_layer] * vision.num_layers,
-        make_layer(projector, float(patches * shape.projector_flops), is_trained=True),
+        make_layer(projector, float(micro_batch.tiles * shape.projector_flops), is_trained=True),
         make_layer(table, 0.0, is_trained=trains_language_model),
         *[make_layer(float(text.layer_parameters), text_flops, is_trained=trains_language_model, is_recomputed=True)]
         * text.num_layers,

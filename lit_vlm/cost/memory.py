@@ -323,7 +323,7 @@ def compute_tile_activation_bytes(shape: ModelShape, training: TrainingOptions) 
     A frozen tower stores nothing: its temporary tensors are freed before the language model begins.
     """
     size, vision = training.precision.compute_bytes, shape.vision
-    projector = vision.num_patches * size * shape.projector_activations
+    projector = size * shape.projector_activations
     if not training.trains_tower:
         return projector
     pixels = size * 3 * vision.image_size**2

@@ -1,8 +1,9 @@
-"""Shape of a LLaVA-OneVision-class model: the sizes that determine its cost."""
+"""Shape of a LLaVA-class model: the sizes that determine its cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 from lit_vlm.model.projectors import PROJECTORS, Projector, get_projector
@@ -74,17 +75,21 @@ class ModelShape:
 
     @property
     def projector_flops(self) -> int:
-        """FLOPs of the projector's forward pass for one patch."""
-        return self.projector.count_flops(self.vision.hidden_size, self.text.hidden_size)
+        """FLOPs of the projector's forward pass for one tile."""
+        return self.projector.count_flops(
+            self.vision.hidden_size, self.text.hidden_size, isqrt(self.vision.num_patches)
+        )
 
     @property
     def projector_activations(self) -> int:
-        """Number of the projector's values of one patch that are kept for the backward pass."""
-        return self.projector.count_activations(self.vision.hidden_size, self.text.hidden_size)
+        """Number of the projector's values of one tile that are kept for the backward pass."""
+        return self.projector.count_activations(
+            self.vision.hidden_size, self.text.hidden_size, isqrt(self.vision.num_patches)
+        )
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
-        """Make the shape from the `config.json` of a LLaVA-OneVision-class model."""
+        """Make the shape from the `config.json` of a LLaVA-class model."""
         text, vision = config["text_config"], config["vision_config"]
         heads = text["num_attention_heads"]
         patches = (vision["image_size"] // vision["patch_size"]) ** 2
@@ -146,7 +151,7 @@ class Flops:
         recomputed_share: float = 0.0,
         has_reference: bool = False,
     ) -> Flops:
-        """Build the costs from the `config.json` of a LLaVA-OneVision-class model.
+        """Build the costs from the `config.json` of a LLaVA-class model.
 
         Args:
             trains_tower: True if the vision tower trains.
@@ -175,7 +180,7 @@ class Flops:
             per_square=2.0 * (3 + recomputed + reference_passes) * text.query_width * attention_layers,
             # the reference model reuses the features of a frozen vision tower
             per_tile=tower * (3 + recomputed + reference_passes if trains_tower else 1)
-            + float((3 + reference_passes) * vision.num_patches * shape.projector_flops),
+            + float((3 + reference_passes) * shape.projector_flops),
             per_supervised=2.0 * (passes - recomputed) * text.hidden_size * text.vocab_size
             + 2.0 * passes * loss_position_weights,
         )

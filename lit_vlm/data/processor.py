@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -20,6 +21,7 @@ from lit_vlm.data.tiling import load_tiles
 from lit_vlm.formatting import format_count
 from lit_vlm.types import Fault, ImagePlaceholder, Message, PreferencePair, Record, RecordError, Role, Sample, UserError
 
+_LATER_FIELDS = ("model_class", "token_side", "pad_to_square")  # of ImageSettings, see `Processor.digest`
 _COST_VERSION = 2  # increase it when the same records get other counts; it is part of the digest
 
 
@@ -78,10 +80,16 @@ class Processor:
             *text,
             tokenizer.special_tokens_map,
             self.image_token_id,
-            asdict(self.images),
+            self._describe_images(),
             *([self.template.day.isoformat()] if self.template.is_date_dependent else []),
         ]
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _describe_images(self) -> dict[str, Any]:
+        """Describe the image settings; the fields that OneVision lacks only where they are set, so that digests stay."""
+        values = asdict(self.images)
+        defaults = {field.name: field.default for field in fields(ImageSettings) if field.name in _LATER_FIELDS}
+        return {name: value for name, value in values.items() if name not in defaults or value != defaults[name]}
 
     def encode_sequences(self, record: Record, layouts: list[TileLayout] | None = None) -> list[TokenSequence]:
         """Encode a record: one sequence for a sample, the chosen and the rejected one for a pair.

@@ -1,16 +1,21 @@
-"""Tiling: split an image into a base view and its tiles, uint8, exactly as transformers' OneVision image processor (anyres)."""
+"""Tiling: split an image into a base view and its tiles, uint8, exactly as transformers' image processors of the LLaVA family."""
 
 from __future__ import annotations
 
 import math
+from enum import Enum
 
 import numpy as np
 from PIL import Image
 
-from lit_vlm.anyres import ImageSettings, Tiling, select_best_resolution
+from lit_vlm.anyres import ImageSettings, ModelClass, select_best_resolution
 from lit_vlm.types import LazyImage
 
 # Shapes: N tiles, H = W = tile_size pixels. Sizes are (height, width).
+
+# transformers pads and crops images of any size; ours differ from its pixels beyond these
+MAX_CROPPED_ASPECT = 16  # an image is cropped to this aspect ratio before its centre is resized
+MAX_SQUARE_PX, SHRUNK_SQUARE_PX = 16384, 8192  # a longer side is shrunk before the image is padded to a square
 
 
 def load_tiles(
@@ -49,7 +54,8 @@ def split_into_tiles(
 
     Args:
         image: RGB.
-        single_image: False if the sample has several images; each is then one square view, padded with the mean colour.
+        single_image: False if the sample has several images; OneVision makes one square view of each, padded with the
+            mean colour.
         max_tiles: maximum number of tiles in addition to the base view, as in `ImageSettings.compute_layout`.
         size: true (height, width) of an image that was decoded at a smaller scale; it determines the tiling.
 
@@ -57,8 +63,7 @@ def split_into_tiles(
         [N, 3, H, W] uint8, not normalised, contiguous.
     """
     side, resample = settings.tile_size, settings.resample
-    base = image if single_image else _pad_to_square(image, settings)
-    views = [base.resize((side, side), resample)]
+    views = [_make_base_view(image, settings, single_image)]
     height, width = size or (image.height, image.width)
     resolution = _select_resolution(height, width, settings, single_image, max_tiles)
     if resolution is not None:
@@ -75,10 +80,10 @@ def compute_decode_size(
     height: int, width: int, settings: ImageSettings, *, single_image: bool = True, max_tiles: int | None = None
 ) -> tuple[int, int]:
     """Compute the minimum (height, width) at which to decode an image, so that scaled decoding does not enlarge any view."""
-    side = settings.tile_size
-    if not single_image:
-        longest = max(height, width)
-        return math.ceil(height * side / longest), math.ceil(width * side / longest)
+    side, form = settings.tile_size, _select_square_form(settings, single_image)
+    if form is not SquareForm.stretch:
+        edge = max(height, width) if form is SquareForm.pad else min(height, width)
+        return math.ceil(height * side / edge), math.ceil(width * side / edge)
     resolution = _select_resolution(height, width, settings, single_image, max_tiles)
     fitted = resolution[1] if resolution else (side, side)
     return max(fitted[0], side), max(fitted[1], side)
@@ -88,7 +93,7 @@ def _select_resolution(
     height: int, width: int, settings: ImageSettings, single_image: bool, max_tiles: int | None
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Select the tile grid: its size in pixels, and the size of the image centred in it. None: base view only."""
-    if settings.tiling is Tiling.base or not single_image or max_tiles == 0:
+    if settings.is_base_view_only(single_image=single_image, max_tiles=max_tiles):
         return None
     grid_height, grid_width = select_best_resolution(height, width, settings.select_pinpoints(max_tiles))
     scale_x, scale_y = grid_width / width, grid_height / height
@@ -97,11 +102,44 @@ def _select_resolution(
     return (grid_height, grid_width), (grid_height, min(math.ceil(width * scale_y), grid_width))
 
 
+class SquareForm(Enum):
+    """Form of the base view, a square, of an image that is no square."""
+
+    stretch = "stretch"  # resized without its aspect ratio
+    pad = "pad"  # padded with the mean colour
+    crop = "crop"  # its centre
+
+
+def _select_square_form(settings: ImageSettings, single_image: bool) -> SquareForm:
+    if settings.model_class is ModelClass.llava:
+        return SquareForm.pad if settings.pad_to_square else SquareForm.crop
+    is_one_of_several = not single_image and settings.model_class is ModelClass.llava_onevision
+    return SquareForm.pad if is_one_of_several else SquareForm.stretch
+
+
+def _make_base_view(image: Image.Image, settings: ImageSettings, single_image: bool) -> Image.Image:
+    side, form = settings.tile_size, _select_square_form(settings, single_image)
+    if form is not SquareForm.crop:
+        square = _pad_to_square(image, settings) if form is SquareForm.pad else image
+        return square.resize((side, side), settings.resample)
+    shortest = min(image.size)
+    if max(image.size) > MAX_CROPPED_ASPECT * shortest:  # a line of pixels would become an image of gigabytes
+        edges = [min(edge, MAX_CROPPED_ASPECT * shortest) for edge in image.size]
+        left, top = ((edge - kept) // 2 for edge, kept in zip(image.size, edges, strict=True))
+        image = image.crop((left, top, left + edges[0], top + edges[1]))
+    width, height = (int(side * edge / shortest) for edge in image.size)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.resize((width, height), settings.resample).crop((left, top, left + side, top + side))
+
+
 def _pad_to_square(image: Image.Image, settings: ImageSettings) -> Image.Image:
     """Pad an image to a square with the mean colour."""
     if image.width == image.height:
         return image
     side = max(image.size)
+    if side > MAX_SQUARE_PX:  # a line of pixels would become a canvas of gigabytes
+        image = image.resize([max(1, edge * SHRUNK_SQUARE_PX // side) for edge in image.size], settings.resample)
+        side = max(image.size)
     canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in settings.mean))
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas

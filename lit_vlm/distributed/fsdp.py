@@ -16,12 +16,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_vlm.compat.lightning import set_mesh_shape
 from lit_vlm.compat.torch import allocate_on_device, get_local_rows
 from lit_vlm.distributed.sharded_state import FSDPShardedState, reshard
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.skeleton import defer_weights, read_initial_values
 from lit_vlm.types import UserError
 
@@ -136,12 +136,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         return lambda name: weights[name].full_tensor()
 
 
-def get_stage_models(module: Any) -> list[LlavaOnevisionForConditionalGeneration]:
+def get_stage_models(module: Any) -> list[VisionLanguageModel]:
     """Return the models of a stage: the trained model and, for DPO, the reference model."""
     return [model for name in ("model", "reference") if (model := getattr(module, name, None)) is not None]
 
 
-def apply_fsdp(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, precision: str) -> None:
+def apply_fsdp(model: VisionLanguageModel, mesh: DeviceMesh, precision: str) -> None:
     """Apply `fully_shard` to each layer of vision tower and language model, to an untied embedding, and to the rest with the head.
 
     The vision tower and the language model as modules are not sharded: `fully_shard` renames the class, and transformers
@@ -170,7 +170,7 @@ def apply_fsdp(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, 
 
 
 @torch.no_grad()
-def load_local_weights(model: LlavaOnevisionForConditionalGeneration, device: torch.device) -> None:
+def load_local_weights(model: VisionLanguageModel, device: torch.device) -> None:
     """Allocate this rank's rows of a model skeleton, and load their values from the files, weight by weight.
 
     In addition, it needs memory for this rank's rows of one weight at a time.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.processor import Processor
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.continuous_batching import ContinuousBatcher, DecodingParams, GeneratedSequence
 from lit_vlm.model.generate import SamplingParams, generate
 from lit_vlm.types import (
@@ -57,7 +57,7 @@ def make_prompt_sample(messages: Sequence[Message], images: Sequence[LazyImage])
 
 
 def generate_answers(
-    model: LlavaOnevisionForConditionalGeneration,
+    model: VisionLanguageModel,
     processor: Processor,
     samples: Sequence[Sample],
     max_new_tokens: int | Sequence[int],
@@ -78,7 +78,7 @@ def generate_answers(
 
 
 def generate_answers_continuously(
-    model: LlavaOnevisionForConditionalGeneration,
+    model: VisionLanguageModel,
     processor: Processor,
     samples: Sequence[Sample],
     max_new_tokens: Sequence[int],
@@ -144,7 +144,7 @@ def group_in_order(sizes: Sequence[tuple[int, int]], *, max_tokens: int, max_til
 
 
 def sample_answers(
-    model: LlavaOnevisionForConditionalGeneration,
+    model: VisionLanguageModel,
     processor: Processor,
     samples: Sequence[Sample],
     max_new_tokens: int,

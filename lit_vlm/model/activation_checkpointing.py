@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_vlm.compat.torch import GROUPED_MM, get_argument_names
 from lit_vlm.config.choices import ActivationCheckpointing as Level
+from lit_vlm.model.classes import VisionLanguageModel
 
 MATMUL_OPERAND_INDICES = {
     torch.ops.aten.mm.default: (0, 1),
@@ -35,7 +36,7 @@ ATTENTION_OPS = {
 ADAPTER_WIDTH_RATIO = 2  # a product over at most 1/2 of the layer's width is one of an adapter
 
 
-def enable_activation_checkpointing(model: LlavaOnevisionForConditionalGeneration, level: Level) -> None:
+def enable_activation_checkpointing(model: VisionLanguageModel, level: Level) -> None:
     """Enable activation checkpointing at this level in vision tower and language model; it works in train mode only."""
     inner: Any = model.model
     if level is not Level.none:

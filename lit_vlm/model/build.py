@@ -1,4 +1,4 @@
-"""Build LlavaOnevisionForConditionalGeneration with its weights, from a vision tower, a projector and a language model."""
+"""Build a vision-language model with its weights, from a vision tower, a projector and a language model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lit_vlm.model import families
+from lit_vlm.model.classes import VisionLanguageModel, get_model_class
 from lit_vlm.model.hub import disable_transformers_logging, get_first_line, raise_folder_errors
 from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.model.skeleton import build_on_meta, init_projector, is_deferring_weights, make_skeleton, share_config
@@ -19,9 +20,7 @@ from lit_vlm.model.weights import require_all_weights, resolve_weight_tying
 from lit_vlm.types import UserError
 
 
-def build_model(
-    spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> LlavaOnevisionForConditionalGeneration:
+def build_model(spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> VisionLanguageModel:
     """Build the model with its weights, patched for the flat forward pass. New parameters are initialised from `seed`.
 
     Inside `defer_weights` the model has no weights yet, see `skeleton.py`.
@@ -36,13 +35,11 @@ def build_model(
     return model
 
 
-def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionLanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if spec.whole:
-            model = _load_pretrained(
-                LlavaOnevisionForConditionalGeneration, spec.whole, spec.config, dtype, spec.hub_options
-            )
+            model = _load_pretrained(get_model_class(spec.config), spec.whole, spec.config, dtype, spec.hub_options)
             resolve_weight_tying(model, model, spec, spec.whole)
         else:
             model = _build_from_parts(spec, dtype, seed)
@@ -50,7 +47,7 @@ def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaO
     return model
 
 
-def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionLanguageModel:
     """Build the model from its parts; projector and newline are initialised from `seed`."""
     assert spec.vision_tower is not None and spec.language_model is not None
     model = build_on_meta(spec.config)
@@ -63,7 +60,8 @@ def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOn
     resolve_weight_tying(model, language, spec, spec.language_model)
     families.fold_logit_scale(model)
     model.model.multi_modal_projector, newline = init_projector(config, dtype, seed)
-    model.model.image_newline = nn.Parameter(newline)
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline = nn.Parameter(newline)
     model.generation_config = language.generation_config
     model.tie_weights()
     return model
@@ -88,9 +86,7 @@ def _load_pretrained(model_class: Any, name: str, config: Any, dtype: torch.dtyp
     return model
 
 
-def _collect_eos_token_ids(
-    model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
-) -> list[int]:
+def _collect_eos_token_ids(model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Collect the token ids that end generation: the language model's own, and the one that closes an answer here."""
     eos = model.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]

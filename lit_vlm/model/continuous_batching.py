@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.generation import LogitsProcessorList
 
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.generate import SamplingParams, find_prompt_positions, make_logits_processors
 from lit_vlm.model.packed_attention import Segments
 from lit_vlm.types import Batch
@@ -173,7 +173,7 @@ class ContinuousBatcher:
 
     def __init__(
         self,
-        model: LlavaOnevisionForConditionalGeneration,
+        model: VisionLanguageModel,
         stop_ids: set[int],
         *,
         max_sequences: int = 64,

@@ -10,13 +10,14 @@ import copy
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
@@ -24,8 +25,10 @@ from lit_vlm.anyres import ImageSettings
 from lit_vlm.compat.transformers import set_weight_conversions
 from lit_vlm.files import atomic_folder
 from lit_vlm.model.box_tokens import MODEL_CARD_FILE, format_model_card, set_special_boxes
+from lit_vlm.model.classes import VisionLanguageModel, make_code_values
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
+from lit_vlm.model.plain_processors import make_image_processor_config, make_processor_config
 from lit_vlm.model.projectors import get_projector, list_exportable_projectors
 from lit_vlm.model.skeleton import EMBEDDINGS, build_on_meta, read_initial_values
 from lit_vlm.model.spec import OWN_SETTINGS_FILE
@@ -47,9 +50,7 @@ class MergedStateDict:
         config: to be saved with the weights.
     """
 
-    def __init__(
-        self, model: LlavaOnevisionForConditionalGeneration, gather_weight: Callable[[str], Tensor] | None = None
-    ) -> None:
+    def __init__(self, model: VisionLanguageModel, gather_weight: Callable[[str], Tensor] | None = None) -> None:
         self.model, self.lora_layers, self.gather_weight = model, find_lora_layers(model), gather_weight
         self.parameters = dict(model.named_parameters())
         self.initial_weights: Any = getattr(model, "weights", None)  # of a model that was loaded in shards, else None
@@ -58,7 +59,7 @@ class MergedStateDict:
             gather_weight and not self.initial_weights
         ):  # sharded weights may compute in another type than their master weights have
             dtype = model.config.dtype or dtype
-        meta_model = build_on_meta(copy.deepcopy(model.config)).to(dtype)
+        meta_model: Any = build_on_meta(copy.deepcopy(model.config)).to(dtype)
         meta_model.tie_weights()
         self.num_parameters, self.config = meta_model.num_parameters(), meta_model.config
         for config in (self.config, self.config.vision_config, self.config.text_config):
@@ -143,7 +144,7 @@ class MergedStateDict:
         return (lora_b @ lora_a * layer.scaling[_list_adapters(layer)[0]]).to(dtype)
 
 
-def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
+def use_released_names(model: VisionLanguageModel) -> None:
     """Use the parameter names of the released checkpoints in exports, whatever folder the model came from.
 
     transformers 5.23 has no level `vision_model` in memory any more, and writes it only where it was read. The released
@@ -164,7 +165,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def export_model(
-    model: LlavaOnevisionForConditionalGeneration,
+    model: VisionLanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     images: ImageSettings,
     folder: Path,
@@ -214,12 +215,12 @@ def export_model(
             set_special_boxes(temporary, False)
 
 
-def require_exportable_projector(model: LlavaOnevisionForConditionalGeneration) -> None:
+def require_exportable_projector(model: VisionLanguageModel) -> None:
     """Raise UserError for a projector that transformers' classes do not have: they would initialise it at random."""
     projector = get_projector(model.config)
     if not projector.is_exportable:
         raise UserError(
-            f"The projector {projector.name} is none of transformers, whose LLaVA-OneVision class would load the model with a random "
+            f"The projector {projector.name} is none of transformers, whose class would load the model with a random "
             f"projector, so it is not exported. Set export=false, or choose another model.projector: {list_exportable_projectors()}."
         )
 
@@ -232,7 +233,7 @@ def _iterate_with_hook(names: Iterable[str], before: Callable[[], object]) -> It
 
 def _write_settings(
     folder: Path,
-    model: LlavaOnevisionForConditionalGeneration,
+    model: VisionLanguageModel,
     state_dict: MergedStateDict,
     tokenizer: PreTrainedTokenizerFast,
     images: ImageSettings,
@@ -244,10 +245,12 @@ def _write_settings(
     tokenizer.save_pretrained(folder)
     has_boxes = not set(SPECIAL_TOKENS).isdisjoint(tokenizer.get_added_vocab())
     (folder / MODEL_CARD_FILE).write_text(format_model_card(has_boxes), encoding="utf-8")
-    _write_json(folder / "processor_config.json", _make_processor_config(tokenizer, images))
-    _write_json(folder / "preprocessor_config.json", _make_image_processor_config(images))
+    _write_json(folder / "processor_config.json", make_processor_config(images))
+    _write_json(folder / "preprocessor_config.json", make_image_processor_config(images))
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     _write_json(folder / OWN_SETTINGS_FILE, {"tiling": images.tiling.value})
+    if (code_file := get_projector(model.config).code_file) is not None:
+        _write_code(folder, model, code_file)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
         if (cleaned := remove_local_paths(settings)) != settings:
@@ -274,38 +277,11 @@ def _is_local_path(path: str) -> bool:
     return not _HUB_ID.fullmatch(path) or os.path.exists(path)
 
 
-def _make_processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:
-    image_processor = _make_image_processor_config(images)
-    video = {key: image_processor[key] for key in ("image_mean", "image_std", "size", "resample")}
-    return {
-        "processor_class": "LlavaOnevisionProcessor",
-        "image_processor": image_processor,
-        "video_processor": {"video_processor_type": "LlavaOnevisionVideoProcessor", **video},
-        "image_token": "<image>",
-        "video_token": "<video>",
-        # with the class token of CLIP, which transformers counts and then removes
-        "num_image_tokens": images.side**2 + (1 if images.select == "default" else 0),
-        "vision_feature_select_strategy": images.select,
-        "vision_aspect_ratio": images.vision_aspect_ratio,
-    }
-
-
-def _make_image_processor_config(images: ImageSettings) -> dict[str, Any]:
-    return {
-        "image_processor_type": "LlavaOnevisionImageProcessor",
-        "processor_class": "LlavaOnevisionProcessor",
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_pad": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_grid_pinpoints": [list(pair) for pair in images.grid_pinpoints],
-        "image_mean": list(images.mean),
-        "image_std": list(images.std),
-        "resample": images.resample,
-        "rescale_factor": images.do_rescale,
-        "size": {"height": images.tile_size, "width": images.tile_size},
-    }
+def _write_code(folder: Path, model: VisionLanguageModel, code_file: str) -> None:
+    """Write the file with the projector's code, and the config that names its classes."""
+    shutil.copyfile(Path(__file__).with_name(code_file), folder / code_file)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "config.json", config | make_code_values(model.config, code_file))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers import LlavaOnevisionForConditionalGeneration
 
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.vocabulary import untie_embeddings
 from lit_vlm.types import UserError
 
@@ -52,7 +52,7 @@ def get_logit_factor(text_config: Any) -> float:
     return float(factor(text_config)) if factor else 1.0
 
 
-def fold_logit_scale(model: LlavaOnevisionForConditionalGeneration) -> None:
+def fold_logit_scale(model: VisionLanguageModel) -> None:
     """Fold the family's logit factor into the head and reset it in the config. Unties head and embeddings."""
     text = model.config.text_config
     factor = get_logit_factor(text)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.generation import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -16,6 +15,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.types import IGNORE_INDEX, Batch
 
 # Shapes: B prompts, N answers of each, L longest prompt, D width of the language model, V vocabulary size.
@@ -36,7 +36,7 @@ class SamplingParams:
 
 @torch.no_grad()
 def generate(
-    model: LlavaOnevisionForConditionalGeneration,
+    model: VisionLanguageModel,
     batch: Batch,
     max_new_tokens: int = 64,
     eos_token_id: int | None = None,

@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+)
+from transformers.models.llava.modeling_llava import LlavaModel
+from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from lit_vlm.anyres import ImageSettings, TileLayout
+from lit_vlm.anyres import ImageSettings, ModelClass, TileLayout
 from lit_vlm.cost.model_shape import MODELS_WITH_PRUNED_LAST_LAYER
 from lit_vlm.losses.next_token import compute_token_log_probs
 from lit_vlm.model import packed_attention as attention
+from lit_vlm.model.classes import MODEL_CLASSES, VisionLanguageModel
 from lit_vlm.model.packed_attention import Segments, flat_attention_forward
 from lit_vlm.types import Batch
 
@@ -119,7 +126,7 @@ def _apply_optional_norm(layer: Any, name: str, states: Tensor) -> Tensor:
     return getattr(layer, name)(states) if hasattr(layer, name) else states
 
 
-def prune_last_layer(model: LlavaOnevisionForConditionalGeneration) -> bool:
+def prune_last_layer(model: VisionLanguageModel) -> bool:
     """Patch the last layer of a supported family to skip positions that are not read; return True if it is patched."""
     layer = model.model.language_model.layers[-1]
     if not isinstance(layer, PrunedLastLayer) and model.config.text_config.model_type in MODELS_WITH_PRUNED_LAST_LAYER:
@@ -134,14 +141,23 @@ def _make_pruned_class(layer_class: Any) -> Any:
     )  # keep the name: transformers looks layers up by it
 
 
-# Shapes: T tokens, N tiles, M images, P patches of a tile, C channels of the tower, D width of the language model,
-# V vocabulary size, R supervised positions.
+# Shapes: T tokens, N tiles, M images, P patches of a tile, Q tokens that the projector makes of them, C channels of the
+# tower, D width of the language model, V vocabulary size, R supervised positions.
 
 
-class FlatOnevisionModel(LlavaOnevisionModel):
-    """LlavaOnevisionModel that also takes a flat packed micro-batch."""
+class FlatModel(nn.Module):
+    """Model of the LLaVA family, without its head, that also takes a flat packed micro-batch.
+
+    It stands before transformers' class in the bases of the classes below.
+    """
 
     image_settings: ImageSettings
+    config: Any
+    language_model: Any
+    vision_tower: Any
+    multi_modal_projector: Any
+    image_newline: Any
+    get_input_embeddings: Any
 
     def forward(
         self,
@@ -212,7 +228,7 @@ class FlatOnevisionModel(LlavaOnevisionModel):
             vision_features: [N, P, C] output of the vision tower.
             layouts: of each image, in the order of the tiles.
         """
-        projected = self.multi_modal_projector(vision_features)  # [N, P, D]
+        projected = self.multi_modal_projector(vision_features)  # [N, Q, D]
         by_layout: dict[TileLayout, list[int]] = defaultdict(list)
         for number, layout in enumerate(layouts):
             by_layout[layout].append(number)
@@ -261,7 +277,9 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         return isinstance(self.language_model.layers[-1], PrunedLastLayer)
 
     def _merge_tiles(self, stack: Tensor, layout: TileLayout) -> Tensor:
-        """Merge [M, tiles, P, D] into [M, tokens, D]: base view, then the stitched grid with a newline after each row."""
+        """Merge [M, tiles, Q, D] into [M, tokens, D]: base view, then the stitched grid with a newline after each row."""
+        if not self.image_settings.has_newline:
+            return stack[:, 0]
         base, newline = stack[:, 0], self.image_newline.to(stack.dtype)
         if not layout.rows:
             return torch.cat([base, newline.expand(len(stack), 1, -1)], dim=1)
@@ -276,8 +294,11 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         return torch.cat([base, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-class FlatOnevision(LlavaOnevisionForConditionalGeneration):
-    """LlavaOnevisionForConditionalGeneration that also takes a flat packed micro-batch."""
+class FlatConditionalGeneration(nn.Module):
+    """Model of the LLaVA family that also takes a flat packed micro-batch; it stands before transformers' class."""
+
+    model: Any
+    lm_head: Any
 
     def forward(
         self,
@@ -341,13 +362,54 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
         return self
 
 
-# transformers' generation reads from the signature what a forward pass supports (logits of the last position only)
-FlatOnevision.forward.__signature__ = inspect.signature(LlavaOnevisionForConditionalGeneration.forward)  # type: ignore[attr-defined]
+class FlatLlavaModel(FlatModel, LlavaModel):
+    """LlavaModel that also takes a flat packed micro-batch."""
 
 
-def use_flat_forward(model: LlavaOnevisionForConditionalGeneration, settings: ImageSettings) -> None:
+class FlatLlavaNextModel(FlatModel, LlavaNextModel):
+    """LlavaNextModel that also takes a flat packed micro-batch."""
+
+
+class FlatOnevisionModel(FlatModel, LlavaOnevisionModel):
+    """LlavaOnevisionModel that also takes a flat packed micro-batch."""
+
+
+class FlatLlava(FlatConditionalGeneration, LlavaForConditionalGeneration):
+    """LlavaForConditionalGeneration that also takes a flat packed micro-batch."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class FlatLlavaNext(FlatConditionalGeneration, LlavaNextForConditionalGeneration):
+    """LlavaNextForConditionalGeneration that also takes a flat packed micro-batch."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+class FlatOnevision(FlatConditionalGeneration, LlavaOnevisionForConditionalGeneration):
+    """LlavaOnevisionForConditionalGeneration that also takes a flat packed micro-batch."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+# With and without head, by the class of transformers
+FLAT_CLASSES: dict[ModelClass, tuple[Any, Any]] = {
+    ModelClass.llava: (FlatLlava, FlatLlavaModel),
+    ModelClass.llava_next: (FlatLlavaNext, FlatLlavaNextModel),
+    ModelClass.llava_onevision: (FlatOnevision, FlatOnevisionModel),
+}
+for _model_class, (_flat_class, _) in FLAT_CLASSES.items():
+    # transformers' generation reads from the signature what a forward pass supports (logits of the last position only)
+    _flat_class.forward.__signature__ = inspect.signature(MODEL_CLASSES[_model_class].forward)
+
+
+def use_flat_forward(model: VisionLanguageModel, settings: ImageSettings) -> None:
     """Patch a built model with the flat packed forward pass and the attention that it needs."""
-    model.__class__, model.model.__class__ = FlatOnevision, FlatOnevisionModel
+    flat_class, flat_model_class = FLAT_CLASSES[ModelClass(model.config.model_type)]
+    model.__class__, model.model.__class__ = flat_class, flat_model_class
     model.lm_head.__class__ = LogProbHead
     prune_last_layer(model)
     model.model.image_settings = settings

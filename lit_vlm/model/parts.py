@@ -39,7 +39,7 @@ class PartSummary:
 
 
 def get_part(name: str) -> ModelPart:
-    """Return the part that owns a parameter of LlavaOnevisionForConditionalGeneration, by its name in memory."""
+    """Return the part that owns a parameter of the model, by its name in memory."""
     for prefix, part in PARTS_BY_PREFIX.items():
         if name.startswith(prefix):
             return part

@@ -1,8 +1,7 @@
 """Registry of projectors, the networks between vision tower and language model: one class here is one projector.
 
 To add a projector, write a class that derives from `Projector` and add an instance to `PROJECTORS`. Settings, help, build,
-initial weights, cost model and export read this registry. A projector maps each patch to one token: the number of tokens
-of an image does not depend on it.
+initial weights, number of tokens, cost model and export read this registry.
 
 The module imports torch inside functions only, so that the configuration can read the names without it.
 """
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-# Shapes: N tiles, P patches of a tile, C width of the vision tower, D width of the language model.
+# Shapes: N tiles, P = S * S patches of a tile, Q = T * T tokens of a tile, C width of the vision tower, D width of the
+# language model.
 
 PROJECTOR_KEY = "projector"  # in a model's config: name of a projector that transformers' config has no field for
 
@@ -26,13 +26,20 @@ class Projector:
     Attributes:
         name: value of `model.projector`.
         description: help text of that value.
-        is_exportable: True if the classes of plain transformers hold this projector. Other projectors train, but their
-            models cannot be exported.
+        is_in_transformers: True if the classes of plain transformers hold this projector.
+        code_file: file beside this one that is exported with the model, so that transformers loads it with
+            `trust_remote_code`; None: there is none. A projector with neither trains, but its model cannot be exported.
     """
 
     name: str
     description: str
-    is_exportable = False
+    is_in_transformers = False
+    code_file: str | None = None
+
+    @property
+    def is_exportable(self) -> bool:
+        """True if a model with this projector can be exported."""
+        return self.is_in_transformers or self.code_file is not None
 
     @property
     def config_values(self) -> dict[str, Any]:
@@ -40,7 +47,7 @@ class Projector:
         return {PROJECTOR_KEY: self.name}
 
     def build(self, config: Any) -> nn.Module:
-        """Build the module, which maps [N, P, C] to [N, P, D]. Its weights are parameters, not buffers.
+        """Build the module, which maps [N, P, C] to [N, Q, D]. Its weights are parameters, not buffers.
 
         Args:
             config: of the whole model; C is `config.vision_config.hidden_size`, D `config.text_config.hidden_size`.
@@ -57,16 +64,26 @@ class Projector:
         """List the parameters that never train."""
         return []
 
+    def compute_token_side(self, patch_side: int) -> int:
+        """Compute the tokens along one side of a tile, T, from its patches along one side, S: by default as many.
+
+        This is the one place that says how many tokens a projector makes. Index, cost, forward pass and export read it.
+
+        Raises:
+            ValueError: the projector does not fit this grid.
+        """
+        return patch_side
+
     def count_parameters(self, vision_width: int, text_width: int) -> int:
-        """Count the weights in the matrices, for a tower of width C and a language model of width D."""
+        """Count the weights in matrices and convolutions, for a tower of width C and a language model of width D."""
         raise NotImplementedError
 
-    def count_flops(self, vision_width: int, text_width: int) -> int:
-        """Count the FLOPs of one patch in the forward pass: by default each weight multiplies it once."""
-        return 2 * self.count_parameters(vision_width, text_width)
+    def count_flops(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        """Count the FLOPs of one tile of S * S patches in the forward pass: by default each weight multiplies each patch."""
+        return 2 * self.count_parameters(vision_width, text_width) * patch_side**2
 
-    def count_activations(self, vision_width: int, text_width: int) -> int:
-        """Count the values of one patch that are kept for the backward pass."""
+    def count_activations(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        """Count the values of one tile of S * S patches that are kept for the backward pass."""
         raise NotImplementedError
 
 
@@ -75,7 +92,7 @@ class MLPProjector(Projector):
 
     name = "mlp2x_gelu"
     description = "LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear"
-    is_exportable = True
+    is_in_transformers = True
     hidden_act = "gelu"
 
     @property
@@ -90,8 +107,9 @@ class MLPProjector(Projector):
     def count_parameters(self, vision_width: int, text_width: int) -> int:
         return vision_width * text_width + text_width**2
 
-    def count_activations(self, vision_width: int, text_width: int) -> int:
-        return vision_width + 2 * text_width  # inputs of the two matrices and of the activation function
+    def count_activations(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        # inputs of the two matrices and of the activation function
+        return patch_side**2 * (vision_width + 2 * text_width)
 
 
 class LinearProjector(MLPProjector):
@@ -114,8 +132,91 @@ class LinearProjector(MLPProjector):
     def list_fixed_parameters(self, module: Any) -> list[nn.Parameter]:
         return list(module.linear_2.parameters())
 
+    def count_activations(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        return patch_side**2 * (vision_width + text_width)  # no activation function
 
-PROJECTORS: dict[str, Projector] = {projector.name: projector for projector in (MLPProjector(), LinearProjector())}
+
+class PoolingProjector(Projector):
+    """A projector that averages the patches of a tile to a smaller grid of tokens, 12 x 12 from any larger one."""
+
+    code_file = "projector_modules.py"
+    token_side = 12
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        return {PROJECTOR_KEY: self.name, "projector_token_side": self.token_side}
+
+    def build(self, config: Any) -> nn.Module:
+        from lit_vlm.model.projector_modules import build_projector
+
+        return build_projector(config)
+
+    def compute_token_side(self, patch_side: int) -> int:
+        if patch_side < self.token_side:
+            raise ValueError(
+                f"the projector {self.name} pools a tile to {self.token_side} x {self.token_side} tokens, and the tower"
+                f" makes only {patch_side} x {patch_side} patches of it"
+            )
+        return self.token_side
+
+
+class LDPNetV2Projector(PoolingProjector):
+    """MobileVLM V2's projector (arXiv 2402.03766), also of AIKU's small Korean model: 576 patches become 144 tokens."""
+
+    name = "ldpnetv2"
+    description = "MobileVLM V2: Linear, GELU, Linear, pooling to 12 x 12 tokens, depthwise residual convolution"
+
+    def count_parameters(self, vision_width: int, text_width: int) -> int:
+        return vision_width * text_width + text_width**2 + 9 * text_width
+
+    def count_flops(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        matrices = 2 * (vision_width * text_width + text_width**2) * patch_side**2
+        return matrices + 2 * 9 * text_width * self.token_side**2
+
+    def count_activations(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        # inputs of the two matrices, of the activation function, of the pooling and of the convolution
+        return patch_side**2 * (vision_width + 3 * text_width) + self.token_side**2 * text_width
+
+
+class CAbstractorProjector(PoolingProjector):
+    """Honeybee's C-Abstractor (arXiv 2312.06742) with 144 tokens. Its hidden width is the tower's, as with CLIP-L there."""
+
+    name = "c_abstractor"
+    description = "Honeybee: 3 RegNet blocks, pooling to 12 x 12 tokens, 3 RegNet blocks, Linear, SiLU, Linear"
+    depth = 3
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        return super().config_values | {"projector_depth": self.depth}
+
+    def init_weights(self, module: Any) -> None:
+        from torch import nn
+
+        super().init_weights(module)
+        nn.init.trunc_normal_(module.positions.weight, std=0.02)  # Honeybee's
+
+    def count_parameters(self, vision_width: int, text_width: int) -> int:
+        gate = 2 * vision_width * round(vision_width / 4)
+        blocks = 2 * self.depth * (2 * vision_width**2 + 9 * vision_width + gate)
+        return blocks + vision_width * text_width + text_width**2
+
+    def count_flops(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        position = 2 * vision_width**2 + 9 * vision_width  # of a block
+        gates = 2 * self.depth * 2 * vision_width * round(vision_width / 4)  # once for each tile
+        blocks = self.depth * position * (patch_side**2 + self.token_side**2)
+        return 2 * (blocks + gates + self.token_side**2 * (vision_width * text_width + text_width**2))
+
+    def count_activations(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        # a block keeps the inputs of three norms, three activation functions, three convolutions and the gate
+        blocks = self.depth * 10 * vision_width * (patch_side**2 + self.token_side**2)
+        pooling, matrices = patch_side**2 * vision_width, self.token_side**2 * (vision_width + 2 * text_width)
+        return blocks + pooling + matrices
+
+
+PROJECTORS: dict[str, Projector] = {
+    projector.name: projector
+    for projector in (MLPProjector(), LinearProjector(), LDPNetV2Projector(), CAbstractorProjector())
+}
 
 
 def get_projector(config: Any) -> Projector:
@@ -133,5 +234,5 @@ def get_projector(config: Any) -> Projector:
 
 
 def list_exportable_projectors() -> str:
-    """List the names of the projectors that plain transformers loads, for messages."""
+    """List the names of the projectors whose models can be exported, for messages."""
     return ", ".join(name for name, projector in PROJECTORS.items() if projector.is_exportable)

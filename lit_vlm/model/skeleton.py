@@ -14,16 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_vlm.compat.transformers import mark_as_initialized
 from lit_vlm.formatting import format_count
 from lit_vlm.model import families
+from lit_vlm.model.classes import VisionLanguageConfig, VisionLanguageModel, get_model_class
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import init_adapter
 from lit_vlm.model.packed_forward import LogProbHead
@@ -53,22 +49,18 @@ def is_deferring_weights() -> bool:
     return _is_deferring.get()
 
 
-def build_on_meta(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
+def build_on_meta(config: VisionLanguageConfig) -> VisionLanguageModel:
     """Build the model on `meta`: shapes and counts at full size, without memory."""
     with torch.device("meta"):
         return build_model_class(config)
 
 
-def build_model_class(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
+def build_model_class(config: VisionLanguageConfig) -> VisionLanguageModel:
     """Build transformers' model with random weights, and with the projector that its config names."""
-    model = LlavaOnevisionForConditionalGeneration(config)
-    projector = get_projector(config)
-    if not projector.is_exportable:  # an exportable one is what transformers' class builds
-        model.model.multi_modal_projector = projector.build(config)
-    return model
+    return get_model_class(config)(config)
 
 
-def make_skeleton(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+def make_skeleton(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionLanguageModel:
     """Make the model of `build_model` without weights; `model.weights` can read them.
 
     Raises:
@@ -131,8 +123,11 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def init_projector(config: LlavaOnevisionConfig, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Tensor]:
-    """Initialise a new projector from `seed`, and the newline's features [D] that end each row of tiles."""
+def init_projector(config: VisionLanguageConfig, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Tensor]:
+    """Initialise a new projector from `seed`, and the newline's features [D] that end each row of tiles.
+
+    LLaVA 1.x has no newline.
+    """
     projector = get_projector(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -154,9 +149,7 @@ def share_config(part: nn.Module, config: Any) -> None:
             module.config = config
 
 
-def _collect_part_weights(
-    model: LlavaOnevisionForConditionalGeneration, weights: InitialWeights, spec: ModelSpec
-) -> None:
+def _collect_part_weights(model: VisionLanguageModel, weights: InitialWeights, spec: ModelSpec) -> None:
     """Collect where the weights of vision tower and language model are, and initialise the projector."""
     assert spec.vision_tower and spec.language_model
     config, revision = spec.config, spec.revision
@@ -186,10 +179,11 @@ def _collect_part_weights(
     weights.new_tensors |= {
         f"model.multi_modal_projector.{name}": value.detach() for name, value in projector.named_parameters()
     }
-    weights.new_tensors["model.image_newline"] = newline
+    if hasattr(model.model, "image_newline"):
+        weights.new_tensors["model.image_newline"] = newline
 
 
-def _add_token_rows(model: LlavaOnevisionForConditionalGeneration, weights: InitialWeights, spec: ModelSpec) -> None:
+def _add_token_rows(model: VisionLanguageModel, weights: InitialWeights, spec: ModelSpec) -> None:
     """Add rows for new tokens to the tables.
 
     Raises:

@@ -16,18 +16,18 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    LlavaOnevisionConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import cached_file
 
-from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
+from lit_vlm.anyres import ImageSettings, ModelClass, Tiling, make_grid_pinpoints
 from lit_vlm.config.model_folders import ADAPTER_FILE, format_adapter_error
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model import families
 from lit_vlm.model.box_tokens import mark_box_tokens_special
+from lit_vlm.model.classes import CONFIG_CLASSES, VisionLanguageConfig, restore_config
 from lit_vlm.model.hub import get_first_line, raise_folder_errors
-from lit_vlm.model.projectors import PROJECTORS, Projector
+from lit_vlm.model.projectors import PROJECTORS, Projector, get_projector
 from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, add_special_tokens, wrap_chat_template
 from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
 
@@ -44,6 +44,8 @@ SIZE_KEYS = (
     "patch_size",
 )
 DEFAULT_GRID, DEFAULT_MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
+# LLaVA-NeXT's tiles down and across: image_grid_pinpoints of its config
+NEXT_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 
 
 @dataclass(slots=True)
@@ -53,7 +55,7 @@ class ModelSpec:
     It is enough for the data side, the cost model and a build on `meta`.
     """
 
-    config: LlavaOnevisionConfig
+    config: VisionLanguageConfig
     tokenizer: PreTrainedTokenizerFast
     images: ImageSettings
     new_tokens: list[str]  # added by this run; empty when the folder had them
@@ -75,8 +77,9 @@ def load_model_spec(model: ModelConfig, init_from: str | None = None, tiling: Ti
     """Load configs and tokenizer of a model, without weights.
 
     Args:
-        init_from: folder or hub id of a whole LLaVA-OneVision-class model; None: the parts named in `model` are
-            assembled.
+        init_from: folder or hub id of a whole model of LLaVA's, LLaVA-NeXT's or LLaVA-OneVision's class; None: the
+            parts named in `model` are assembled.
+        tiling: LLaVA 1.x has one view of an image with any tiling.
 
     Raises:
         UserError: a missing folder, a model of another class, or a family whose logits this class would compute
@@ -92,14 +95,19 @@ def _load_model_spec(
     model: ModelConfig, init_from: str | None, tiling: Tiling, hub_options: dict[str, Any]
 ) -> ModelSpec:
     spec = _make_pretrained_spec(model, init_from, hub_options) if init_from else _make_parts_spec(model, hub_options)
-    spec.images = replace(spec.images, tiling=tiling)
-    spec.new_tokens = add_special_tokens(spec.tokenizer, model.special_tokens)
+    model_class = spec.images.model_class
+    spec.images = replace(spec.images, tiling=Tiling.base if model_class is ModelClass.llava else tiling)
+    if model.pad_to_square is not None and model_class is ModelClass.llava:
+        spec.images = replace(spec.images, pad_to_square=model.pad_to_square)
+    placeholders = (IMAGE_TOKEN, VIDEO_TOKEN) if model_class is ModelClass.llava_onevision else (IMAGE_TOKEN,)
+    spec.new_tokens = add_special_tokens(spec.tokenizer, model.special_tokens, placeholders)
     mark_box_tokens_special(spec.tokenizer)  # a folder of special_boxes=false is the same model
     added_vocab = spec.tokenizer.get_added_vocab()
     candidates = dict.fromkeys((*model.special_tokens, *SPECIAL_TOKENS))
     spec.special_tokens = [token for token in candidates if token in added_vocab]
     spec.config.image_token_index = spec.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    spec.config.video_token_index = spec.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    if model_class is ModelClass.llava_onevision:
+        spec.config.video_token_index = spec.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)  # type: ignore[union-attr]
     spec.tokenizer.chat_template = _resolve_chat_template(model.chat_template, spec.tokenizer)
     return spec
 
@@ -128,11 +136,12 @@ def read_json(name: str, filename: str, **hub_options: Any) -> dict[str, Any] | 
 def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[str, Any]) -> ModelSpec:
     config = _load_config(init_from, "init_from", hub_options)
     _require_sizes(config, init_from)
-    if not isinstance(config, LlavaOnevisionConfig):
+    if config.model_type not in set(ModelClass):
         raise UserError(
-            f"init_from={init_from} holds a model of type {config.model_type!r}; a stage starts from a LLaVA-OneVision-class model "
-            "(model type 'llava_onevision'). To build one from parts, leave init_from out and set model.vision_tower and model.language_model."
+            f"init_from={init_from} holds a model of type {config.model_type!r}; a stage starts from a model of one of the types "
+            f"{', '.join(ModelClass)}. To build one from parts, leave init_from out and set model.vision_tower and model.language_model."
         )
+    _require_usable_tiles(model, ModelClass(config.model_type))
     _drop_unused_layers(config.vision_config, config.vision_feature_layer)
     config.vision_feature_layer = -1
     config.text_config.tie_word_embeddings = config.tie_word_embeddings  # the latter is read here, the former in vLLM
@@ -149,6 +158,23 @@ def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[
         whole=init_from,
         **hub_options,
     )
+
+
+def _require_usable_tiles(model: ModelConfig, model_class: ModelClass) -> None:
+    """Raise UserError for a setting of tiles that the class does not have."""
+    unused = {
+        ModelClass.llava: {"grid": model.grid, "max_tiles": model.max_tiles},
+        ModelClass.llava_next: {"max_tiles": model.max_tiles},
+    }
+    reason = {
+        ModelClass.llava: "LLaVA 1.x encodes one square view of each picture",
+        ModelClass.llava_next: "LLaVA-NeXT never downsamples its tiles",
+    }
+    for key, value in unused.get(model_class, {}).items():
+        if value is not None:
+            raise UserError(
+                f"model.{key}={value}: has no effect ({reason[model_class]}; model_class {model_class}). Take it away."
+            )
 
 
 def _make_parts_spec(model: ModelConfig, hub_options: dict[str, Any]) -> ModelSpec:
@@ -169,22 +195,59 @@ def _make_parts_spec(model: ModelConfig, hub_options: dict[str, Any]) -> ModelSp
     _drop_unused_layers(vision, -2 if model.vision_feature_layer is None else model.vision_feature_layer)
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False
-    config = LlavaOnevisionConfig(
+    projector, model_class = _select_projector(str(model.projector)), ModelClass(model.model_class)
+    _require_usable_tiles(model, model_class)
+    config = CONFIG_CLASSES[model_class](
         vision_config=vision,
         text_config=text,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
-        image_grid_pinpoints=[
-            list(pair) for pair in make_grid_pinpoints(vision.image_size, model.grid or DEFAULT_GRID)
-        ],
-        vision_aspect_ratio=f"anyres_max_{model.max_tiles or DEFAULT_MAX_TILES}",
         tie_word_embeddings=bool(text.tie_word_embeddings),
-        **_select_projector(str(model.projector)).config_values,
+        **_make_tile_values(model, model_class, vision, projector),
+        **projector.config_values,
     )
     images = _load_image_settings(model.vision_tower, config, hub_options)
+    _require_countable_tokens(images, projector, str(model.vision_tower))
+    images = replace(images, pad_to_square=True)  # the tower's folder does not say what LLaVA does
     tokenizer = _load_tokenizer(model.language_model, hub_options)
     parts: dict[str, Any] = {"vision_tower": model.vision_tower, "language_model": model.language_model}
     return ModelSpec(config, tokenizer, images, [], **parts, **hub_options)
+
+
+def _require_countable_tokens(images: ImageSettings, projector: Projector, name: str) -> None:
+    """Raise UserError if transformers' processors cannot count the tokens of a tile: a division of whole pixels."""
+    if images.tile_size // images.token_px != images.side:
+        raise UserError(
+            f"model.projector={projector.name} makes {images.side} x {images.side} tokens of a tile, and {name} has tiles of "
+            f"{images.tile_size} px: transformers' processors would count {images.tile_size // images.token_px} a side. Choose "
+            f"another projector, or a tower whose tiles are a multiple of {images.side} px."
+        )
+
+
+def _make_tile_values(model: ModelConfig, model_class: ModelClass, vision: Any, projector: Projector) -> dict[str, Any]:
+    """Make the config's values of tiles and of their tokens.
+
+    Raises:
+        UserError: the projector does not fit the tower's grid.
+    """
+    size = vision.image_size
+    try:
+        token_side = projector.compute_token_side(size // vision.patch_size)
+    except ValueError as error:
+        raise UserError(
+            f"model.projector={projector.name}: {error} ({model.vision_tower}). Choose another of the two."
+        ) from None
+    if model_class is ModelClass.llava:
+        return {"image_seq_length": token_side**2}
+    if model_class is ModelClass.llava_next:
+        pinpoints = (
+            make_grid_pinpoints(size, model.grid) if model.grid else [(h * size, w * size) for h, w in NEXT_GRIDS]
+        )
+        return {"image_seq_length": token_side**2, "image_grid_pinpoints": [list(pair) for pair in pinpoints]}
+    return {
+        "image_grid_pinpoints": [list(pair) for pair in make_grid_pinpoints(size, model.grid or DEFAULT_GRID)],
+        "vision_aspect_ratio": f"anyres_max_{model.max_tiles or DEFAULT_MAX_TILES}",
+    }
 
 
 def _select_projector(name: str) -> Projector:
@@ -213,6 +276,8 @@ def _drop_unused_layers(vision: Any, layer: int | list[int]) -> None:
 def _load_config(name: str, setting: str, hub_options: dict[str, Any]) -> Any:
     _require_folder(name, setting)
     try:
+        if (own := restore_config(read_json(name, "config.json", **hub_options) or {})) is not None:
+            return own
         return AutoConfig.from_pretrained(name, **hub_options)
     except Exception as error:  # transformers raises any type of error for a wrong value
         if (adapter := _read_adapter_config(name, hub_options)) is not None:
@@ -231,7 +296,7 @@ def _read_adapter_config(name: str, hub_options: dict[str, Any]) -> dict[str, An
         return None
 
 
-def _read_max_tiles(name: str, config: LlavaOnevisionConfig) -> int:
+def _read_max_tiles(name: str, config: Any) -> int:
     """Read N of `vision_aspect_ratio: anyres_max_N`. UserError if there is none: transformers' model needs it."""
     ratio = str(config.vision_aspect_ratio)
     number = ratio.removeprefix("anyres_max_")
@@ -280,23 +345,28 @@ def _load_tokenizer(name: str, hub_options: dict[str, Any]) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _load_image_settings(name: str, config: LlavaOnevisionConfig, hub_options: dict[str, Any]) -> ImageSettings:
+def _load_image_settings(name: str, config: Any, hub_options: dict[str, Any]) -> ImageSettings:
     vision = config.vision_config
     processor_config = read_json(name, "processor_config.json", **hub_options) or {}
     settings = (
         read_json(name, "preprocessor_config.json", **hub_options) or processor_config.get("image_processor") or {}
     )
     siglip = vision.model_type == "siglip_vision_model"
+    model_class, side = ModelClass(config.model_type), vision.image_size // vision.patch_size
+    token_side = get_projector(config).compute_token_side(side)
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return ImageSettings(
         tile_size=vision.image_size,
         patch_size=vision.patch_size,
-        grid_pinpoints=tuple(tuple(pair) for pair in config.image_grid_pinpoints),
-        max_tiles=_read_max_tiles(name, config),
+        grid_pinpoints=tuple(tuple(pair) for pair in getattr(config, "image_grid_pinpoints", ())),
+        max_tiles=_read_max_tiles(name, config) if model_class is ModelClass.llava_onevision else None,
         mean=_read_channels(name, settings, "image_mean", (0.5,) * 3 if siglip else clip_mean),
         std=_read_channels(name, settings, "image_std", (0.5,) * 3 if siglip else clip_std),
         resample=_read_resample(name, settings),
         select=config.vision_feature_select_strategy,
+        model_class=model_class,
+        token_side=token_side if token_side != side else None,
+        pad_to_square=bool(settings.get("do_pad")) or model_class is not ModelClass.llava,
     )
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lit_vlm.losses.next_token import TokenScores, compute_token_log_probs
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.types import IMAGE_TOKEN, UserError
 
 HEAD = "lm_head.weight"
 
 
-def untie_embeddings(model: LlavaOnevisionForConditionalGeneration) -> None:
+def untie_embeddings(model: VisionLanguageModel) -> None:
     """Untie embeddings and head: two tables in memory, and no later step ties them again."""
     if model.lm_head.weight is model.get_input_embeddings().weight:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
@@ -22,7 +24,7 @@ def untie_embeddings(model: LlavaOnevisionForConditionalGeneration) -> None:
     model.all_tied_weights_keys.pop(HEAD, None)  # resizing the tables reads these keys
 
 
-VIDEO_TOKEN = "<video>"  # transformers' class needs one; no sample of ours contains it
+VIDEO_TOKEN = "<video>"  # OneVision's class needs one; no sample of ours contains it
 
 CHATML = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -42,14 +44,16 @@ FLATTEN_CONTENT_PARTS = (
 )
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[str]:
-    """Add the image placeholder and the control tokens to the tokenizer; return the new ones.
+def add_special_tokens(
+    tokenizer: PreTrainedTokenizerFast, tokens: list[str], placeholders: Sequence[str] = (IMAGE_TOKEN, VIDEO_TOKEN)
+) -> list[str]:
+    """Add the placeholders and the control tokens to the tokenizer; return the new ones.
 
     Raises:
         UserError: a token is not one id afterwards.
     """
     known = tokenizer.get_added_vocab()
-    new = [token for token in (IMAGE_TOKEN, VIDEO_TOKEN, *tokens) if token not in known]
+    new = [token for token in (*placeholders, *tokens) if token not in known]
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     for token in (IMAGE_TOKEN, *tokens):
@@ -85,7 +89,7 @@ def find_turn_end_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def extend_embeddings(
-    model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, new_tokens: list[str]
+    model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, new_tokens: list[str]
 ) -> dict[int, list[int]]:
     """Extend embeddings and head by the new tokens.
 
@@ -133,7 +137,7 @@ class TrainableTokens(nn.Module):
     ids: Tensor
     lookup: Tensor  # [V]: row index of each token; -1 for tokens that use the tables
 
-    def __init__(self, model: LlavaOnevisionForConditionalGeneration, ids: list[int]) -> None:
+    def __init__(self, model: VisionLanguageModel, ids: list[int]) -> None:
         super().__init__()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         self.tied = embedding.weight is head.weight

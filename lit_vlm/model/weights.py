@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
 from lit_vlm.compat.transformers import can_tie
 from lit_vlm.formatting import format_count
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.parts import UNUSED_PARAMETERS
 from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import HEAD, untie_embeddings
@@ -238,9 +239,7 @@ def _rename_to_memory(
     return renamed
 
 
-def resolve_weight_tying(
-    model: LlavaOnevisionForConditionalGeneration, loaded: PreTrainedModel, spec: ModelSpec, name: str
-) -> None:
+def resolve_weight_tying(model: VisionLanguageModel, loaded: PreTrainedModel, spec: ModelSpec, name: str) -> None:
     """Untie the tables of a model whose files hold two different ones, and add a note to the spec's remarks.
 
     peft writes such folders: `modules_to_save=["lm_head"]` on a tied model, merged and saved, leaves two tables and a

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import LlavaOnevisionForConditionalGeneration
-
 from lit_vlm.config.choices import PairKind
 from lit_vlm.config.schema import PreferConfig
 from lit_vlm.data.index.sample_index import SampleIndex
@@ -21,6 +19,7 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.data.staging import resolve_original_path
 from lit_vlm.evaluation.generation import Completion, batch_by_length, sample_answers
 from lit_vlm.files import atomic_write
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.generate import SamplingParams
 from lit_vlm.preferences.pairs import (
     AnswerOrigin,
@@ -140,7 +139,7 @@ class PairGenerator:
 
     def __init__(
         self,
-        model: LlavaOnevisionForConditionalGeneration,
+        model: VisionLanguageModel,
         processor: Processor,
         scorer: Scorer,
         settings: PreferConfig,

@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from transformers import LlavaOnevisionForConditionalGeneration
-
 from lit_vlm.config.user_classes import instantiate
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.generation import format_prompt, generate_answers
 from lit_vlm.evaluation.metrics import compute_score
 from lit_vlm.formatting import format_count
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.types import ContentPart, ImagePlaceholder, Language, Message, Role, Sample, UserError
 
 GradeRequest = tuple[Sample, str]  # a sample, whose last message is the reference answer, and the answer to grade
@@ -64,9 +63,7 @@ class ModelJudge:
         max_tokens, max_tiles: limits of one generation batch.
     """
 
-    def __init__(
-        self, model: LlavaOnevisionForConditionalGeneration, processor: Processor, max_tokens: int, max_tiles: int
-    ) -> None:
+    def __init__(self, model: VisionLanguageModel, processor: Processor, max_tokens: int, max_tiles: int) -> None:
         self.model, self.processor = model, processor
         self.max_tokens, self.max_tiles = max_tokens, max_tiles
 

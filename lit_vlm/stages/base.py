@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
-from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.compat.lightning import get_batch_index, get_trainer, set_hparams
@@ -27,6 +26,7 @@ from lit_vlm.config.settings import build_stage_config, convert_to_plain
 from lit_vlm.formatting import format_count
 from lit_vlm.losses.next_token import compute_next_token_loss
 from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import add_lora
 from lit_vlm.model.matmul_dtypes import MatmulDtypeCounter, warn_about_float32_matmuls
@@ -97,7 +97,7 @@ class Stage(L.LightningModule):
         set_hparams(self, dict(self.hparams))  # not to the logger: the run folder's config.yaml has them, and more
         self.trainable = [ModelPart(name) for name in self.config.trainable]
         self.tiling = Tiling(tiling)
-        self.model: LlavaOnevisionForConditionalGeneration | None = None
+        self.model: VisionLanguageModel | None = None
         self.part_methods: dict[ModelPart, str] = {}
         self.val_loss = MeanMetric()
         self.feature_cache: FeatureCache | None = None

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.compat.lightning import discard_logged_value, get_trainer, is_last_micro_step
 from lit_vlm.config.choices import StageName
@@ -20,6 +19,7 @@ from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import find_sorting_losses
 from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, compute_kl, pad_answer_scores
 from lit_vlm.model.build import build_model
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.lora import disable_adapters
 from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.stages.base import Stage
@@ -61,7 +61,7 @@ class DPOStage(Stage):
     ) -> None:
         super().__init__(model, config, **arguments)
         self.loss = PreferenceLoss(self.config)
-        self.reference: LlavaOnevisionForConditionalGeneration | None = None
+        self.reference: VisionLanguageModel | None = None
         self.reference_cache: ReferenceLogProbCache | None = None
         self.train_metrics, self.val_metrics = PreferenceMetrics(), PreferenceMetrics()
         self._collapse_warned = False
@@ -145,7 +145,7 @@ class DPOStage(Stage):
             self.reference.eval()
 
     @contextlib.contextmanager
-    def _use_reference(self) -> Iterator[LlavaOnevisionForConditionalGeneration]:
+    def _use_reference(self) -> Iterator[VisionLanguageModel]:
         """Use the reference model inside: the frozen copy, or the policy with its adapters disabled."""
         if self.reference is not None:
             yield self.reference
@@ -316,9 +316,7 @@ class DPOStage(Stage):
             self.strict_loading = False
 
 
-def _copy_model(
-    model: LlavaOnevisionForConditionalGeneration, *, with_tower: bool
-) -> LlavaOnevisionForConditionalGeneration:
+def _copy_model(model: VisionLanguageModel, *, with_tower: bool) -> VisionLanguageModel:
     """Copy the model; without the vision tower where policy and reference model share it."""
     tower = model.model.vision_tower
     if with_tower:

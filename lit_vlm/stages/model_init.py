@@ -9,20 +9,20 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.anyres import ImageSettings, Tiling
+from lit_vlm.anyres import ImageSettings, ModelClass, Tiling
 from lit_vlm.config.choices import ActivationCheckpointing as Level
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.activation_checkpointing import has_checkpointed_layers
 from lit_vlm.model.build import build_model
+from lit_vlm.model.classes import CONFIG_CLASSES, VisionLanguageModel
 from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.model.parts import get_part
 from lit_vlm.model.skeleton import build_model_class
 from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.types import ModelPart, UserError
 
-ResolvedModel: TypeAlias = ModelSpec | LlavaOnevisionForConditionalGeneration | dict[str, Any]
+ResolvedModel: TypeAlias = ModelSpec | VisionLanguageModel | dict[str, Any]
 ModelLike: TypeAlias = ResolvedModel | str | Path
 
 
@@ -30,7 +30,7 @@ ModelLike: TypeAlias = ResolvedModel | str | Path
 class ModelInit:
     """Initialised model, with the ids of tokens that this run adds and of all control tokens."""
 
-    model: LlavaOnevisionForConditionalGeneration
+    model: VisionLanguageModel
     new_ids: list[int] = field(default_factory=list)
     special_ids: list[int] = field(default_factory=list)
 
@@ -59,7 +59,8 @@ def init_model(source: ResolvedModel, dtype: torch.dtype, seed: int) -> ModelIni
         ids = source.tokenizer.convert_tokens_to_ids
         return ModelInit(build_model(source, dtype, seed), ids(source.new_tokens), ids(source.special_tokens))
     if isinstance(source, dict):  # a checkpoint: its own weights follow
-        model = build_model_class(LlavaOnevisionConfig.from_dict(source["config"])).to(dtype)
+        config_class = CONFIG_CLASSES[ModelClass(source["config"]["model_type"])]
+        model = build_model_class(config_class.from_dict(source["config"])).to(dtype)
         model.generation_config.eos_token_id = source["stops"]
         use_flat_forward(model, _parse_image_settings(source["images"]))
         return ModelInit(model, source["row_ids"], source["row_ids"])
@@ -68,7 +69,7 @@ def init_model(source: ResolvedModel, dtype: torch.dtype, seed: int) -> ModelIni
     return ModelInit(source)
 
 
-def describe_model(model: LlavaOnevisionForConditionalGeneration, row_ids: list[int]) -> dict[str, Any]:
+def describe_model(model: VisionLanguageModel, row_ids: list[int]) -> dict[str, Any]:
     """Describe the model for a Lightning checkpoint, beside its weights, in plain containers.
 
     Args:
@@ -77,7 +78,7 @@ def describe_model(model: LlavaOnevisionForConditionalGeneration, row_ids: list[
     settings = model.model.image_settings
     return {
         "config": model.config.to_dict(),
-        "images": asdict(settings) | {"tiling": settings.tiling.value},
+        "images": asdict(settings) | {"tiling": settings.tiling.value, "model_class": settings.model_class.value},
         "row_ids": list(row_ids),
         "stops": model.generation_config.eos_token_id,
     }
@@ -86,7 +87,10 @@ def describe_model(model: LlavaOnevisionForConditionalGeneration, row_ids: list[
 def _parse_image_settings(values: dict[str, Any]) -> ImageSettings:
     pinpoints = tuple(tuple(pair) for pair in values["grid_pinpoints"])
     lists = {key: tuple(values[key]) for key in ("mean", "std")}
-    return ImageSettings(**{**values, **lists, "grid_pinpoints": pinpoints, "tiling": Tiling(values["tiling"])})
+    choices: dict[str, Any] = {"tiling": Tiling(values["tiling"])}
+    if "model_class" in values:  # a checkpoint of before has OneVision's class
+        choices["model_class"] = ModelClass(values["model_class"])
+    return ImageSettings(**{**values, **lists, **choices, "grid_pinpoints": pinpoints})
 
 
 def require_images(index: Any, trainable: Sequence[ModelPart]) -> None:

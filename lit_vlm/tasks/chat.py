@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from transformers import LlavaOnevisionForConditionalGeneration
-
 from lit_vlm.config import Run
 from lit_vlm.data.lazy_images import FORMATS, FileImage
 from lit_vlm.data.markup import parse_markup
@@ -18,6 +16,7 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.box_drawing import PREDICTED, draw_boxes, parse_box_marks
 from lit_vlm.evaluation.generation import generate_answers, make_prompt_sample
 from lit_vlm.fault_tolerance.signals import EXIT_STATUS, StopRequest, use_listener
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.tasks.pretrained import open_pretrained
 from lit_vlm.types import (
     ContentPart,
@@ -69,9 +68,7 @@ class Conversation:
         max_pixels: larger images are refused.
     """
 
-    def __init__(
-        self, model: LlavaOnevisionForConditionalGeneration, processor: Processor, max_new_tokens: int, max_pixels: int
-    ) -> None:
+    def __init__(self, model: VisionLanguageModel, processor: Processor, max_new_tokens: int, max_pixels: int) -> None:
         self.model, self.processor = model, processor
         self.max_new_tokens, self.max_pixels = max_new_tokens, max_pixels
         self.reset()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from lit_vlm.config.schema import ModelConfig
@@ -13,6 +12,7 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.data.template_date import parse_day
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.model.build import build_model
+from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.spec import ModelSpec, load_model_spec, read_tiling
 
 
@@ -30,7 +30,7 @@ class PretrainedModel:
     on_gpu: bool
     seed: int
 
-    def load(self) -> LlavaOnevisionForConditionalGeneration:
+    def load(self) -> VisionLanguageModel:
         """Load the model onto its device: bfloat16 on a GPU, float32 on a CPU."""
         model = build_model(self.spec, torch.bfloat16 if self.on_gpu else torch.float32, self.seed)
         return model.to("cuda" if self.on_gpu else "cpu").eval()
