@@ -73,7 +73,9 @@ _ACCUMULATION = (
 )
 _DATA = "Write data=auto data.sources.mine.path={value}"
 _LORA = "Write stage.parts.language_model.lora.rank=64 to train the language model with LoRA"
-_MODEL = "Write init_from={value} for a whole model of LLaVA-OneVision's class, or model.language_model={value} for a language model"
+_MODEL = (
+    "Write init_from={value} for a whole model of LLaVA's classes, or model.language_model={value} for a language model"
+)
 _PRECISION = "Write trainer.precision=bf16-mixed (or 16-mixed, bf16-true, 32-true)"
 _RESUME = (
     "An unfinished run resumes by itself when its command is given again; resume_from=<checkpoint folder> names another"
@@ -158,7 +160,7 @@ CHOICE_ALIASES = {
 
 _OTHER_VLM_CLASS = re.compile(
     r"qwen.*vl|internvl|minicpm.?v|paligemma|idefics|smolvlm|phi.*vision|gemma.?3|molmo|pixtral|llama.*vision|mllama|glm.*v|blip"
-    r"|llava(?!.?one.?vision)",
+    r"|(video|vip).?llava|llava.*video",
     re.IGNORECASE,
 )
 _NAMED_FILE = re.compile(r"/|\.(jsonl?|csv|tsv|parquet|arrow|tar|zip|txt)$", re.IGNORECASE)
@@ -174,14 +176,14 @@ def explain_model_choice(name: str) -> str:
     """Explain a value of `model=` that names a model itself, or one of a class that cannot be trained here; else empty."""
     if _OTHER_VLM_CLASS.search(name):
         return (
-            f"model={name}: only models of LLaVA-OneVision's class are trained here, and this is another class. Write"
-            " init_from=<a llava_onevision model's folder or hub id>, or build one of a language model:"
+            f"model={name}: only models of the LLaVA family are trained here, and this is another class. Write"
+            " init_from=<a model's folder or hub id of type llava, llava_next or llava_onevision>, or build one of a language model:"
             " model=varco_vision_2_0_1_7b model.language_model=<folder or hub id>."
         )
     if "/" in name:
         return (
             f"model={name}: model= takes a name of conf/model/, not a folder or hub id. Write init_from={name} for a whole"
-            f" model of LLaVA-OneVision's class, or model.language_model={name} for its language model."
+            f" model of LLaVA's classes, or model.language_model={name} for its language model."
         )
     return ""
 

@@ -78,7 +78,9 @@ class ModelConfig:
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
     model_class: ModelClass = ModelClass.llava_onevision  # transformers' class that is trained and exported
     projector: ProjectorName = ProjectorName["mlp2x_gelu"]
-    pad_to_square: bool | None = None  # LLaVA 1.x: true pads a picture in the mean colour, false crops; null: true
+    pad_to_square: bool | None = (
+        None  # LLaVA 1.x: true pads a picture in the mean colour, false crops; null: as in init_from, else true
+    )
     vision_feature_layer: int | None = ranged(
         None, LAYER
     )  # layer whose output goes to the projector; null: second to last; later layers are removed

@@ -25,7 +25,10 @@ library_name: transformers
 pipeline_tag: image-text-to-text
 ---
 
-A model of transformers' class `LlavaOnevisionForConditionalGeneration`, trained with lit_vlm.
+A model of transformers' class `{class_name}`, trained with lit_vlm.
+"""
+_CODE_NOTE = """\
+transformers has no class with its projector: load it with `trust_remote_code=True`, which runs `{code_file}` of this folder.
 """
 _SPECIAL_NOTE = """\
 The box tokens (`<obj>`, `<bbox>` and the other seven) are special tokens: decode answers with `skip_special_tokens=False`.
@@ -81,9 +84,15 @@ def set_special_boxes(folder: Path, is_special: bool) -> None:
         _write_text(folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def format_model_card(has_boxes: bool) -> str:
-    """Format the model card of an exported folder whose box tokens, if any, are special."""
-    return f"{_CARD}\n{_SPECIAL_NOTE}" if has_boxes else _CARD
+def format_model_card(has_boxes: bool, class_name: str, code_file: str | None = None) -> str:
+    """Format the model card of an exported folder whose box tokens, if any, are special.
+
+    Args:
+        class_name: transformers' class of the model.
+        code_file: file of the folder with the code of its projector; None: transformers has it.
+    """
+    notes = [_CODE_NOTE.format(code_file=code_file)] if code_file else []
+    return "\n".join([_CARD.format(class_name=class_name), *notes, *([_SPECIAL_NOTE] if has_boxes else [])])
 
 
 def _list_box_entries(tokenizer: dict[str, Any]) -> list[dict[str, Any]]:

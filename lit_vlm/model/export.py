@@ -25,7 +25,7 @@ from lit_vlm.anyres import ImageSettings
 from lit_vlm.compat.transformers import set_weight_conversions
 from lit_vlm.files import atomic_folder
 from lit_vlm.model.box_tokens import MODEL_CARD_FILE, format_model_card, set_special_boxes
-from lit_vlm.model.classes import VisionLanguageModel, make_code_values
+from lit_vlm.model.classes import MODEL_CLASSES, VisionLanguageModel, make_code_values
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
 from lit_vlm.model.plain_processors import make_image_processor_config, make_processor_config
@@ -244,12 +244,13 @@ def _write_settings(
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     has_boxes = not set(SPECIAL_TOKENS).isdisjoint(tokenizer.get_added_vocab())
-    (folder / MODEL_CARD_FILE).write_text(format_model_card(has_boxes), encoding="utf-8")
+    class_name, code_file = MODEL_CLASSES[images.model_class].__name__, get_projector(model.config).code_file
+    (folder / MODEL_CARD_FILE).write_text(format_model_card(has_boxes, class_name, code_file), encoding="utf-8")
     _write_json(folder / "processor_config.json", make_processor_config(images))
     _write_json(folder / "preprocessor_config.json", make_image_processor_config(images))
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     _write_json(folder / OWN_SETTINGS_FILE, {"tiling": images.tiling.value})
-    if (code_file := get_projector(model.config).code_file) is not None:
+    if code_file is not None:
         _write_code(folder, model, code_file)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Language-model families whose own `ForCausalLM` does more with its logits than multiply by the head's matrix.
 
-transformers' LLaVA-OneVision class multiplies the last hidden state by the head and does no more. For a family that
+transformers' LLaVA classes multiply the last hidden state by the head and do no more. For a family that
 scales its logits, the factor is folded into the head once, at build. A family that transforms them non-linearly (soft
 capping) cannot be supported, and is refused by name.
 """
@@ -35,7 +35,7 @@ def check_logits_supported(text_config: Any, name: str) -> None:
         if getattr(text_config, setting, None):
             raise UserError(
                 f"model.language_model={name} ({text_config.model_type}) caps its logits ({setting}={getattr(text_config, setting)}), which "
-                "LLaVA-OneVision's class does not do, so its answers would differ from the language model's own. Choose Qwen2.5, Qwen3, "
+                "LLaVA's classes do not do, so its answers would differ from the language model's own. Choose Qwen2.5, Qwen3, "
                 "Llama, Mistral, HyperCLOVA X or Granite."
             )
     scale = getattr(text_config, "logits_scaling", None) or getattr(text_config, "logit_scale", None)

@@ -56,7 +56,7 @@ class Stage(L.LightningModule):
     """Training stage.
 
     Args:
-        model: a folder or hub id of a LLaVA-OneVision-class model, a `ModelSpec` of parts, or a built model; None only
+        model: a folder or hub id of a LLaVA-class model, a `ModelSpec` of parts, or a built model; None only
             where `load_from_checkpoint` restores it.
         config: settings of the stage, of its class `config_class`; None: `settings`.
         settings: the fields of `config_class` as keyword arguments of plain values, e.g. `learning_rate=1e-5`,

@@ -44,7 +44,7 @@ def run_chat(run: Run) -> None:
         UserError: no model is given, or an image of `image` cannot be read.
     """
     if run.init_from is None:
-        raise UserError("task=chat needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id.")
+        raise UserError("task=chat needs a model: init_from=runs/<name>/hf, or a LLaVA-class model's hub id.")
     config = run.config
     model = open_pretrained(run.init_from, config.model, config.trainer.accelerator, config.seed)
     max_new_tokens = config.max_new_tokens

@@ -40,9 +40,7 @@ def serve(run: Run) -> None:
     if uvicorn is None:
         raise UserError("task=serve needs FastAPI and Uvicorn: pip install -e '.[serve]' -c constraints.txt")
     if run.init_from is None:
-        raise UserError(
-            "task=serve needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id."
-        )
+        raise UserError("task=serve needs a model: init_from=runs/<name>/hf, or a LLaVA-class model's hub id.")
     settings = run.config.serve
     token = read_token(settings.host)
     with open_socket(settings.host, settings.port) as listening:  # first: loading a large model takes minutes
