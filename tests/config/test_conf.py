@@ -44,6 +44,10 @@ NEEDS = {
 }
 
 
+# Files whose numbers come from a publication, or say that there is none
+SOURCED = ("stage/", *(f"experiment/{name}" for name in ("varco", "llava", "kollava", "aiku")))
+
+
 def build_overrides(name: str) -> list[str]:
     """Return the overrides that choose one file."""
     if name == "config":
@@ -69,7 +73,7 @@ def test_experiments_begin_with_their_package(name):
     assert (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").startswith("# @package _global_\n")
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("stage/", "experiment/varco"))])
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(SOURCED)])
 def test_every_number_of_a_recipe_carries_its_source(name):
     lines = (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if re.fullmatch(r"\s*\w+: [\d.e+-]+", line)] == []

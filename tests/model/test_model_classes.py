@@ -135,7 +135,7 @@ def load_exported(folder: Path, code: bool):
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=code).eval()
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_export_of_each_class_loads_in_plain_transformers_with_the_same_logits(case, mixed, tmp_path, lora):
     parts = {"language_model": {"lora": {"rank": 2}}, "vision_tower": {"lora": {"rank": 2}}} if lora else {}
     stage = SFTStage(case, parts=parts)
@@ -184,7 +184,10 @@ def test_weights_and_configs_of_each_class_are_written_as_transformers_writes_th
         assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-@pytest.mark.parametrize("name", ["llava, padded", "llava-next", "llava, LDPNetV2"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("llava, padded", "llava-next")), "llava, LDPNetV2"],
+)
 def test_plain_transformers_answers_from_the_folder_of_each_class_without_our_package(
     name, clip_towers, small_parts, tmp_path
 ):
@@ -200,7 +203,8 @@ code = {bool(spec.images.token_side)}
 folder = {str(tmp_path / "hf")!r}
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=code)
 settings = json.load(open(folder + "/processor_config.json"))
-processor = {class_name}Processor({class_name}ImageProcessorPil.from_pretrained(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=code),
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
+processor = {class_name}Processor({class_name}ImageProcessorPil.from_pretrained(folder), tokenizer,
     chat_template=open(folder + "/chat_template.jinja").read(),
     **{{key: settings[key] for key in ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy")}})
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "무엇이 보이나요?"}}]}}]
