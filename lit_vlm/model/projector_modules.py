@@ -81,16 +81,16 @@ class CAbstractor(nn.Module):
 class RegNetBlock(nn.Module):
     """RegNet's bottleneck block with squeeze-and-excitation on a square grid, [N, P, C] to [N, P, C].
 
-    Source: arXiv 2003.13678; with one channel per group, LayerNorm (eps 1e-6) and SiLU, as Honeybee builds it.
+    Source: arXiv 2003.13678; with one channel per group, LayerNorm and SiLU, as Honeybee builds it from timm.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv_1, self.norm_1 = nn.Linear(width, width, bias=False), nn.LayerNorm(width, eps=1e-6)  # 1 x 1
+        self.conv_1, self.norm_1 = nn.Linear(width, width, bias=False), nn.LayerNorm(width)  # 1 x 1
         self.conv_2 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-        self.norm_2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm_2 = nn.LayerNorm(width)
         self.squeeze, self.excite = nn.Linear(width, round(width / 4)), nn.Linear(round(width / 4), width)
-        self.conv_3, self.norm_3 = nn.Linear(width, width, bias=False), nn.LayerNorm(width, eps=1e-6)  # 1 x 1
+        self.conv_3, self.norm_3 = nn.Linear(width, width, bias=False), nn.LayerNorm(width)  # 1 x 1
 
     def forward(self, inputs: Tensor) -> Tensor:
         states = F.silu(self.norm_1(self.conv_1(inputs)))
