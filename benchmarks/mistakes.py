@@ -53,7 +53,7 @@ MISTAKES = (
     Mistake("use_lora", "experiment=tiny/2_sft use_lora=true", "stage.parts.language_model.lora.rank="),
     Mistake("bf16", "experiment=tiny/2_sft bf16=true", "trainer.precision=bf16-mixed"),
     Mistake("a config file", "--config my.yaml", "--config-dir mine experiment="),
-    Mistake("another model class", "experiment=tiny/2_sft model=qwen2_5_vl", "LLaVA-OneVision's class"),
+    Mistake("another model class", "experiment=tiny/2_sft model=qwen2_5_vl", "the LLaVA family"),
     Mistake("a file as data", "experiment=tiny/2_sft data=mine.json", "data.sources.mine.path=mine.json"),
     Mistake("stage=finetune", "experiment=tiny/2_sft stage=finetune", "Did you mean sft?"),
     Mistake("devices", "experiment=tiny/2_sft trainer.devices=auto", "CUDA_VISIBLE_DEVICES"),

@@ -76,7 +76,7 @@ class ModelConfig:
 
     vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
-    model_class: ModelClass = ModelClass.llava_onevision  # transformers' class that is trained and exported
+    model_class: ModelClass | None = None  # transformers' class that is trained and exported; null: llava_onevision
     projector: ProjectorName = ProjectorName["mlp2x_gelu"]
     pad_to_square: bool | None = (
         None  # LLaVA 1.x: true pads a picture in the mean colour, false crops; null: as in init_from, else true

@@ -28,7 +28,7 @@ pipeline_tag: image-text-to-text
 A model of transformers' class `{class_name}`, trained with lit_vlm.
 """
 _CODE_NOTE = """\
-transformers has no class with its projector: load it with `trust_remote_code=True`, which runs `{code_file}` of this folder.
+transformers has no class with its projector: allow `trust_remote_code` when you load it, which runs `{code_file}` of this folder.
 """
 _SPECIAL_NOTE = """\
 The box tokens (`<obj>`, `<bbox>` and the other seven) are special tokens: decode answers with `skip_special_tokens=False`.

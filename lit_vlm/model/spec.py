@@ -195,7 +195,10 @@ def _make_parts_spec(model: ModelConfig, hub_options: dict[str, Any]) -> ModelSp
     _drop_unused_layers(vision, -2 if model.vision_feature_layer is None else model.vision_feature_layer)
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False
-    projector, model_class = _select_projector(str(model.projector)), ModelClass(model.model_class)
+    projector, model_class = (
+        _select_projector(str(model.projector)),
+        ModelClass(model.model_class or ModelClass.llava_onevision),
+    )
     _require_usable_tiles(model, model_class)
     config = CONFIG_CLASSES[model_class](
         vision_config=vision,

@@ -95,7 +95,7 @@ def _apply_policy(
 def _drop_tiles(index: SampleIndex, sample: int, processor: Processor, limits: LengthLimits) -> ColumnChanges | None:
     """Drop tiles until the sample fits; None if it does not.
 
-    It needs only the image size in the index. With several images, each has only its base view already.
+    It needs only the image size in the index, which is that of the first image, so samples with several stay as they are.
     """
     if index.images[sample] != 1 or (index.chosen[sample] and not processor.share_prompts):
         return None
