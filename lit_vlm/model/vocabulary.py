@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lit_vlm.losses.next_token import TokenScores, compute_token_log_probs
 from lit_vlm.types import IMAGE_TOKEN, UserError
+
+if TYPE_CHECKING:
+    from transformers import LlavaOnevisionForConditionalGeneration
 
 HEAD = "lm_head.weight"
 

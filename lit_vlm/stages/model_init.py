@@ -117,15 +117,6 @@ def require_bf16(precision: str) -> None:
         )
 
 
-def require_frozen_tower(trainable: Sequence[ModelPart]) -> None:
-    """Raise UserError when the vision tower trains although its features are cached."""
-    if ModelPart.vision_tower in trainable:
-        raise UserError(
-            "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
-            "something else after each step. Leave one of them out."
-        )
-
-
 def require_gradients(
     model: nn.Module, trainable: Sequence[ModelPart], sums: dict[str, float], *, with_images: bool = True
 ) -> None:
