@@ -32,6 +32,7 @@ from lit_vlm.data.packing.mixture import MixtureSettings, SourceAmount
 from lit_vlm.data.packing.mixture_lock import compare_locks, read_lock
 from lit_vlm.data.packing.mixture_shares import resolve_amounts
 from lit_vlm.data.packing.plan import Plan
+from lit_vlm.data.quarantine import find_wrong_image_roots
 from lit_vlm.data.sources import open_source
 from lit_vlm.data.training_data import TrainingData
 from lit_vlm.formatting import format_count
@@ -81,7 +82,7 @@ from lit_vlm.tasks.prepare_data import (
     resolve_tiny_parts,
 )
 from lit_vlm.tasks.terminal import console, show_progress
-from lit_vlm.types import RecordError, Source, UserError
+from lit_vlm.types import Fault, RecordError, Source, UserError
 
 MAX_SAMPLE_STEPS = 300  # steps to plan if only a sample is indexed; its micro-batches are like those of all data
 
@@ -106,6 +107,19 @@ def open_valid_sources(
         return sources
 
     return open_each(data.sources, False), open_each(data.validation.sources, True)
+
+
+def find_missing_images(
+    training: Mapping[str, Source], validation: Mapping[str, Source], data: DataConfig, facts: PreflightFacts
+) -> bool:
+    """Find sources of which every image is missing; each becomes a finding, and nothing else needs to be looked at."""
+    found = find_wrong_image_roots(list(training.values()), data.sources)
+    for name, (message, count) in found.items():
+        faults = {Fault.missing.value: count}
+        facts.sources.append(SourceRow(name, len(training[name]), count, quarantined=faults, image_root_error=message))
+    others = find_wrong_image_roots(list(validation.values()), data.validation.sources, "data.validation.sources")
+    facts.findings += [Finding(Severity.failure, message) for message, _ in (found | others).values()]
+    return bool(found or others)
 
 
 def index_sources(
@@ -326,6 +340,8 @@ def run_preflight(run: Run) -> None:
     )
     place = RunPlace.from_settings(run.name, run.dir, config.run_dir, data.index_dir)
     training, validation = open_valid_sources(data, place.index_dir, seed, facts)
+    if find_missing_images(training, validation, data, facts):
+        _show_facts(facts, run.dir)
     sources, stage_data = Sources(list(training.values()), list(validation.values())), None
     with collect_errors(facts):
         if len(training) == len(data.sources) and len(validation) == len(data.validation.sources):
