@@ -112,7 +112,7 @@ def open_valid_sources(
 def find_missing_images(
     training: Mapping[str, Source], validation: Mapping[str, Source], data: DataConfig, facts: PreflightFacts
 ) -> bool:
-    """Find sources of which every image is missing; each becomes a finding, and nothing else needs to be looked at."""
+    """Find sources of which every image is missing; each becomes a finding, and nothing is said of the data."""
     found = find_wrong_image_roots(list(training.values()), data.sources)
     for name, (message, count) in found.items():
         faults = {Fault.missing.value: count}
@@ -340,8 +340,7 @@ def run_preflight(run: Run) -> None:
     )
     place = RunPlace.from_settings(run.name, run.dir, config.run_dir, data.index_dir)
     training, validation = open_valid_sources(data, place.index_dir, seed, facts)
-    if find_missing_images(training, validation, data, facts):
-        _show_facts(facts, run.dir)
+    is_without_images = find_missing_images(training, validation, data, facts)
     sources, stage_data = Sources(list(training.values()), list(validation.values())), None
     with collect_errors(facts):
         if len(training) == len(data.sources) and len(validation) == len(data.validation.sources):
@@ -349,6 +348,9 @@ def run_preflight(run: Run) -> None:
             _check_run_folder(place, settings, sources, run.init_from, facts, overwrite=config.overwrite)
     with collect_errors(facts):
         require_model_folders(run)
+    if is_without_images:
+        _show_facts(facts, run.dir)  # raises
+    with collect_errors(facts):
         is_chained = config.init_from == "previous"
         init_from = _resolve_init_from(run.init_from, config.model, facts, is_chained=is_chained)
         model = resolve_tiny_parts(config.model, place.parts_dir, seed)
