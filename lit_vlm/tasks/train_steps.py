@@ -253,7 +253,7 @@ def build_callbacks(
     if benchmarks:
         from lit_vlm.tasks.training_benchmarks import open_benchmark_slices  # late: packages that few runs need
 
-        control_ids = prepared.stage_data.datamodule.processor.template.control_ids
+        control_ids = prepared.stage_data.training_data.processor.template.control_ids
         has_markup = all(token in control_ids for token in SPECIAL_TOKENS)
         slices = open_benchmark_slices(
             benchmarks, evaluate, place.benchmark_dir, max_image_pixels, has_markup=has_markup
