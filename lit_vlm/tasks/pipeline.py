@@ -82,7 +82,9 @@ def choose_start(stage: Run, server: StageServer) -> Start | None:
     A finished stage only says so, which needs none of what the server imports.
     """
     is_finished = (read_manifest(stage.dir) or {}).get("status") == "finished" and not stage.config.overwrite
-    return server.start if can_fork_stages() and stage.config.trainer.devices == 1 and not is_finished else None
+    trainer = stage.config.trainer
+    is_alone = trainer.devices == 1 and trainer.num_nodes == 1
+    return server.start if can_fork_stages() and is_alone and not is_finished else None
 
 
 def show_results(run: Run, folders: list[Path], seconds: float) -> None:

@@ -17,15 +17,17 @@ from lit_vlm.tasks.stage_server import MODULES, ONE_THREAD, StageServer
 FACTS = """
 import gc, json, os, sys
 sys.path[0] = sys.argv[1]
+import numpy, torch
 from importlib import import_module
+asked = []  # even the question whether there is a GPU would keep a fork from using it
+torch.cuda.is_available = torch.cuda.device_count = lambda: asked.append(1) or 0
 for module in sys.argv[2:]:
     import_module(module)
-import numpy, torch
 tensors = [value for value in gc.get_objects() if type(value) in (torch.Tensor, torch.nn.Parameter)]
 print(json.dumps({
     "threads": len(os.listdir("/proc/self/task")),
     "largest tensor": max((tensor.numel() for tensor in tensors), default=0),
-    "cuda": torch.cuda.is_initialized(),
+    "cuda": torch.cuda.is_initialized() or bool(asked),
     "drawn by torch": not torch.equal(torch.Generator().manual_seed(torch.initial_seed()).get_state(), torch.get_rng_state()),
     "drawn by numpy": int(numpy.random.get_state()[2]) != numpy.random.MT19937().state["state"]["pos"],
     "models": [module for module in ("lightning", "transformers.modeling_utils") if module not in sys.modules],
