@@ -59,8 +59,8 @@ def run_stages(run: Run, server: StageServer) -> list[Path]:
         stage = parse(overrides)
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
         start = choose_start(stage, server)
-        options = {"max_oom_retries": stage.config.guard.max_oom_retries, "start": start}
-        exit_code = run_stage(stage.dir, overrides, stage.config.trainer.devices, **options)
+        devices, max_oom_retries = stage.config.trainer.devices, stage.config.guard.max_oom_retries
+        exit_code = run_stage(stage.dir, overrides, devices, max_oom_retries, start)
         if exit_code in (RESTART, INTERRUPTED, TERMINATED):  # the stage has reported the reason
             raise SystemExit(exit_code)
         if exit_code:
