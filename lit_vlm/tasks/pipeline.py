@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from lit_vlm.config import Run, build_stage_overrides, list_stages, parse
 from lit_vlm.config.overrides import get_override_key, quote_value
+from lit_vlm.config.schema import TrainerConfig
 from lit_vlm.evaluation.exam import find_missing_items, make_items
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED
 from lit_vlm.fault_tolerance.oom import BUDGET_FILE as BUDGET
@@ -42,23 +43,26 @@ def run_pipeline(run: Run) -> None:
     """
     started = time.monotonic()
     with StageServer(_disable_signals) as server:
-        folders = run_stages(run, server)
+        folders = run_stages(run.config.recipe, run.overrides, server)
     if folders:
-        show_results(run, folders, time.monotonic() - started)
+        show_results(run.config.recipe, Path(run.config.run_dir), folders, time.monotonic() - started)
 
 
-def run_stages(run: Run, server: StageServer) -> list[Path]:
+def run_stages(recipe: str, given: list[str], server: StageServer) -> list[Path]:
     """Run the stages and their exams in order; return their run folders, [] if early stopping of a sweep ended a stage.
+
+    Args:
+        given: overrides of the pipeline.
 
     Raises:
         UserError: a stage failed.
     """
-    stages, folders = list_stages(run.config.recipe, run.overrides), []
+    stages, folders = list_stages(recipe, given), []
     for number, experiment in enumerate(stages, 1):
-        overrides = [f"experiment={experiment}", *build_stage_overrides(run.overrides, experiment)]
+        overrides = [f"experiment={experiment}", *build_stage_overrides(given, experiment)]
         stage = parse(overrides)
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
-        start = choose_start(stage, server)
+        start = choose_start(stage.dir, stage.config.trainer, server, overwrite=stage.config.overwrite)
         devices, max_oom_retries = stage.config.trainer.devices, stage.config.guard.max_oom_retries
         exit_code = run_stage(stage.dir, overrides, devices, max_oom_retries, start)
         if exit_code in (RESTART, INTERRUPTED, TERMINATED):  # the stage has reported the reason
@@ -76,21 +80,20 @@ def run_stages(run: Run, server: StageServer) -> list[Path]:
     return folders
 
 
-def choose_start(stage: Run, server: StageServer) -> Start | None:
+def choose_start(run_dir: Path, trainer: TrainerConfig, server: StageServer, *, overwrite: bool) -> Start | None:
     """Choose how the process of a stage starts: from the server, if the stage trains on one device of this machine.
 
     A finished stage only says so, which needs none of what the server imports.
     """
-    is_finished = (read_manifest(stage.dir) or {}).get("status") == "finished" and not stage.config.overwrite
-    trainer = stage.config.trainer
+    is_finished = (read_manifest(run_dir) or {}).get("status") == "finished" and not overwrite
     is_alone = trainer.devices == 1 and trainer.num_nodes == 1
     return server.start if can_fork_stages() and is_alone and not is_finished else None
 
 
-def show_results(run: Run, folders: list[Path], seconds: float) -> None:
+def show_results(recipe: str, run_dir: Path, folders: list[Path], seconds: float) -> None:
     """Write the report of all stages, print the tables of their results, and name the model."""
-    report = Path(run.config.run_dir) / _get_report_name(run.config.recipe, folders)
-    write_report(report, folders, run.config.recipe)
+    report = run_dir / _get_report_name(recipe, folders)
+    write_report(report, folders, recipe)
     console.print(make_summary_table(folders))
     console.print(make_scores_table(folders))
     if exams := list_exams(folders):
