@@ -108,6 +108,7 @@ def test_the_server_ends_with_the_pipeline(tmp_path):
 @pytest.mark.slow
 def test_weights_equal_those_of_separate_processes_to_the_bit(tmp_path, monkeypatch):
     few = ["trainer.max_steps=3", "data.global_batch_size=8", "data.num_workers=0", "evaluate.exam_items=0"]
+    few += ["data.validation.max_samples=1"]
     found = {}
     for name, forks in (("forked", True), ("separate", False)):
         code = f"from lit_vlm.tasks import pipeline\npipeline.can_fork_stages = lambda: {forks}\nimport runpy, sys\n"
