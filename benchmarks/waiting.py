@@ -118,12 +118,9 @@ class Build:
         import waiting_session  # type: ignore[import-not-found]
 
         self._remove_runs("tiny")
-        few = [
-            *STAGE[1:],
-            f"run_dir={self.folder / 'runs'}",
-            "evaluate.exam_items=0",
-            "callbacks=[first_step.FirstStep]",
-        ]
+        # a build of before the exam has no setting for it
+        no_exam = ["evaluate.exam_items=0"] if (self.root / "lit_vlm/evaluation/exam.py").is_file() else []
+        few = [*STAGE[1:], f"run_dir={self.folder / 'runs'}", *no_exam, "callbacks=[first_step.FirstStep]"]
         process = self._start(few, subprocess.PIPE)
         assert process.stdout is not None
         ends = [waiting_session.sum_seconds(process.pid) for line in process.stdout if ": done. Model:" in line]
@@ -179,6 +176,7 @@ def measure(builds: dict[str, Build], repeats: int, only: str | None) -> dict[st
         for name in names:
             for build, functions in measurements.items():
                 rows[name][build].append(functions[name]())
+                print(f"{name}, {build}: {rows[name][build][-1]:.2f} CPU s", file=sys.stderr, flush=True)
     imports = statistics.median(measure_imports() for _ in range(repeats))
     found = {name: {build: statistics.median(values) for build, values in row.items()} for name, row in rows.items()}
     return {**found, "imports": dict.fromkeys(builds, imports)}
