@@ -43,7 +43,7 @@ from lit_vlm.evaluation.generation import get_end_of_answer_id
 from lit_vlm.model.build import build_model
 from lit_vlm.model.continuous_batching import ContinuousBatcher, DecodingParams
 from lit_vlm.model.generate import find_prompt_positions
-from lit_vlm.model.plain_processors import PlainProcessor
+from lit_vlm.model.plain_processor import PlainProcessor
 from lit_vlm.model.spec import load_model_spec
 from lit_vlm.runs.run_folder import get_package_versions
 from lit_vlm.types import Batch, ImagePlaceholder, Language, Sample

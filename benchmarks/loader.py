@@ -49,7 +49,7 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.data.processor import Processor
 from lit_vlm.distributed.trainer import disable_library_warnings
-from lit_vlm.model.plain_processors import make_plain_processor
+from lit_vlm.model.plain_processor import make_plain_processor
 from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.runs.run_folder import get_package_versions

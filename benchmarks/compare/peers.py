@@ -22,7 +22,7 @@ from benchmarks.compare.cases import HF_SORTED, HF_TUNED, TRL_SHIPPED, TRL_TUNED
 from benchmarks.compare.contender import Contender, Placement
 from lit_vlm.anyres import Tiling
 from lit_vlm.model.parts import freeze_except
-from lit_vlm.model.plain_processors import PlainProcessor, make_plain_processor
+from lit_vlm.model.plain_processor import PlainProcessor, make_plain_processor
 from lit_vlm.types import ImagePlaceholder, Message, PreferencePair, Record
 
 OPTIONS = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}

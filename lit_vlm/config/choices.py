@@ -219,3 +219,7 @@ class DebugMode(Enum):
     fast = "fast"  # a few steps of every phase
     overfit = "overfit"  # train on the same batch in every step
     profile = "profile"  # trainer.profile=true in a run of only the steps that it needs
+
+
+DEBUG_FAST_STEPS = 4  # debug=fast
+DEBUG_PROFILE_STEPS = 6  # debug=profile: three warm-up steps and three profiled steps

@@ -246,6 +246,7 @@ class StageConfig:
     """Settings of a training stage: trained parts, loss, optimizer and learning-rate schedule."""
 
     MODEL_FIELDS: ClassVar[tuple[str, ...]] = ()  # settings that name another model
+    TRAINS_SPECIAL_TOKENS: ClassVar[bool] = True  # rows of the control tokens, under LoRA
 
     name: StageName = MISSING  # set by the group's files
     trainable: list[ModelPart] = MISSING  # parts that train; all other parts are frozen
@@ -277,6 +278,22 @@ class StageConfig:
         """True if a reference model runs in each step."""
         return False
 
+    @property
+    def checkpointing_level(self) -> ActivationCheckpointing:
+        """Level of activation checkpointing; `auto` is none until it is resolved."""
+        level = self.activation_checkpointing
+        return ActivationCheckpointing.none if level is ActivationCheckpointing.auto else level
+
+    def get_part_setting(self, part: ModelPart, name: str) -> Any:
+        """Get a setting of the optimizer for a part: the part's own value, or the stage's."""
+        own = getattr(getattr(self.parts, part.value), name)
+        return getattr(self, name) if own is None else own
+
+    def get_lora(self, part: ModelPart) -> LoraConfig | None:
+        """Get the LoRA settings of a part; None without LoRA."""
+        lora: LoraConfig = getattr(self.parts, part.value).lora
+        return lora if lora.rank > 0 else None
+
     def make_export_config(self) -> StageConfig:
         """Make the settings of a stage that only builds the trained model: without caches and other models."""
         return replace(self, cache_features=False)
@@ -287,6 +304,7 @@ class DPOStageConfig(StageConfig):
     """Settings of preference optimisation; names and losses are those of TRL."""
 
     MODEL_FIELDS: ClassVar[tuple[str, ...]] = ("reference",)
+    TRAINS_SPECIAL_TOKENS: ClassVar[bool] = False  # the reference is the model without adapters; rows are no adapters
 
     beta: float = ranged(0.1, ABOVE_0)  # beta of DPO; from LLaVA-NeXT's dpo_ov7b.sh, VARCO's is not published
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # losses; several are summed with loss_weights

@@ -27,7 +27,8 @@ _VIEW_CORNERS = ((1, 1), (0, 0), (0, 3), (3, 0), (3, 3))  # (top, left)
 NUM_VIEWS = 1 + len(_VIEW_CORNERS)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
 
-# Thresholds on thumbnails with levels 0 to 255. Measured by benchmarks/curation.py, table in docs/curation.md
+# Thresholds on thumbnails with levels 0 to 255, chosen on changed built-in pictures and parts of photographs; benchmarks/curation.py
+# measures what they find
 _FLAT_LEVELS = 8.0  # largest block difference below which two pictures are the same without a look at their structure
 _MAX_COLOUR_LEVELS, _MAX_CHROMA_LEVELS = 4.5, 3.0  # of the mean colours, with and without the brightness
 _MAX_CHROMA_BLOCK_LEVELS = 20.0  # of the colours without brightness in a block; JPEG stores them at half the resolution

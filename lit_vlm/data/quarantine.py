@@ -21,8 +21,9 @@ import numpy as np
 from lit_vlm.config.choices import OnBadRecord
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.sample_index import SampleIndex
+from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.files import append_line, atomic_write, read_json_lines
-from lit_vlm.types import Fault, RecordError, UserError
+from lit_vlm.types import Fault, RecordError, Source, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,7 @@ class Ledger:
 
 NEARLY_ALL = 0.9  # share of a source's images above which their folder is wrong
 MIN_MISSING = 3  # missing images of a source, unless it has fewer records
+MAX_SEARCHED_RECORDS = 2000  # of a source that is searched for a first image before the index is built
 MAX_MISSING_SHOWN = 3  # missing images that a message names
 MAX_SEARCHED_FOLDERS = 200  # folders beside the searched one in which an image is looked for
 _MISSING_IMAGE = re.compile(r"image (['\"])(.+)\1 (?:not found in|leads out of) (.+)\Z")
@@ -221,6 +223,45 @@ def find_missing_image_errors(
             key = f"{table}.{source.name}.image_root"
             messages[source.name] = _format_missing_images(key, list(errors.values()), total, configs.get(source.name))
     return messages
+
+
+def find_wrong_image_roots(
+    sources: Sequence[Source], configs: Mapping[str, SourceConfig], table: str = "data.sources"
+) -> dict[str, tuple[str, int]]:
+    """Find the sources of which every image is missing, before anything is indexed.
+
+    A source is read up to its first image that is there, so this costs nothing where the folder is right. Larger sources
+    than `MAX_SEARCHED_RECORDS` are left to `find_missing_image_errors`.
+
+    Returns:
+        Error message and number of missing records by the name of the source.
+    """
+    found = dict[str, tuple[str, int]]()
+    for source in sources:
+        errors = _collect_missing_images(source)
+        if len(errors) >= min(MIN_MISSING, len(source)) and errors:
+            key = f"{table}.{source.name}.image_root"
+            message = _format_missing_images(key, errors, len(errors), configs.get(source.name))
+            found[source.name] = message, len(errors)
+    return found
+
+
+def _collect_missing_images(source: Source) -> list[RecordError]:
+    """Collect the errors of all records with images, if none of these images is there; else []."""
+    errors = list[RecordError]()
+    if len(source) > MAX_SEARCHED_RECORDS:
+        return errors
+    for position in range(len(source)):
+        try:
+            record = source[position]
+            if not all(isinstance(image, FileImage) for image in record.images):
+                return []
+            if [image.size for image in record.images]:
+                return []
+        except RecordError as error:
+            if error.fault in (Fault.missing, Fault.outside):
+                errors.append(error)
+    return errors
 
 
 def _format_missing_images(key: str, errors: list[RecordError], total: int, config: SourceConfig | None) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -21,9 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lit_vlm.compat.lightning import set_mesh_shape
 from lit_vlm.compat.torch import allocate_on_device, get_local_rows
 from lit_vlm.distributed.sharded_state import FSDPShardedState, reshard
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.skeleton import defer_weights, read_initial_values
 from lit_vlm.types import UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 

@@ -71,10 +71,6 @@ def resolve_strategy(config: TrainerConfig, auto_strategy: StrategyName = Strate
     return auto_strategy if config.devices * config.num_nodes > 1 else StrategyName.single
 
 
-DEBUG_FAST_STEPS = 4  # debug=fast
-DEBUG_PROFILE_STEPS = 6  # debug=profile: three warm-up steps and three profiled steps
-
-
 def make_trainer(
     trainer: TrainerConfig, loggers: list[Logger], callbacks: list[L.Callback], *, validate_every_steps: int | None
 ) -> L.Trainer:

@@ -6,13 +6,13 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.continuous_batching import ContinuousBatcher, DecodingParams, GeneratedSequence
 from lit_vlm.model.generate import SamplingParams, generate
 from lit_vlm.types import (
@@ -27,6 +27,9 @@ from lit_vlm.types import (
     Sample,
     SampleKind,
 )
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 MAX_PROMPTS = 256  # in one generation batch
 MAX_GROUP = 64  # prompts that join a continuous batch together

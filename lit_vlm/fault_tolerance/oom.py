@@ -15,7 +15,7 @@ from lit_vlm.formatting import format_count
 from lit_vlm.types import UserError
 
 if TYPE_CHECKING:
-    from lit_vlm.data.datamodule import DataModule
+    from lit_vlm.data.training_data import TrainingData
 
 BUDGET_FILE = "budget.json"
 MEMORY_HINT = (
@@ -42,9 +42,9 @@ class MicroBatchBudget:
     halved: int
 
     @classmethod
-    def read(cls, run_dir: Path, datamodule: DataModule) -> MicroBatchBudget:
+    def read(cls, run_dir: Path, training_data: TrainingData) -> MicroBatchBudget:
         """Read the limits of an earlier start; if there are none, or the settings have changed, return those of the settings."""
-        settings = (datamodule.max_tokens, datamodule.max_tiles)
+        settings = (training_data.max_tokens, training_data.max_tiles)
         try:
             found = cls(**read_json_or_none(run_dir / BUDGET_FILE))
         except TypeError:
@@ -53,10 +53,10 @@ class MicroBatchBudget:
             return cls(*settings, *settings, 0)
         return found if (found.of_tokens, found.of_tiles) == settings else cls(*settings, *settings, 0)
 
-    def apply(self, datamodule: DataModule) -> None:
-        """Lower the limits of the data module, if they were halved."""
+    def apply(self, training_data: TrainingData) -> None:
+        """Lower the limits of the training data, if they were halved."""
         if self.halved:
-            datamodule.reduce_micro_batch_limits(self.tokens, self.tiles)
+            training_data.reduce_micro_batch_limits(self.tokens, self.tiles)
 
     def write(self, run_dir: Path) -> None:
         """Write the limits atomically. Several ranks may write at once; they write the same content."""
@@ -73,7 +73,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_known or isinstance(error, torch.OutOfMemoryError)
 
 
-def halve_budget(run_dir: Path, datamodule: DataModule, max_halvings: int) -> MicroBatchBudget:
+def halve_budget(run_dir: Path, training_data: TrainingData, max_halvings: int) -> MicroBatchBudget:
     """Halve the micro-batch limits and write them for the next start. No sample is dropped: the largest one still fits.
 
     If several ranks run out of memory together, the first one halves the limits, and the others read its result.
@@ -84,25 +84,23 @@ def halve_budget(run_dir: Path, datamodule: DataModule, max_halvings: int) -> Mi
     Raises:
         UserError: the limits were halved `max_halvings` times before, or the largest sample alone does not fit.
     """
-    before, smallest = MicroBatchBudget.read(run_dir, datamodule), datamodule.get_min_micro_batch_limits()
+    before, smallest = MicroBatchBudget.read(run_dir, training_data), training_data.get_min_micro_batch_limits()
     if (
         before.halved
-        and (max(before.tokens, smallest[0]), max(before.tiles, smallest[1])) != datamodule.micro_batch_limits
+        and (max(before.tokens, smallest[0]), max(before.tiles, smallest[1])) != training_data.micro_batch_limits
     ):
         return before  # another rank has halved the limits since this start
-    current = (
-        f"{datamodule.micro_batch_limits[0]:,} tokens and {format_count(datamodule.micro_batch_limits[1], 'tile')}"
-    )
+    current = f"{training_data.micro_batch_limits[0]:,} tokens and {format_count(training_data.micro_batch_limits[1], 'tile')}"
     if before.halved >= max_halvings:
         raise UserError(
             f"A device ran out of memory with micro-batches of at most {current}, after the budget was halved {before.halved} "
             f"times (guard.max_oom_retries). {MEMORY_HINT}."
         )
     tokens, tiles = (
-        max(datamodule.micro_batch_limits[0] // 2, smallest[0]),
-        max(datamodule.micro_batch_limits[1] // 2, smallest[1]),
+        max(training_data.micro_batch_limits[0] // 2, smallest[0]),
+        max(training_data.micro_batch_limits[1] // 2, smallest[1]),
     )
-    if (tokens, tiles) == datamodule.micro_batch_limits:
+    if (tokens, tiles) == training_data.micro_batch_limits:
         raise UserError(
             f"A device ran out of memory with micro-batches of at most {current}, and the largest sample alone needs as much. "
             f"{MEMORY_HINT}; or let no sample be so large: data.max_length, data.sources.<name>.max_tiles."

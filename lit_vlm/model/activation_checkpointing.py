@@ -9,7 +9,7 @@ included.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from lit_vlm.compat.torch import GROUPED_MM, get_argument_names
 from lit_vlm.config.choices import ActivationCheckpointing as Level
-from lit_vlm.model.classes import VisionLanguageModel
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 MATMUL_OPERAND_INDICES = {
     torch.ops.aten.mm.default: (0, 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lit_vlm.model import families
-from lit_vlm.model.classes import VisionLanguageModel, get_model_class
+from lit_vlm.model.classes import get_model_class
 from lit_vlm.model.hub import disable_transformers_logging, get_first_line, raise_folder_errors
 from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.model.skeleton import build_on_meta, init_projector, is_deferring_weights, make_skeleton, share_config
@@ -18,6 +18,9 @@ from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import extend_embeddings, find_turn_end_token
 from lit_vlm.model.weights import require_all_weights, resolve_weight_tying
 from lit_vlm.types import UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 
 def build_model(spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> VisionLanguageModel:

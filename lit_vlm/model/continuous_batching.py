@@ -10,16 +10,18 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessorList
 
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.generate import SamplingParams, find_prompt_positions, make_logits_processors
 from lit_vlm.model.packed_attention import Segments
 from lit_vlm.types import Batch
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 # Shapes: B active sequences, S slots, H key heads, C capacity in tokens, D head width, T tokens of a packed row,
 # K longest sequence in the batch, V vocabulary size.

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,16 +25,19 @@ from lit_vlm.anyres import ImageSettings
 from lit_vlm.compat.transformers import set_weight_conversions
 from lit_vlm.files import atomic_folder
 from lit_vlm.model.box_tokens import MODEL_CARD_FILE, format_model_card, set_special_boxes
-from lit_vlm.model.classes import MODEL_CLASSES, VisionLanguageModel, make_code_values
+from lit_vlm.model.classes import MODEL_NAMES, make_code_values
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import find_lora_layers
-from lit_vlm.model.plain_processors import make_image_processor_config, make_processor_config
+from lit_vlm.model.plain_processor import make_image_processor_config, make_processor_config
 from lit_vlm.model.projectors import get_projector, list_exportable_projectors
 from lit_vlm.model.skeleton import EMBEDDINGS, build_on_meta, read_initial_values
 from lit_vlm.model.spec import OWN_SETTINGS_FILE
 from lit_vlm.model.tensor_files import MAX_SHARD_SIZE, split_into_files, write_index
 from lit_vlm.model.vocabulary import HEAD
 from lit_vlm.types import SPECIAL_TOKENS, UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 
 class MergedStateDict:
@@ -244,7 +247,7 @@ def _write_settings(
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     has_boxes = not set(SPECIAL_TOKENS).isdisjoint(tokenizer.get_added_vocab())
-    class_name, code_file = MODEL_CLASSES[images.model_class].__name__, get_projector(model.config).code_file
+    class_name, code_file = MODEL_NAMES[images.model_class], get_projector(model.config).code_file
     (folder / MODEL_CARD_FILE).write_text(format_model_card(has_boxes, class_name, code_file), encoding="utf-8")
     _write_json(folder / "processor_config.json", make_processor_config(images))
     _write_json(folder / "preprocessor_config.json", make_image_processor_config(images))

@@ -7,13 +7,15 @@ capping) cannot be supported, and is refused by name.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.vocabulary import untie_embeddings
 from lit_vlm.types import UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 # The factor on a family's logits, from its config.
 LOGIT_FACTORS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.types import IGNORE_INDEX, Batch
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 # Shapes: B prompts, N answers of each, L longest prompt, D width of the language model, V vocabulary size.
 

@@ -1,4 +1,4 @@
-"""transformers without progress bars and warnings, and errors that name the folder."""
+"""transformers without progress bars and warnings, and its errors as errors for the user."""
 
 from __future__ import annotations
 

@@ -24,11 +24,12 @@ from lit_vlm.anyres import ImageSettings, ModelClass, TileLayout
 from lit_vlm.cost.model_shape import MODELS_WITH_PRUNED_LAST_LAYER
 from lit_vlm.losses.next_token import compute_token_log_probs
 from lit_vlm.model import packed_attention as attention
-from lit_vlm.model.classes import MODEL_CLASSES, VisionLanguageModel
+from lit_vlm.model.classes import get_transformers_class
 from lit_vlm.model.packed_attention import Segments, flat_attention_forward
 from lit_vlm.types import Batch
 
 if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
     from lit_vlm.model.vocabulary import TrainableTokens
 
 
@@ -403,7 +404,7 @@ FLAT_CLASSES: dict[ModelClass, tuple[Any, Any]] = {
 }
 for _model_class, (_flat_class, _) in FLAT_CLASSES.items():
     # transformers' generation reads from the signature what a forward pass supports (logits of the last position only)
-    _flat_class.forward.__signature__ = inspect.signature(MODEL_CLASSES[_model_class].forward)
+    _flat_class.forward.__signature__ = inspect.signature(get_transformers_class(_model_class).forward)
 
 
 def use_flat_forward(model: VisionLanguageModel, settings: ImageSettings) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lit_vlm.compat.transformers import mark_as_initialized
 from lit_vlm.formatting import format_count
 from lit_vlm.model import families
-from lit_vlm.model.classes import VisionLanguageConfig, VisionLanguageModel, get_model_class
+from lit_vlm.model.classes import VisionLanguageConfig, get_model_class
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import init_adapter
 from lit_vlm.model.packed_forward import LogProbHead
@@ -28,6 +28,9 @@ from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import HEAD, extend_embeddings
 from lit_vlm.model.weights import InitialWeights, find_tensor_locations, resolve_weight_tying
 from lit_vlm.types import UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 EMBEDDINGS = "model.language_model.embed_tokens.weight"
 

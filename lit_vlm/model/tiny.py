@@ -8,25 +8,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertTokenizer,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from lit_vlm.files import atomic_folder
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.model.vocabulary import CHATML
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer, Qwen2Tokenizer
 
 CORPUS_FILE = Path(__file__).with_name("tiny_corpus.txt")
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -51,6 +44,11 @@ def make_tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
 
 def make_vision_tower(path: Path, seed: int = 0, **changes: int) -> None:
     """Make a SigLIP tower with three layers; the last but one feeds the projector, as in the released towers."""
+    from transformers import (  # late: a run that finds the parts needs no model class
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
     shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = SiglipVisionConfig(**{**shape, "image_size": 56, "patch_size": 14, "vision_use_head": False, **changes})
     with disable_transformers_logging():
@@ -67,6 +65,8 @@ def make_vision_tower(path: Path, seed: int = 0, **changes: int) -> None:
 
 def make_language_model(path: Path, seed: int = 0, corpus: Iterable[str] | None = None, **changes: int | bool) -> None:
     """Make a Qwen2 language model with three layers, and its tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     tokenizer = make_tokenizer(corpus)
     shape = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = Qwen2Config(
@@ -90,6 +90,8 @@ def make_language_model(path: Path, seed: int = 0, corpus: Iterable[str] | None 
 
 def make_text_encoder(path: Path, seed: int = 0, corpus: Iterable[str] | None = None, **changes: int | float) -> None:
     """Make a BERT with three layers and its WordPiece tokenizer, the text encoder of BLIP-2's first stage."""
+    from transformers import BertConfig, BertForMaskedLM
+
     tokenizer = make_wordpiece_tokenizer(corpus)
     shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = BertConfig(
@@ -108,6 +110,8 @@ def make_text_encoder(path: Path, seed: int = 0, corpus: Iterable[str] | None = 
 
 def make_wordpiece_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 800) -> BertTokenizer:
     """Make a cased WordPiece tokenizer: lower case would split Hangul syllables into letters."""
+    from transformers import BertTokenizer
+
     pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pieces.normalizer = normalizers.BertNormalizer(lowercase=False)
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -120,6 +124,9 @@ def make_wordpiece_tokenizer(corpus: Iterable[str] | None = None, vocab_size: in
 
 def make_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 640) -> Qwen2Tokenizer:
     """Make a byte-level BPE tokenizer with Qwen2's pre-tokenizer: any Korean or English text survives a round trip."""
+    from transformers import Qwen2Tokenizer
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from lit_vlm.losses.next_token import TokenScores, compute_token_log_probs
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.types import IMAGE_TOKEN, UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 HEAD = "lm_head.weight"
 

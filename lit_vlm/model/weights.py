@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,11 +24,13 @@ from transformers.utils import cached_file
 
 from lit_vlm.compat.transformers import can_tie
 from lit_vlm.formatting import format_count
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.parts import UNUSED_PARAMETERS
 from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import HEAD, untie_embeddings
 from lit_vlm.types import UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 TABLES = (HEAD, "embed_tokens.weight")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_vlm.config.choices import PairKind
 from lit_vlm.config.schema import PreferConfig
@@ -19,7 +19,6 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.data.staging import resolve_original_path
 from lit_vlm.evaluation.generation import Completion, batch_by_length, sample_answers
 from lit_vlm.files import atomic_write
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.generate import SamplingParams
 from lit_vlm.preferences.pairs import (
     AnswerOrigin,
@@ -33,6 +32,9 @@ from lit_vlm.preferences.pairs import (
 )
 from lit_vlm.preferences.scorers import Scorer, compute_grades
 from lit_vlm.types import ContentPart, ControlToken, ImagePlaceholder, LazyImage, Message, Role, Sample
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 
 def build_pair_row(sample: Sample, pair: AnswerPair, pair_kind: str, images: PairImages) -> dict[str, Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lit_vlm.config.user_classes import instantiate
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.generation import format_prompt, generate_answers
 from lit_vlm.evaluation.metrics import compute_score
 from lit_vlm.formatting import format_count
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.types import ContentPart, ImagePlaceholder, Language, Message, Role, Sample, UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 GradeRequest = tuple[Sample, str]  # a sample, whose last message is the reference answer, and the answer to grade
 

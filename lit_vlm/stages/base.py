@@ -10,7 +10,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -23,17 +23,13 @@ from lit_vlm.config.choices import ActivationCheckpointing as Level
 from lit_vlm.config.choices import StageName
 from lit_vlm.config.schema import StageConfig
 from lit_vlm.config.settings import build_stage_config, convert_to_plain
-from lit_vlm.formatting import format_count
 from lit_vlm.losses.next_token import compute_next_token_loss
-from lit_vlm.model.activation_checkpointing import enable_activation_checkpointing
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.generate import generate
-from lit_vlm.model.lora import add_lora
 from lit_vlm.model.matmul_dtypes import MatmulDtypeCounter, warn_about_float32_matmuls
-from lit_vlm.model.parts import PartSummary, freeze_except, set_train_modes, summarize_parts
+from lit_vlm.model.parts import PartSummary, set_train_modes, summarize_parts
 from lit_vlm.model.skeleton import defer_weights, fill_skeleton, is_deferring_weights, read_exact_values
 from lit_vlm.model.spec import ModelSpec
-from lit_vlm.model.vocabulary import TrainableTokens
+from lit_vlm.model.trained_parts import get_trainable_token_ids, prepare_parts, require_frozen_tower
 from lit_vlm.model.weights import NotShardLoadableError
 from lit_vlm.stages.caches import FeatureCache, build_feature_cache
 from lit_vlm.stages.model_init import (
@@ -43,13 +39,15 @@ from lit_vlm.stages.model_init import (
     init_model,
     require_activation_checkpointing,
     require_bf16,
-    require_frozen_tower,
     require_gradients,
     require_images,
     resolve_model,
 )
-from lit_vlm.stages.optimizer import get_lora, make_optimizer, make_scheduler
+from lit_vlm.stages.optimizer import make_optimizer, make_scheduler
 from lit_vlm.types import Batch, ModelPart, UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 
 class Stage(L.LightningModule):
@@ -73,7 +71,6 @@ class Stage(L.LightningModule):
     config_class: type[StageConfig] = StageConfig
     default_trainable: tuple[ModelPart, ...] = tuple(ModelPart)
     default_learning_rate = 1e-5
-    trains_special_tokens = True  # under LoRA
 
     _accumulated_loss: Tensor  # [], sum of the losses of the step's micro-batches so far
 
@@ -161,36 +158,15 @@ class Stage(L.LightningModule):
 
     def _prepare_training(self) -> None:
         """Freeze parts, add LoRA adapters and trainable token rows, enable activation checkpointing."""
-        model = self.model
-        assert model is not None
-        freeze_except(model, self.trainable)
-        for part in self.trainable:
-            lora = get_lora(self.config, part)
-            if lora is not None:
-                add_lora(model, part, lora, self.hparams["seed"])
-                self.part_methods[part] = f"LoRA rank {lora.rank}"
-        token_ids = self._get_trainable_token_ids()
-        if token_ids:
-            model.new_tokens = TrainableTokens(model, token_ids)
-            lora_text = self.part_methods.get(ModelPart.language_model)
-            self.part_methods[ModelPart.language_model] = (
-                f"{lora_text + ', ' if lora_text else ''}rows of {format_count(len(token_ids), 'token')}"
-            )
-        enable_activation_checkpointing(model, self.level)
-        self.set_train_modes()
+        assert self.model is not None
+        self.part_methods |= prepare_parts(
+            self.model, self.config, new_ids=self._new_ids, special_ids=self._special_ids, seed=self.hparams["seed"]
+        )
 
     def _get_trainable_token_ids(self) -> list[int]:
-        """Get the tokens whose rows train although the vocabulary's tables are frozen.
-
-        These are the tokens that this run adds. Under LoRA they are all control tokens, because the data that uses them
-        may come now for the first time.
-        """
+        """Get the tokens whose rows train although the vocabulary's tables are frozen."""
         assert self.model is not None
-        if self.model.get_input_embeddings().weight.requires_grad:
-            return []
-        if get_lora(self.config, ModelPart.language_model) is not None:
-            return self._special_ids if self.trains_special_tokens else []
-        return self._new_ids
+        return get_trainable_token_ids(self.model, self.config, new_ids=self._new_ids, special_ids=self._special_ids)
 
     def set_train_modes(self) -> None:
         """Set train mode for parts that train, and eval mode for frozen ones."""
@@ -200,8 +176,7 @@ class Stage(L.LightningModule):
     @property
     def level(self) -> Level:
         """Level of activation checkpointing; `auto` is none until it is resolved."""
-        level = self.config.activation_checkpointing
-        return Level.none if level is Level.auto else level
+        return self.config.checkpointing_level
 
     @property
     def part_summary(self) -> list[PartSummary]:

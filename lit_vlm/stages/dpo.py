@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,15 +18,17 @@ from lit_vlm.formatting import format_count
 from lit_vlm.losses.loss_types import find_sorting_losses
 from lit_vlm.losses.preference import PreferenceLoss, PreferenceOutput, compute_kl, pad_answer_scores
 from lit_vlm.model.build import build_model
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.lora import disable_adapters
 from lit_vlm.model.spec import ModelSpec, load_model_spec
+from lit_vlm.model.trained_parts import copy_reference_model, disable_dropout
 from lit_vlm.stages.base import Stage
 from lit_vlm.stages.caches import ReferenceLogProbCache, fill_cache, get_cache_folder
 from lit_vlm.stages.model_init import ModelLike
-from lit_vlm.stages.optimizer import get_lora
 from lit_vlm.stages.preference_metrics import METRIC_NAMES, PreferenceMetrics
 from lit_vlm.types import Batch, ModelPart, UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 KL_CHUNK_TOKENS = 512  # positions whose logits over the vocabulary exist at a time, of both models, in float32
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference model
@@ -51,7 +52,6 @@ class DPOStage(Stage):
     config: DPOStageConfig
     default_trainable = (ModelPart.language_model,)
     default_learning_rate = 5e-7
-    trains_special_tokens = False  # under LoRA the reference is the model without adapters; rows are no adapters
 
     def __init__(
         self,
@@ -75,20 +75,18 @@ class DPOStage(Stage):
 
     def _prepare_training(self) -> None:
         """Make the reference model, then prepare the policy; dropout is disabled."""
-        has_lora = any(get_lora(self.config, part) for part in ModelPart)
         if self.config.reference:
             spec = load_model_spec(ModelConfig(special_tokens=[]), self.config.reference, self.tiling)
             self._require_same_vocabulary(spec)
             self.reference = build_model(spec, getattr(torch, self.hparams["dtype"]))
-        elif not has_lora and not self.config.cache_reference:
-            self.reference = _copy_model(self.model, with_tower=not self.shares_tower)
+        else:
+            assert self.model is not None
+            self.reference = copy_reference_model(self.model, self.config)
         super()._prepare_training()
         assert self.model is not None
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
-        for module in self.model.modules():  # dropout off: only then policy and reference are equal at the first step
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        disable_dropout(self.model)  # only then policy and reference are equal at the first step
 
     def _require_same_vocabulary(self, other: ModelSpec) -> None:
         """Require that the reference model has the same vocabulary as the policy.
@@ -314,15 +312,3 @@ class DPOStage(Stage):
             for name in [name for name in checkpoint["state_dict"] if name.startswith("reference.")]:
                 del checkpoint["state_dict"][name]
             self.strict_loading = False
-
-
-def _copy_model(model: VisionLanguageModel, *, with_tower: bool) -> VisionLanguageModel:
-    """Copy the model; without the vision tower where policy and reference model share it."""
-    tower = model.model.vision_tower
-    if with_tower:
-        return copy.deepcopy(model)
-    model.model.vision_tower = None
-    try:
-        return copy.deepcopy(model)
-    finally:
-        model.model.vision_tower = tower

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,15 +15,18 @@ from lit_vlm.config.choices import ActivationCheckpointing as Level
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.activation_checkpointing import has_checkpointed_layers
 from lit_vlm.model.build import build_model
-from lit_vlm.model.classes import CONFIG_CLASSES, VisionLanguageModel
+from lit_vlm.model.classes import CONFIG_CLASSES
 from lit_vlm.model.packed_forward import use_flat_forward
 from lit_vlm.model.parts import get_part
 from lit_vlm.model.skeleton import build_model_class
 from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.types import ModelPart, UserError
 
-ResolvedModel: TypeAlias = ModelSpec | VisionLanguageModel | dict[str, Any]
-ModelLike: TypeAlias = ResolvedModel | str | Path
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
+
+ResolvedModel: TypeAlias = "ModelSpec | VisionLanguageModel | dict[str, Any]"
+ModelLike: TypeAlias = "ResolvedModel | str | Path"
 
 
 @dataclass(slots=True)
@@ -118,15 +121,6 @@ def require_bf16(precision: str) -> None:
         raise UserError(
             f"The stage holds frozen weights in bfloat16, and the trainer's precision is {precision}. Give the trainer "
             "precision='bf16-mixed', or make the stage without frozen_dtype."
-        )
-
-
-def require_frozen_tower(trainable: Sequence[ModelPart]) -> None:
-    """Raise UserError when the vision tower trains although its features are cached."""
-    if ModelPart.vision_tower in trainable:
-        raise UserError(
-            "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
-            "something else after each step. Leave one of them out."
         )
 
 

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from lit_vlm.compat.lightning import allow_clipping
 from lit_vlm.config.choices import LearningRateSchedule
-from lit_vlm.config.schema import LoraConfig, StageConfig
+from lit_vlm.config.schema import StageConfig
 from lit_vlm.model.parts import iter_parameters
 from lit_vlm.types import ModelPart
-
-
-def get_part_setting(config: StageConfig, part: ModelPart, name: str) -> Any:
-    """Get a setting of the optimizer for a part: the part's own value, or the stage's."""
-    own = getattr(getattr(config.parts, part.value), name)
-    return getattr(config, name) if own is None else own
-
-
-def get_lora(config: StageConfig, part: ModelPart) -> LoraConfig | None:
-    """Get the LoRA settings of a part; None without LoRA."""
-    lora: LoraConfig = getattr(config.parts, part.value).lora
-    return lora if lora.rank > 0 else None
 
 
 def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
@@ -39,8 +26,8 @@ def make_optimizer(model: nn.Module, config: StageConfig) -> torch.optim.AdamW:
         for decays in (True, False):
             members = [parameter for parameter in trainable if (count_dimensions(parameter) > 1) is decays]
             if members:
-                decay = get_part_setting(config, part, "weight_decay") if decays else 0.0
-                rate = get_part_setting(config, part, "learning_rate")
+                decay = config.get_part_setting(part, "weight_decay") if decays else 0.0
+                rate = config.get_part_setting(part, "learning_rate")
                 groups.append({"params": members, "lr": rate, "weight_decay": decay, "part": part.value})
     optimizer = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=config.adam_betas, eps=config.adam_eps, fused=True
@@ -71,7 +58,7 @@ def make_lr_lambda(config: StageConfig, part: ModelPart, num_steps: int) -> Call
     Returns:
         a function of the step that returns the fraction of the peak learning rate, as torch's LambdaLR needs it.
     """
-    warmup = get_part_setting(config, part, "warmup")
+    warmup = config.get_part_setting(part, "warmup")
     warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
     minimum = config.min_learning_rate
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lit_vlm.config import Run
 from lit_vlm.data.lazy_images import FORMATS, FileImage
@@ -16,7 +17,6 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.box_drawing import PREDICTED, draw_boxes, parse_box_marks
 from lit_vlm.evaluation.generation import generate_answers, make_prompt_sample
 from lit_vlm.fault_tolerance.signals import EXIT_STATUS, StopRequest, use_listener
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.tasks.pretrained import open_pretrained
 from lit_vlm.types import (
     ContentPart,
@@ -27,6 +27,9 @@ from lit_vlm.types import (
     Role,
     UserError,
 )
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 HELP = """\
 /image PATH   a picture for your next question; several are possible

@@ -26,9 +26,9 @@ from lit_vlm.types import UserError
 LOCKED_SOURCE_KEYS = "path hub split revision fraction num_samples max_tiles weight repeat count".split()
 
 
-def build_mixture_lock(stage_data: StageData, index: SampleIndex, data: DataConfig, seed: int) -> dict[str, Any]:
+def build_mixture_lock(stage_data: StageData[Any], index: SampleIndex, data: DataConfig, seed: int) -> dict[str, Any]:
     """Build the mixture lock: counts and digests of the data, and the settings of the mixture. It fixes the training data."""
-    processor, sources = stage_data.datamodule.processor, {}
+    processor, sources = stage_data.training_data.processor, {}
     for number, (name, source) in enumerate(zip(data.sources, stage_data.sources.training, strict=True)):
         settings = data.sources[name]
         given = {key: getattr(settings, key) for key in LOCKED_SOURCE_KEYS}

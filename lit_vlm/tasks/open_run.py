@@ -8,6 +8,7 @@ from typing import Any
 
 from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.config.schema import DataConfig
+from lit_vlm.data.quarantine import find_wrong_image_roots
 from lit_vlm.data.sources import open_source
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.loggers.tracker import RunTracker
@@ -90,7 +91,7 @@ def open_sources(data: DataConfig, place: RunPlace, seed: int) -> Sources:
     """Open the training sources, and the validation sources if there are separate ones.
 
     Raises:
-        UserError: the run folder cannot be written, or a source cannot be opened.
+        UserError: the run folder cannot be written, a source cannot be opened, or all images of a source are missing.
     """
     require_writable(place.dir)
     options: dict[str, Any] = {
@@ -102,6 +103,10 @@ def open_sources(data: DataConfig, place: RunPlace, seed: int) -> Sources:
     validation = [
         open_source(name, source, held_out=True, **options) for name, source in data.validation.sources.items()
     ]
+    errors = find_wrong_image_roots(training, data.sources)
+    errors |= find_wrong_image_roots(validation, data.validation.sources, "data.validation.sources")
+    if errors:
+        raise UserError("\n".join(message for message, _ in errors.values()))
     return Sources(training, validation)
 
 

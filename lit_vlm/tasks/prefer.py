@@ -15,8 +15,8 @@ from rich.table import Table
 from lit_vlm.config import Run
 from lit_vlm.config.choices import ScorerName
 from lit_vlm.config.schema import PreferConfig, ValidationConfig
-from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.sample_index import SampleIndex
+from lit_vlm.data.training_data import TrainingData
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED
 from lit_vlm.formatting import format_count
 from lit_vlm.preferences.answer_log import IMAGES, AnswerLog, find_template_day, get_log_folder
@@ -32,7 +32,7 @@ from lit_vlm.preferences.scorers import ExactScorer, ModelJudge, Scorer, load_cu
 from lit_vlm.runs.run_folder import compute_model_digest, compute_sources_digest, require_finished_parent, to_plain
 from lit_vlm.tasks.mixture_lock import get_template_date
 from lit_vlm.tasks.open_run import RunPlace, open_sources
-from lit_vlm.tasks.prepare_data import apply_quarantine, build_indexes, make_datamodule
+from lit_vlm.tasks.prepare_data import apply_quarantine, build_indexes, make_training_data
 from lit_vlm.tasks.pretrained import PretrainedModel, open_pretrained
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
@@ -58,7 +58,7 @@ def generate_preferences(run: Run) -> None:
     scorer = LazyScorer(config.prefer, open_model, limits)
     data = replace(config.data, validation=choose_held_out(config.data.validation))
     place = RunPlace.from_settings(run.name, get_log_folder(output), config.run_dir, data.index_dir)
-    datamodule = make_datamodule(
+    training_data = make_training_data(
         place,
         open_sources(data, place, config.seed),
         model.spec,
@@ -69,14 +69,14 @@ def generate_preferences(run: Run) -> None:
         seed=config.seed,
         debug=config.debug,
     )
-    indexes = build_indexes(datamodule)
+    indexes = build_indexes(training_data)
     require_conversations(indexes.training)
-    request = build_request(init_from, datamodule, indexes.training, scorer, config.prefer, config.seed)
+    request = build_request(init_from, training_data, indexes.training, scorer, config.prefer, config.seed)
     answer_log = AnswerLog.open(output, request, overwrite=config.overwrite)
     if answer_log.is_finished:
         say(f"{output}: finished already. Start it anew with overwrite=true.")
         return
-    apply_quarantine(datamodule, indexes, data, place.dir)
+    apply_quarantine(training_data, indexes, data, place.dir)
     answer_log.start()
     index = indexes.training
     pending = [number for number in range(len(index)) if get_sample_key(index, number) not in answer_log.lines]
@@ -86,7 +86,7 @@ def generate_preferences(run: Run) -> None:
     if pending:
         pictures = PairImages(output.parent, answer_log.folder / IMAGES)
         maker = PairGenerator(model.load(), model.processor, scorer.load(), config.prefer, pictures, config.seed)
-        generate_pairs(maker, answer_log, datamodule, index, pending)
+        generate_pairs(maker, answer_log, training_data, index, pending)
     ordered_lines = [answer_log.lines[get_sample_key(index, number)] for number in range(len(index))]
     rows = [row for line in ordered_lines for row in line["pairs"]]
     answer_log.write_output(rows, summarize_lines(ordered_lines))
@@ -94,11 +94,11 @@ def generate_preferences(run: Run) -> None:
 
 
 def generate_pairs(
-    maker: PairGenerator, answer_log: AnswerLog, datamodule: DataModule, index: SampleIndex, pending: list[int]
+    maker: PairGenerator, answer_log: AnswerLog, training_data: TrainingData, index: SampleIndex, pending: list[int]
 ) -> None:
     """Generate the pairs of all pending prompts. The result of a prompt is on the disk before the next prompts start."""
     started = last_report = time.monotonic()
-    tokens, tiles = datamodule.max_tokens, datamodule.max_tiles
+    tokens, tiles = training_data.max_tokens, training_data.max_tiles
     try:
         for count, line in enumerate(maker.generate_lines(index, pending, max_tokens=tokens, max_tiles=tiles), 1):
             answer_log.add(line)
@@ -177,17 +177,17 @@ class LazyScorer:
 
 
 def build_request(
-    init_from: str, datamodule: DataModule, index: SampleIndex, scorer: LazyScorer, prefer: PreferConfig, seed: int
+    init_from: str, training_data: TrainingData, index: SampleIndex, scorer: LazyScorer, prefer: PreferConfig, seed: int
 ) -> dict[str, Any]:
     """Build the request: all settings that change the pairs. Paths of files and batch sizes are no part of them."""
     settings = to_plain(asdict(prefer))
     del settings["output"], settings["judge"]
     return {
         "init_from": compute_model_digest(init_from) or init_from,
-        "the data": [compute_sources_digest(datamodule.sources), index.compute_digest()],
+        "the data": [compute_sources_digest(training_data.sources), index.compute_digest()],
         "prefer.judge": scorer.get_identity(),
         "seed": seed,
-        **get_template_date(datamodule.processor),
+        **get_template_date(training_data.processor),
         **{f"prefer.{name}": value for name, value in settings.items()},
     }
 

@@ -25,15 +25,16 @@ from lit_vlm.config.schema import (
     StageConfig,
     TrainerConfig,
 )
-from lit_vlm.cost import ModelShape
+from lit_vlm.cost import ModelShape, ParameterCounts
 from lit_vlm.cost.strategy import make_training_setup
-from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.packing.mixture import MixtureSettings, SourceAmount
 from lit_vlm.data.packing.mixture_lock import compare_locks, read_lock
 from lit_vlm.data.packing.mixture_shares import resolve_amounts
 from lit_vlm.data.packing.plan import Plan
+from lit_vlm.data.quarantine import find_wrong_image_roots
 from lit_vlm.data.sources import open_source
+from lit_vlm.data.training_data import TrainingData
 from lit_vlm.formatting import format_count
 from lit_vlm.model.spec import load_model_spec
 from lit_vlm.reports.preflight.checks import check_bad_records, collect_findings
@@ -67,7 +68,7 @@ from lit_vlm.runs.run_folder import (
     require_writable,
     to_plain,
 )
-from lit_vlm.tasks.build_stage import MeasuredStage, get_largest_micro_batch, make_stage, measure_stage
+from lit_vlm.tasks.measure_model import MeasuredModel, get_largest_micro_batch, load_or_measure
 from lit_vlm.tasks.mixture_lock import build_mixture_lock
 from lit_vlm.tasks.open_run import RunPlace, Sources
 from lit_vlm.tasks.prepare_data import (
@@ -76,11 +77,12 @@ from lit_vlm.tasks.prepare_data import (
     build_indexes,
     build_stage_data,
     find_image_root_errors,
+    make_training_data,
     require_record_type,
     resolve_tiny_parts,
 )
 from lit_vlm.tasks.terminal import console, show_progress
-from lit_vlm.types import RecordError, Source, UserError
+from lit_vlm.types import Fault, RecordError, Source, UserError
 
 MAX_SAMPLE_STEPS = 300  # steps to plan if only a sample is indexed; its micro-batches are like those of all data
 
@@ -107,6 +109,19 @@ def open_valid_sources(
     return open_each(data.sources, False), open_each(data.validation.sources, True)
 
 
+def find_missing_images(
+    training: Mapping[str, Source], validation: Mapping[str, Source], data: DataConfig, facts: PreflightFacts
+) -> bool:
+    """Find sources of which every image is missing; each becomes a finding, and nothing is said of the data."""
+    found = find_wrong_image_roots(list(training.values()), data.sources)
+    for name, (message, count) in found.items():
+        faults = {Fault.missing.value: count}
+        facts.sources.append(SourceRow(name, len(training[name]), count, quarantined=faults, image_root_error=message))
+    others = find_wrong_image_roots(list(validation.values()), data.validation.sources, "data.validation.sources")
+    facts.findings += [Finding(Severity.failure, message) for message, _ in (found | others).values()]
+    return bool(found or others)
+
+
 def index_sources(
     stage_data: StageData,
     sources: dict[str, Source],
@@ -124,24 +139,24 @@ def index_sources(
     Returns:
         The indexes; None, with a finding, if they cannot be built.
     """
-    datamodule, indexes = stage_data.datamodule, None
+    training_data, indexes = stage_data.training_data, None
     with collect_errors(facts):
-        processor = datamodule.processor
-        datamodule.sources = [
-            subsample_source(source, processor, index_dir, max_samples) for source in datamodule.sources
+        processor = training_data.processor
+        training_data.sources = [
+            subsample_source(source, processor, index_dir, max_samples) for source in training_data.sources
         ]
-        if not isinstance(datamodule.validation, float | int):
-            datamodule.validation = [
-                subsample_source(source, processor, index_dir, max_samples) for source in datamodule.validation
+        if not isinstance(training_data.validation, float | int):
+            training_data.validation = [
+                subsample_source(source, processor, index_dir, max_samples) for source in training_data.validation
             ]
         with show_progress("look at") as on_progress:
-            indexes = build_indexes(datamodule, on_progress=on_progress)
+            indexes = build_indexes(training_data, on_progress=on_progress)
     if indexes is None:
         return None
     index, held_out = indexes.training, indexes.held_out
     facts.sources = [
         _make_source_row(data.sources[name], source, seen)
-        for (name, source), seen in zip(sources.items(), datamodule.sources, strict=True)
+        for (name, source), seen in zip(sources.items(), training_data.sources, strict=True)
     ]
     facts.held_out = len(held_out)
     fill_source_rows(facts.sources, index, held_out, index.errors)
@@ -205,7 +220,7 @@ def make_plan(
     facts: PreflightFacts,
 ) -> Plan | None:
     """Make the plan of the whole run, or of its first steps if only a sample is indexed. None, with a finding, if it fails."""
-    datamodule = stage_data.datamodule
+    training_data = stage_data.training_data
     if indexes is None or not len(indexes.training):
         if not any(row.image_root_error for row in facts.sources):
             facts.findings.append(
@@ -213,12 +228,12 @@ def make_plan(
             )
         return None
     with collect_errors(facts):
-        datamodule.mixture_settings, passes = _resolve_mixture(datamodule, facts)
-        steps = datamodule.max_steps
+        training_data.mixture_settings, passes = _resolve_mixture(training_data, facts)
+        steps = training_data.max_steps
         if facts.estimated:
             steps = steps or _estimate_steps(data, indexes.training, passes * max_epochs)
-            datamodule.max_steps, datamodule.store = min(steps, MAX_SAMPLE_STEPS), None
-        plan = datamodule.make_plan(world_size)
+            training_data.max_steps, training_data.store = min(steps, MAX_SAMPLE_STEPS), None
+        plan = training_data.make_plan(world_size)
         _check_mixture_lock(stage_data, plan, data, seed, facts)
         facts.plan = summarize_plan(plan, steps if facts.estimated and steps else plan.num_steps)
         _fill_shares(plan, facts)
@@ -226,7 +241,7 @@ def make_plan(
     return None
 
 
-def _resolve_mixture(datamodule: DataModule, facts: PreflightFacts) -> tuple[MixtureSettings, float]:
+def _resolve_mixture(training_data: TrainingData, facts: PreflightFacts) -> tuple[MixtureSettings, float]:
     """Resolve the mixture of the sources that could be opened, in sizes of the whole sources.
 
     For a source of which only a sample is indexed, the index does not hold the true size, so its amount becomes a count.
@@ -234,7 +249,7 @@ def _resolve_mixture(datamodule: DataModule, facts: PreflightFacts) -> tuple[Mix
     Returns:
         The mixture settings, and the number of samples of one pass.
     """
-    settings, names = datamodule.mixture_settings, [row.name for row in facts.sources]
+    settings, names = training_data.mixture_settings, [row.name for row in facts.sources]
     settings = replace(settings, sources={name: settings.sources.get(name, SourceAmount()) for name in names})
     sizes = [(row.usable - row.held_out) * row.scale for row in facts.sources]
     amounts = resolve_amounts(settings, names)
@@ -325,6 +340,7 @@ def run_preflight(run: Run) -> None:
     )
     place = RunPlace.from_settings(run.name, run.dir, config.run_dir, data.index_dir)
     training, validation = open_valid_sources(data, place.index_dir, seed, facts)
+    is_without_images = find_missing_images(training, validation, data, facts)
     sources, stage_data = Sources(list(training.values()), list(validation.values())), None
     with collect_errors(facts):
         if len(training) == len(data.sources) and len(validation) == len(data.validation.sources):
@@ -332,13 +348,18 @@ def run_preflight(run: Run) -> None:
             _check_run_folder(place, settings, sources, run.init_from, facts, overwrite=config.overwrite)
     with collect_errors(facts):
         require_model_folders(run)
+    if is_without_images:
+        _show_facts(facts, run.dir)  # raises
+    with collect_errors(facts):
         is_chained = config.init_from == "previous"
         init_from = _resolve_init_from(run.init_from, config.model, facts, is_chained=is_chained)
         model = resolve_tiny_parts(config.model, place.parts_dir, seed)
         spec = load_model_spec(model, init_from, data.tiling)
         options: dict[str, Any] = {"data": data, "stage": stage, "trainer": trainer, "seed": seed}
         date = model.template_date
-        stage_data = build_stage_data(place, sources, spec, template_date=date, debug=config.debug, **options)
+        stage_data = build_stage_data(
+            place, sources, spec, template_date=date, debug=config.debug, make=make_training_data, **options
+        )
     if stage_data is not None and training:
         indexes = index_sources(stage_data, training, data, stage.name, place.index_dir, preflight.max_samples, facts)
         world_size = preflight.world_size or trainer.devices * trainer.num_nodes
@@ -346,14 +367,14 @@ def run_preflight(run: Run) -> None:
             stage_data, indexes, data, seed=seed, max_epochs=trainer.max_epochs, world_size=world_size, facts=facts
         )
         with collect_errors(facts):
-            made = make_stage(spec, stage, precision=trainer.precision, tiling=data.tiling.value, seed=seed)
-            measured = measure_stage(made, spec, stage)
-            _estimate_disk(place, measured, config.checkpoint, trainer.precision, facts)
+            measured = load_or_measure(spec, stage, seed=seed, folder=place.index_dir)
+            facts.parts = list_parts(measured.part_summary, stage)
+            _estimate_disk(place, measured.parameters, config.checkpoint, trainer.precision, facts)
             _estimate_resources(measured, plan, stage, trainer, preflight, facts)
         facts.findings += collect_findings(facts, data, stage, trainer.precision)
         if indexes is not None and len(indexes.training):
             index = plan.index if plan is not None else indexes.training
-            facts.samples = prepare_samples(index, stage_data.datamodule.processor, preflight.num_shown)
+            facts.samples = prepare_samples(index, stage_data.training_data.processor, preflight.num_shown)
     facts.seconds = time.monotonic() - started
     _show_facts(facts, run.dir)
 
@@ -389,18 +410,15 @@ def _resolve_init_from(
 
 
 def _estimate_disk(
-    place: RunPlace, measured: MeasuredStage, checkpoint: CheckpointConfig, precision: str, facts: PreflightFacts
+    place: RunPlace, parameters: ParameterCounts, checkpoint: CheckpointConfig, precision: str, facts: PreflightFacts
 ) -> None:
-    """Estimate parameters and disk."""
-    facts.parts = list_parts(measured.stage)
+    """Estimate the disk space of the run."""
     index_bytes = BYTES_PER_RECORD * sum(row.records for row in facts.sources) - sum_file_sizes(place.index_dir)
-    facts.disk = estimate_disk(
-        checkpoint, precision, place.dir, place.index_dir, measured.parameters, max(0.0, index_bytes)
-    )
+    facts.disk = estimate_disk(checkpoint, precision, place.dir, place.index_dir, parameters, max(0.0, index_bytes))
 
 
 def _estimate_resources(
-    measured: MeasuredStage,
+    measured: MeasuredModel,
     plan: Plan | None,
     stage: StageConfig,
     trainer: TrainerConfig,

@@ -21,6 +21,7 @@ from lit_vlm.tasks.prepare_data import (
     build_indexes,
     build_stage_data,
     collect_quarantine,
+    make_training_data,
     require_record_type,
     resolve_tiny_parts,
 )
@@ -46,27 +47,28 @@ def prepare(run: Run) -> None:
         trainer=config.trainer,
         seed=config.seed,
         debug=config.debug,
+        make=make_training_data,
     )
-    datamodule = stage_data.datamodule
+    training_data = stage_data.training_data
     began = time.monotonic()
     with show_progress("index") as on_progress:
-        indexes = build_indexes(datamodule, recheck=True, on_progress=on_progress)
+        indexes = build_indexes(training_data, recheck=True, on_progress=on_progress)
     say(f"indexed in {time.monotonic() - began:.1f} s, in {place.index_dir}")
     if data.verify:
         began = time.monotonic()
         with show_progress("decode") as on_progress:
-            workers = datamodule.index_workers
+            workers = training_data.index_workers
             verify_images(
                 [*sources.training, *sources.validation], place.index_dir, workers=workers, on_progress=on_progress
             )
-        datamodule.rebuild_indexes()  # without the records whose images do not decode
-        indexes = build_indexes(datamodule)
+        training_data.rebuild_indexes()  # without the records whose images do not decode
+        indexes = build_indexes(training_data)
         say(f"every picture decoded in {time.monotonic() - began:.1f} s")
     show_sources(run.name, sources, indexes, data)
-    apply_quarantine(datamodule, indexes, data, run.dir)
+    apply_quarantine(training_data, indexes, data, run.dir)
     require_record_type(config.stage.name, indexes)
     num_devices = config.trainer.devices * config.trainer.num_nodes
-    plan = datamodule.make_plan(num_devices)
+    plan = training_data.make_plan(num_devices)
     balance = (
         f"; their work is balanced to {plan.measure_balance()['micro_steps']['mean']:.1%}" if num_devices > 1 else ""
     )

@@ -7,20 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
-import torch
-
-from lit_vlm.config.choices import DebugMode, OnBadRecord, StageName
+from lit_vlm.config.choices import DEBUG_FAST_STEPS, DEBUG_PROFILE_STEPS, DebugMode, StageName
 from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig, TrainerConfig
 from lit_vlm.cost import Flops
-from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.packing.mixture import MixtureSettings, SourceAmount
 from lit_vlm.data.packing.mixture_lock import LOCK_FILE, TEMPLATE_DATE_KEY, read_lock_or_empty
 from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.quarantine import Quarantine, find_missing_image_errors, format_unused_keys
 from lit_vlm.data.template_date import parse_day
-from lit_vlm.distributed.trainer import DEBUG_FAST_STEPS, DEBUG_PROFILE_STEPS
+from lit_vlm.data.training_data import TrainingData
 from lit_vlm.files import handle_write_errors
 from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.tiny import make_tiny_parts
@@ -29,14 +27,16 @@ from lit_vlm.tasks.open_run import RunPlace, Sources
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import SampleKind, UserError
 
+Data = TypeVar("Data", bound=TrainingData)
+
 
 @dataclass(frozen=True, slots=True)
-class StageData:
+class StageData(Generic[Data]):
     """Data of one stage, not read yet, and the spec of the model that they are tokenized for."""
 
     sources: Sources
     spec: ModelSpec
-    datamodule: DataModule
+    training_data: Data
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +69,30 @@ def build_stage_data(
     trainer: TrainerConfig,
     seed: int,
     debug: DebugMode | None,
-) -> StageData:
-    """Build the processor (tokenizer, chat template, tiling) and the data module of a stage. Reads no weights and no records."""
+    make: Callable[..., Data],
+) -> StageData[Data]:
+    """Build the processor (tokenizer, chat template, tiling) and the training data of a stage. Reads no weights and no records.
+
+    Args:
+        make: `make_training_data`, or a function with the same arguments.
+    """
     day, reason = resolve_template_date(template_date, place.dir, data.lock)
     processor = Processor(spec.tokenizer, spec.images, scaled_decode=data.scaled_decode, day=day)
     if processor.template.is_date_dependent:
         say(f"the chat template writes today's date; in all that this run reads it is {day}, {reason}")
     check_vocabulary(processor)
-    module = make_datamodule(
-        place, sources, spec, processor, data=data, stage=stage, trainer=trainer, seed=seed, debug=debug
-    )
-    return StageData(sources, spec, module)
+    made = make(place, sources, spec, processor, data=data, stage=stage, trainer=trainer, seed=seed, debug=debug)
+    return StageData(sources, spec, made)
 
 
 def build_indexes(
-    datamodule: DataModule, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None
+    training_data: TrainingData, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None
 ) -> Indexes:
-    """Build the indexes, see `DataModule.build_indexes`, or return those that are built already."""
-    datamodule.build_indexes(recheck=recheck, on_progress=on_progress)
-    training, held_out = datamodule.index, datamodule.held_out
+    """Build the indexes, see `TrainingData.build_indexes`, or return those that are built already."""
+    training_data.build_indexes(recheck=recheck, on_progress=on_progress)
+    training, held_out = training_data.index, training_data.held_out
     assert training is not None and held_out is not None
-    return Indexes(training, held_out, datamodule.has_own_validation)
+    return Indexes(training, held_out, training_data.has_own_validation)
 
 
 def resolve_template_date(template_date: str | None, run_dir: Path, lock: str | None) -> tuple[date, str]:
@@ -129,7 +132,7 @@ def resolve_tiny_parts(model: ModelConfig, parts_dir: Path, seed: int) -> ModelC
     )
 
 
-def make_datamodule(
+def make_training_data(
     place: RunPlace,
     sources: Sources,
     spec: ModelSpec,
@@ -140,33 +143,45 @@ def make_datamodule(
     trainer: TrainerConfig,
     seed: int,
     debug: DebugMode | None,
-) -> DataModule:
-    """Make the data module of a stage from the settings and the sources."""
-    positions = spec.config.text_config.max_position_embeddings
-    return DataModule(
+) -> TrainingData:
+    """Make the training data of a stage from the settings and the sources, without loaders."""
+    return TrainingData(
         processor,
         sources.training,
         sources.validation or data.validation.fraction,
-        global_batch_size=data.global_batch_size,
-        global_batch_tokens=data.global_batch_tokens,
-        tokens_per_micro_batch=data.tokens_per_micro_batch,
-        tiles_per_micro_batch=data.tiles_per_micro_batch,
-        max_length=min(data.max_length or positions, positions),
-        on_overlong=data.on_overlong,
-        mixture=make_mixture_settings(data),
-        max_steps=get_max_steps(trainer.max_steps, debug),
-        max_epochs=trainer.max_epochs,
-        num_workers=data.num_workers,
-        prefetch_factor=data.prefetch_factor,
-        seed=seed,
-        flops=make_flops(spec, stage),
-        pin_memory=trainer.accelerator != "cpu" and torch.cuda.is_available(),
-        overfit=debug is DebugMode.overfit,
-        store=place.index_dir,
-        index_workers=data.index_workers or os.cpu_count() or 1,
-        ledger=place.dir / "ledger.jsonl",
-        look_ahead=data.on_bad_record is OnBadRecord.quarantine,
+        **make_planning_options(place, spec, data=data, stage=stage, trainer=trainer, seed=seed, debug=debug),
     )
+
+
+def make_planning_options(
+    place: RunPlace,
+    spec: ModelSpec,
+    *,
+    data: DataConfig,
+    stage: StageConfig,
+    trainer: TrainerConfig,
+    seed: int,
+    debug: DebugMode | None,
+) -> dict[str, Any]:
+    """Make the keyword arguments of `TrainingData` from the settings."""
+    positions = spec.config.text_config.max_position_embeddings
+    return {
+        "global_batch_size": data.global_batch_size,
+        "global_batch_tokens": data.global_batch_tokens,
+        "tokens_per_micro_batch": data.tokens_per_micro_batch,
+        "tiles_per_micro_batch": data.tiles_per_micro_batch,
+        "max_length": min(data.max_length or positions, positions),
+        "on_overlong": data.on_overlong,
+        "mixture": make_mixture_settings(data),
+        "max_steps": get_max_steps(trainer.max_steps, debug),
+        "max_epochs": trainer.max_epochs,
+        "seed": seed,
+        "flops": make_flops(spec, stage),
+        "overfit": debug is DebugMode.overfit,
+        "store": place.index_dir,
+        "index_workers": data.index_workers or os.cpu_count() or 1,
+        "ledger": place.dir / "ledger.jsonl",
+    }
 
 
 def get_max_steps(max_steps: int | None, debug: DebugMode | None) -> int | None:
@@ -200,7 +215,7 @@ def make_flops(spec: ModelSpec, stage: StageConfig) -> Flops:
     )
 
 
-def apply_quarantine(datamodule: DataModule, indexes: Indexes, data: DataConfig, run_dir: Path) -> dict[str, int]:
+def apply_quarantine(training_data: TrainingData, indexes: Indexes, data: DataConfig, run_dir: Path) -> dict[str, int]:
     """Apply data.on_bad_record to the unusable records (quarantine or stop), and report length actions and unread keys.
 
     Returns:
@@ -215,7 +230,7 @@ def apply_quarantine(datamodule: DataModule, indexes: Indexes, data: DataConfig,
         say(line)
     for name, unread in count_unread_keys(indexes).items():
         say(format_unused_keys(name, unread))
-    ledger = datamodule.ledger
+    ledger = training_data.ledger
     if ledger:
         say(f"{len(ledger):,} that turned bad while training left out, see {ledger.path}")
     return quarantine.count_by_source()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -12,8 +13,10 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.data.template_date import parse_day
 from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.model.build import build_model
-from lit_vlm.model.classes import VisionLanguageModel
 from lit_vlm.model.spec import ModelSpec, load_model_spec, read_tiling
+
+if TYPE_CHECKING:
+    from lit_vlm.model.classes import VisionLanguageModel
 
 
 @dataclass(frozen=True, slots=True)

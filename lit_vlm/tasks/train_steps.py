@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from rich.table import Table
 
 from callbacks import check_user_callbacks, make_callbacks
 from lit_vlm.checkpoint.index import RunFingerprint
 from lit_vlm.config.callbacks import choose_callbacks
-from lit_vlm.config.choices import DebugMode
+from lit_vlm.config.choices import DEBUG_FAST_STEPS, DebugMode, OnBadRecord
 from lit_vlm.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -27,8 +28,10 @@ from lit_vlm.config.schema import (
     TrainerConfig,
     ValidationConfig,
 )
+from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.packing.plan import Plan
-from lit_vlm.distributed.trainer import DEBUG_FAST_STEPS, close_process_group, make_trainer
+from lit_vlm.data.processor import Processor
+from lit_vlm.distributed.trainer import close_process_group, make_trainer
 from lit_vlm.fault_tolerance.exit_status import CoordinatedExit
 from lit_vlm.fault_tolerance.oom import BUDGET_FILE, MicroBatchBudget
 from lit_vlm.fault_tolerance.run_lock import RunLock
@@ -42,8 +45,9 @@ from lit_vlm.redaction import redact
 from lit_vlm.reports.report import write_report
 from lit_vlm.runs.run_folder import RunFolder, compute_parts_digest, extract_identity, is_rank_zero, read_manifest
 from lit_vlm.stages import Stage
-from lit_vlm.tasks.build_stage import make_stage, measure_stage, resolve_auto_strategy
+from lit_vlm.tasks.build_stage import make_stage, resolve_auto_strategy
 from lit_vlm.tasks.fit import run_fit
+from lit_vlm.tasks.measure_model import measure_model
 from lit_vlm.tasks.mixture_lock import build_mixture_lock, check_mixture_lock, get_template_date
 from lit_vlm.tasks.open_run import RunPlace, Sources, StartPoint, format_export_hint
 from lit_vlm.tasks.prepare_data import (
@@ -54,6 +58,7 @@ from lit_vlm.tasks.prepare_data import (
     build_stage_data,
     count_unread_keys,
     format_held_out_hint,
+    make_planning_options,
     require_record_type,
     resolve_tiny_parts,
 )
@@ -78,7 +83,7 @@ class PreparedData:
         image_digest: digest of the content of the training images.
     """
 
-    stage_data: StageData
+    stage_data: StageData[DataModule]
     indexes: Indexes
     quarantined: dict[str, int]
     image_digest: str
@@ -131,15 +136,40 @@ def prepare_data(
         UserError: an error in the settings of data or stage, or in the data.
     """
     options: dict[str, Any] = {"data": data, "stage": stage, "trainer": trainer, "seed": seed, "debug": debug}
-    stage_data = build_stage_data(place, sources, model.spec, template_date=model.settings.template_date, **options)
+    stage_data = build_stage_data(
+        place, sources, model.spec, template_date=model.settings.template_date, make=make_datamodule, **options
+    )
     # an error in the stage's settings must come before the data are read
     make_stage(model.spec, stage, precision=trainer.precision, tiling=data.tiling.value, seed=seed)
-    indexes = build_indexes(stage_data.datamodule)
-    quarantined = apply_quarantine(stage_data.datamodule, indexes, data, place.dir)
+    indexes = build_indexes(stage_data.training_data)
+    quarantined = apply_quarantine(stage_data.training_data, indexes, data, place.dir)
     require_record_type(stage.name, indexes)
     if not start.is_fresh:
-        MicroBatchBudget.read(place.dir, stage_data.datamodule).apply(stage_data.datamodule)
+        MicroBatchBudget.read(place.dir, stage_data.training_data).apply(stage_data.training_data)
     return PreparedData(stage_data, indexes, quarantined, indexes.training.compute_image_digest())
+
+
+def make_datamodule(
+    place: RunPlace,
+    sources: Sources,
+    spec: ModelSpec,
+    processor: Processor,
+    *,
+    data: DataConfig,
+    trainer: TrainerConfig,
+    **options: Any,
+) -> DataModule:
+    """Make the training data of a stage with their loaders; the arguments are those of `make_training_data`."""
+    return DataModule(
+        processor,
+        sources.training,
+        sources.validation or data.validation.fraction,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
+        pin_memory=trainer.accelerator != "cpu" and torch.cuda.is_available(),
+        look_ahead=data.on_bad_record is OnBadRecord.quarantine,
+        **make_planning_options(place, spec, data=data, trainer=trainer, **options),
+    )
 
 
 def build_stage(
@@ -156,8 +186,8 @@ def build_stage(
     spec = prepared.stage_data.spec
     make = partial(make_stage, spec, precision=trainer.precision, tiling=tiling, seed=seed)
     resolved_stage, resolved_trainer = resolve_auto_strategy(
-        prepared.stage_data.datamodule,
-        lambda: measure_stage(make(stage), spec, stage),
+        prepared.stage_data.training_data,
+        lambda: measure_model(spec, stage, seed=seed),
         stage=stage,
         trainer=trainer,
         preflight=preflight,
@@ -223,7 +253,7 @@ def build_callbacks(
     if benchmarks:
         from lit_vlm.tasks.training_benchmarks import open_benchmark_slices  # late: packages that few runs need
 
-        control_ids = prepared.stage_data.datamodule.processor.template.control_ids
+        control_ids = prepared.stage_data.training_data.processor.template.control_ids
         has_markup = all(token in control_ids for token in SPECIAL_TOKENS)
         slices = open_benchmark_slices(
             benchmarks, evaluate, place.benchmark_dir, max_image_pixels, has_markup=has_markup
@@ -257,7 +287,7 @@ def make_fingerprint(folder: RunFolder, prepared: PreparedData) -> RunFingerprin
         settings=extract_identity(manifest["config"]),
         data=manifest["data"]["digest"],
         parent=parent,
-        processor=prepared.stage_data.datamodule.processor.digest,
+        processor=prepared.stage_data.training_data.processor.digest,
         pictures=prepared.image_digest,
     )
 
@@ -275,7 +305,7 @@ def build_trainer(
         UserError: Lightning refuses the settings, or the weights cannot be read.
     """
     trainer = make_trainer(built.trainer, tracker.make_loggers(), callbacks, validate_every_steps=validate_every_steps)
-    plan = prepared.stage_data.datamodule.make_plan(trainer.world_size)
+    plan = prepared.stage_data.training_data.make_plan(trainer.world_size)
     if validate_every_steps:  # Lightning counts micro-batches
         trainer.val_check_interval = validate_every_steps * plan.accumulate_grad_batches
     trainer.log_every_n_steps = min(trainer.log_every_n_steps, plan.num_steps)  # a short run writes a row, too
@@ -312,7 +342,7 @@ def record_start(
     settings: dict[str, Any],
 ) -> None:
     """Write manifest.json and config.yaml of a run that starts to train, and open its trackers."""
-    plan, processor = built.plan, prepared.stage_data.datamodule.processor
+    plan, processor = built.plan, prepared.stage_data.training_data.processor
     folder.update(
         trained=[row.to_dict() for row in built.stage.part_summary],
         data=folder.manifest["data"]
@@ -384,7 +414,7 @@ def fit(
         Restart: a restart repairs a failure.
         CoordinatedExit: all ranks exit, after a signal or early stopping; the state is saved.
     """
-    datamodule = prepared.stage_data.datamodule
+    datamodule = prepared.stage_data.training_data
     options: dict[str, Any] = {"data": data, "max_oom_retries": max_oom_retries}
     try:
         run_fit(built.trainer, built.stage, datamodule, place, settings, **options)

@@ -110,7 +110,7 @@ def build_datamodule(*overrides: str):
     sys.path.append(str(ROOT / "tests" / "tasks"))
     from run_helpers import build_data
 
-    return build_data(parse(["--config-dir", "conf", *overrides])).datamodule
+    return build_data(parse(["--config-dir", "conf", *overrides])).training_data
 
 
 def measure_plans() -> dict[str, dict]:

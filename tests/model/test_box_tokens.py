@@ -16,7 +16,7 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.model.box_tokens import has_special_boxes, set_special_boxes
 from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
-from lit_vlm.model.plain_processors import PlainProcessor
+from lit_vlm.model.plain_processor import PlainProcessor
 from lit_vlm.model.spec import load_model_spec
 from lit_vlm.tasks.export import export
 from lit_vlm.types import SPECIAL_TOKENS, UserError

@@ -11,7 +11,7 @@ from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.tiling import split_into_tiles
-from lit_vlm.model import packed_attention, plain_processors
+from lit_vlm.model import packed_attention, plain_processor
 from lit_vlm.model.build import build_model
 from lit_vlm.model.packed_attention import Segments
 from lit_vlm.stages import SFTStage
@@ -19,7 +19,7 @@ from lit_vlm.types import Batch
 
 
 def make_plain_processor(processor: Processor):
-    return plain_processors.make_plain_processor(processor.tokenizer, processor.images)
+    return plain_processor.make_plain_processor(processor.tokenizer, processor.images)
 
 
 def collate_one(processor: Processor, record) -> Batch:

@@ -11,7 +11,7 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.generation import get_end_of_answer_id
 from lit_vlm.model.export import export_model
 from lit_vlm.model.generate import generate
-from lit_vlm.model.plain_processors import PlainProcessor
+from lit_vlm.model.plain_processor import PlainProcessor
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import SPECIAL_TOKENS, ImagePlaceholder, Language
 

@@ -85,7 +85,7 @@ def run_prepare(*overrides: str) -> RunOutput:
 def build_datamodule(*overrides: str) -> DataModule:
     """Build the data module as task=train does."""
     job = parse_sft_run(*overrides)
-    return build_data(job).datamodule
+    return build_data(job).training_data
 
 
 def list_sample_names(index, samples) -> list[str]:

@@ -19,7 +19,7 @@ from lit_vlm.tasks.build_stage import make_stage
 from lit_vlm.tasks.open_run import RunPlace, open_sources
 from lit_vlm.tasks.prepare_data import StageData, build_stage_data
 from lit_vlm.tasks.train import train
-from lit_vlm.tasks.train_steps import resolve_model
+from lit_vlm.tasks.train_steps import make_datamodule, resolve_model
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 TINY = [
@@ -161,6 +161,7 @@ def build_data(job: Run, init_from: str | None = None) -> StageData:
         trainer=config.trainer,
         seed=config.seed,
         debug=config.debug,
+        make=make_datamodule,
     )
 
 

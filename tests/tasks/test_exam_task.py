@@ -121,7 +121,7 @@ def test_a_model_without_a_run_folder_has_its_answers_below_run_dir(blueprint, t
 
 def test_a_failed_exam_does_not_stop_the_pipeline_and_one_without_a_model_is_named(tmp_path, monkeypatch, capsys):
     commands = []
-    monkeypatch.setattr(pipeline, "run_process", lambda command: (commands.append(command), (1, []))[1])
+    monkeypatch.setattr(pipeline, "run_process", lambda command, start: (commands.append(command), (1, []))[1])
     pipeline.take_exam(tmp_path, ["experiment=tiny/2_sft"], 1)
     assert "No exam" in capsys.readouterr().out and not commands
     (tmp_path / "hf").mkdir()

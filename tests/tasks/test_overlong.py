@@ -58,7 +58,7 @@ def build_stage_and_data(*overrides: str):
     data = build_data(job)
     stage = make_job_stage(job, data.spec)
     stage.configure_model()
-    return stage.double().eval(), data.datamodule
+    return stage.double().eval(), data.training_data
 
 
 def test_each_policy_shortens_the_samples_that_it_can(overrides):

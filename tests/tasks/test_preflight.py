@@ -21,7 +21,8 @@ from run_helpers import (
 
 from lit_vlm.config import parse
 from lit_vlm.data.packing.mixture_lock import write_lock
-from lit_vlm.tasks.build_stage import detect_device, measure_stage, resolve_auto_strategy
+from lit_vlm.tasks.build_stage import detect_device, resolve_auto_strategy
+from lit_vlm.tasks.measure_model import measure_model
 from lit_vlm.tasks.mixture_lock import build_mixture_lock
 from lit_vlm.tasks.preflight import run_preflight
 from lit_vlm.types import UserError
@@ -121,9 +122,9 @@ def test_five_formats_are_checked_without_loading_weights(work_folder, monkeypat
 
     job = parse([*PREFLIGHT, *overrides])
     data = build_data(job, job.init_from)
-    data.datamodule.build_indexes()
-    index, held_out = data.datamodule.index, data.datamodule.held_out
-    plan = data.datamodule.make_plan(2)
+    data.training_data.build_indexes()
+    index, held_out = data.training_data.index, data.training_data.held_out
+    plan = data.training_data.make_plan(2)
     for number, source in enumerate(index.sources):
         row, training_samples, held_out_samples = (
             output.get_source(source.name),
@@ -166,7 +167,7 @@ def test_a_sample_is_scaled_up_until_there_is_an_index(work_folder):
     steps = part.facts["plan"]["steps"]
 
     job = parse([*PREFLIGHT, *photos])
-    build_data(job, job.init_from).datamodule.build_indexes()
+    build_data(job, job.init_from).training_data.build_indexes()
     whole = run_preflight_with(*photos, "preflight.max_samples=50", "trainer.max_steps=null")
     assert whole.get_source("mine")["looked_at"] == 300 and "Looked at" not in whole.page
     assert whole.get_source("mine")["tokens"] == pytest.approx(row["tokens"] * 6, rel=0.05)
@@ -371,8 +372,8 @@ def test_a_lock_file_of_other_data_is_a_failure(work_folder):
     )
     job = parse([*PREFLIGHT, *overrides])
     data = build_data(job, job.init_from)
-    data.datamodule.build_indexes()
-    lock = build_mixture_lock(data, data.datamodule.index, job.config.data, job.config.seed)
+    data.training_data.build_indexes()
+    lock = build_mixture_lock(data, data.training_data.index, job.config.data, job.config.seed)
     write_lock(work_folder / "mixture.lock", lock)
     assert run_preflight_with(*overrides, f"data.lock={work_folder / 'mixture.lock'}").error is None
     overrides = write_photo_source(
@@ -472,8 +473,8 @@ def resolve_strategy(job, data):
     """Return the stage and trainer settings that training uses."""
     config = job.config
     return resolve_auto_strategy(
-        data.datamodule,
-        lambda: measure_stage(make_job_stage(job, data.spec), data.spec, config.stage),
+        data.training_data,
+        lambda: measure_model(data.spec, config.stage, seed=config.seed),
         stage=config.stage,
         trainer=config.trainer,
         preflight=config.preflight,
@@ -487,7 +488,7 @@ def test_training_uses_the_strategy_that_preflight_chooses(work_folder, monkeypa
     gpu = ["trainer.accelerator=gpu", "trainer.devices=8", "trainer.precision=bf16-mixed"]
     job = parse([*PREFLIGHT, *write_data_choice(work_folder, sources={"made": one}), *shape, *gpu])
     data = build_data(job, job.init_from)
-    data.datamodule.build_indexes()
+    data.training_data.build_indexes()
     set_gpu_memory(monkeypatch, 80 * 10**9)
     stage, trainer = resolve_strategy(job, data)
     assert trainer.strategy.value == "fsdp2" and job.config.trainer.strategy.value == "auto"
@@ -508,7 +509,7 @@ def test_no_reference_is_loaded_to_choose_a_strategy(work_folder, monkeypatch):
     ]
     job = parse([*PREFLIGHT, *overrides, "trainer.accelerator=gpu", "trainer.devices=2"])
     data = build_data(job, job.init_from)
-    data.datamodule.build_indexes()
+    data.training_data.build_indexes()
     set_gpu_memory(monkeypatch, 80 * 10**9)
     monkeypatch.setattr("lit_vlm.stages.dpo.load_model_spec", fail_on_use)
     monkeypatch.setattr("lit_vlm.stages.dpo.build_model", fail_on_use)

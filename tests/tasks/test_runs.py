@@ -290,7 +290,7 @@ def check_same_weights(one, two, atol=1e-5):
 def count_text_only_packs(overrides):
     """Return the numbers of packs without an image, of empty packs, and of micro-batches in a step, for two ranks."""
     job = parse([*TINY, *overrides])
-    plan = build_data(job).datamodule.make_plan(2)
+    plan = build_data(job).training_data.make_plan(2)
     packs = [pack for number in range(plan.num_steps) for pack in plan.get_step(number).packs]
     return (
         sum(not any(plan.index.tiles[i] for i in pack) for pack in packs if pack),

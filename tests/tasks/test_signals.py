@@ -134,6 +134,7 @@ def test_a_process_without_signal_handlers_is_ended_by_the_pipeline_with_the_sta
 def test_a_pipeline_stops_after_a_stage_that_succeeds_after_a_signal(tmp_path, monkeypatch):
     stage_code = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
     stage_code += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(100)"
+    (tmp_path / "stage.py").write_text(stage_code, encoding="utf-8")
     started_stages = []
 
     def run_child():
@@ -141,7 +142,7 @@ def test_a_pipeline_stops_after_a_stage_that_succeeds_after_a_signal(tmp_path, m
         monkeypatch.setattr(
             pipeline,
             "build_command",
-            lambda devices, overrides: started_stages.append(overrides) or [sys.executable, "-c", stage_code],
+            lambda devices, overrides: started_stages.append(overrides) or [sys.executable, str(tmp_path / "stage.py")],
         )
         pipeline.run_pipeline(stages)
         os._exit(97)  # all stages ran

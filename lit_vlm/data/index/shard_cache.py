@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from lit_vlm.data.packing.array_cache import make_arrow_array, view_arrow_array
 from lit_vlm.files import atomic_write, lock_file, read_json_or_none
 from lit_vlm.types import Fault, RecordError, Source
 
@@ -168,13 +169,14 @@ def _compute_content_key(source: Source, start: int, stop: int) -> str:
 def _to_table(shard: Shard, key: str) -> pa.Table:
     bad = json.dumps([[astuple(record) for record in shard.bad_records], shard.unused_keys])
     metadata = {"key": key, "bad": bad, "checksum": str(_compute_checksum(shard.columns.values(), bad))}
-    return pa.table(shard.columns).replace_schema_metadata(metadata)
+    columns = {name: make_arrow_array(column) for name, column in shard.columns.items()}
+    return pa.table(columns).replace_schema_metadata(metadata)
 
 
 def _from_table(table: pa.Table, key: str) -> Shard:
     """Restore a shard. Raises ValueError or KeyError if it is not the shard of this key."""
     metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
-    columns = {name: table[name].to_numpy() for name in table.column_names}
+    columns = {name: view_arrow_array(table[name].combine_chunks()) for name in table.column_names}
     if metadata["key"] != key or int(metadata["checksum"]) != _compute_checksum(columns.values(), metadata["bad"]):
         raise ValueError("not the shard of that key")
     values, unused_keys = json.loads(metadata["bad"])

@@ -28,6 +28,7 @@ from lit_vlm.cost import (
 from lit_vlm.cost.memory import NUM_ADAM_MOMENTS, Precision, compute_host_bytes
 from lit_vlm.cost.strategy import CHECKPOINTING_LEVELS, MOSTLY_FROZEN_SHARE, SHARDINGS, select_strategy
 from lit_vlm.formatting import format_bytes, format_count
+from lit_vlm.model.parts import PartSummary
 from lit_vlm.reports.preflight.facts import (
     DiskRow,
     Finding,
@@ -39,8 +40,6 @@ from lit_vlm.reports.preflight.facts import (
     StrategyFacts,
     TimeFacts,
 )
-from lit_vlm.stages import Stage
-from lit_vlm.stages.optimizer import get_part_setting
 from lit_vlm.types import ModelPart
 
 CPU_MATRIX_SIZE, CPU_REPETITIONS = 512, 8  # of the matrix products that measure a CPU: some hundredths of a second
@@ -129,11 +128,11 @@ def check_strategy(setup: TrainingSetup, facts: StrategyFacts) -> Iterator[Findi
 REPORT_BYTES = 5e6  # a report with its images, samples and metrics; about the size in the shipped recipes
 
 
-def list_parts(stage: Stage) -> list[PartRow]:
+def list_parts(summaries: list[PartSummary], stage: StageConfig) -> list[PartRow]:
     """List the parts of the model with parameters, trainable parameters and learning rate."""
     rows = []
-    for row in stage.part_summary:
-        rate = get_part_setting(stage.config, ModelPart(row.part), "learning_rate") if row.trainable else None
+    for row in summaries:
+        rate = stage.get_part_setting(ModelPart(row.part), "learning_rate") if row.trainable else None
         rows.append(PartRow(row.part, row.parameters, row.trainable, rate, row.how))
     return rows
 
