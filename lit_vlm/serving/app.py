@@ -89,7 +89,7 @@ class ChatService:
         self._num_preparing += 1
         try:
             async with self._reading:
-                body = await self._read_body(request)
+                body = await self.read_body(request)
                 async with self._preparing:
                     chat, job = await asyncio.to_thread(self._prepare, body, asyncio.get_running_loop())
             self.worker.submit(job)
@@ -99,7 +99,8 @@ class ChatService:
             return StreamingResponse(self._stream(job, chat), media_type="text/event-stream")
         return await self._answer_at_once(request, job)
 
-    async def _read_body(self, request: Request) -> bytes:
+    async def read_body(self, request: Request) -> bytes:
+        """Read the body of a request. RequestError if it is too long or does not arrive in time."""
         body = bytearray()
         try:
             async with asyncio.timeout(MAX_READ_SECONDS):
