@@ -20,7 +20,7 @@ from lit_vlm.tasks.serve import format_url, list_loopback_names, open_socket
 @dataclass
 class Server:
     url: str
-    worker: GenerationWorker
+    worker: GenerationWorker | None
 
     @property
     def batcher(self):
@@ -46,7 +46,7 @@ def run_app(app, services, running, host="127.0.0.1", port=0):
     until(lambda: server.started)
     workers = [service.worker for service in services]
     running.append((server, thread, workers))
-    return Server(format_url(listening), workers[0])
+    return Server(format_url(listening), workers[0] if workers else None)
 
 
 def stop_servers(running):

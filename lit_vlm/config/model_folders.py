@@ -28,6 +28,7 @@ MODEL_TASKS = (
     Task.exam,
     Task.serve,
     Task.demo,
+    Task.view,
     Task.evaluate,
 )
 MISSING_PARENT = (

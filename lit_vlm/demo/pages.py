@@ -27,7 +27,7 @@ ASSETS = (
     TEMPLATE_FOLDER / BASE_STYLE,
     *(FOLDER / name for name in ("demo.css", "demo.js", "markup.js", "messages.js")),
 )
-MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript", ".html": "text/html"}
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
 SECOND = "/second"  # where the endpoint of the second model is
 MAX_CHECKED = 2  # pictures that are decoded at the same time
 HEADERS = {
@@ -84,18 +84,8 @@ def create_demo_app(
     """
     first = services[0]
     app = create_app(first, allowed_hosts)
-    files = {path.name: path.read_bytes() for path in (PAGE, *ASSETS)}
     checking = asyncio.Semaphore(MAX_CHECKED)
-
-    @app.get("/")
-    async def show_page() -> Response:
-        return _make_file_response(files, PAGE.name)
-
-    @app.get("/assets/{name}")
-    async def show_asset(name: str) -> Response:
-        if name not in files or name == PAGE.name:
-            raise RequestError(404, "There is no such file.")
-        return _make_file_response(files, name)
+    add_files(app, PAGE, ASSETS)
 
     @app.get("/demo/settings")
     async def show_settings(request: Request) -> dict[str, Any]:
@@ -118,8 +108,20 @@ def create_demo_app(
     return app
 
 
-def _make_file_response(files: dict[str, bytes], name: str) -> Response:
-    return Response(files[name], media_type=MEDIA_TYPES[Path(name).suffix])
+def add_files(app: FastAPI, page: Path, assets: Sequence[Path]) -> None:
+    """Add a page at `/` and its files below `/assets`; no other file can be asked for."""
+    files = {path.name: path.read_bytes() for path in assets}
+    page_bytes = page.read_bytes()
+
+    @app.get("/")
+    async def show_page() -> Response:
+        return Response(page_bytes, media_type="text/html")
+
+    @app.get("/assets/{name}")
+    async def show_asset(name: str) -> Response:
+        if name not in files:
+            raise RequestError(404, "There is no such file.")
+        return Response(files[name], media_type=MEDIA_TYPES[Path(name).suffix])
 
 
 def _describe_model(service: ChatService, folder: str, base: str) -> dict[str, Any]:

@@ -75,10 +75,7 @@ class ChatService:
 
     def check_token(self, request: Request) -> None:
         """Raise a RequestError if the request lacks the server's token."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._token is not None and not hmac.compare_digest(given.encode(), self._token.encode()):
-            message = "This server needs its token: 'Authorization: Bearer <LIT_VLM_TOKEN>' (api_key of the client)."
-            raise RequestError(401, message, code="invalid_api_key")
+        check_token(request, self._token)
 
     async def answer(self, request: Request) -> JSONResponse | StreamingResponse:
         """Answer a request, at once or as a stream of events."""
@@ -248,6 +245,14 @@ def create_app(service: ChatService, allowed_hosts: list[str] | None = None) -> 
         return {"status": "ok"}
 
     return app
+
+
+def check_token(request: Request, token: str | None) -> None:
+    """Raise a RequestError if the server has a token and the request lacks it."""
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
+        message = "This server needs its token: 'Authorization: Bearer <LIT_VLM_TOKEN>' (api_key of the client)."
+        raise RequestError(401, message, code="invalid_api_key")
 
 
 async def _wait_for_disconnect(request: Request) -> None:

@@ -54,13 +54,18 @@ def serve(run: Run) -> None:
 
 def require_server(task: str, init_from: str | None) -> str:
     """Require the packages of a server and a model; return `init_from`. UserError if one is missing."""
-    if uvicorn is None:
-        raise UserError(f"task={task} needs FastAPI and Uvicorn: pip install -e '.[serve]' -c constraints.txt")
+    require_server_packages(task)
     if init_from is None:
         raise UserError(
             f"task={task} needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id."
         )
     return init_from
+
+
+def require_server_packages(task: str) -> None:
+    """Require the packages of a server. UserError if one is missing."""
+    if uvicorn is None:
+        raise UserError(f"task={task} needs FastAPI and Uvicorn: pip install -e '.[serve]' -c constraints.txt")
 
 
 def make_service_options(trainer: TrainerConfig, data: DataConfig, seed: int) -> dict[str, Any]:

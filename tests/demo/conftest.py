@@ -1,18 +1,16 @@
-"""The demo's application in this process, with scripted answers, and Debian's Chromium for its page."""
+"""The demo's application in this process, with scripted answers."""
 
-import shutil
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from browsing import browser, open_page  # noqa: F401
 from served import Server, make_test_service, run_app, script, stop_servers
 
 from lit_vlm.demo.pages import create_demo_app
 from lit_vlm.tasks.serve import list_loopback_names
 from lit_vlm.types import SPECIAL_TOKENS
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 ANSWER = "<obj>빨간 원</obj><bbox>0.1, 0.2, 0.5, 0.6</bbox>이 있어요. <b>굵게</b>"
 
 
@@ -69,21 +67,3 @@ class TokenlessTemplate:
 
     def __getattr__(self, name):
         return getattr(self._template, name)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's Chromium without a window. `make setup-dev` brings Playwright, apt the browser."""
-    program = next((found for name in PROGRAMS if (found := shutil.which(name))), None)
-    if program is None:
-        pytest.skip("no Chromium here: apt-get install chromium fonts-noto-cjk")
-    playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: make setup-dev")
-    with contextmanager(_launch)(playwright, program) as found:
-        yield found
-
-
-def _launch(playwright, program):
-    with playwright.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield found
-        found.close()

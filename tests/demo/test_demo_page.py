@@ -8,7 +8,7 @@ import socket
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from waiting import PATIENCE, until
+from waiting import until
 
 from lit_vlm.data.markup import format_box, parse_markup
 from lit_vlm.evaluation.task_pack.box_scores import CONTROL_TOKENS, read_mentions
@@ -27,27 +27,6 @@ def make_png(colour="#d8d8d8", size=(WIDTH, HEIGHT)):
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return {"name": "shapes.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
-
-
-@pytest.fixture
-def open_page(browser):
-    """Return a function that opens the page of a demo; the page has no error at the end."""
-    contexts, errors = [], []
-
-    def start(demo, path="", language="en-US", **settings):
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}, "locale": language} | settings))
-        context.set_default_timeout(PATIENCE * 1000)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(demo.url + path)
-        page.wait_for_selector("#main:not([hidden]), #gate:not([hidden])")
-        return page
-
-    yield start
-    for context in contexts:
-        context.close()
-    assert errors == []
 
 
 def add_picture(page, picture=None):

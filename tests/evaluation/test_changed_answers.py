@@ -43,7 +43,7 @@ def test_an_item_that_this_version_makes_otherwise_is_left_out(tmp_path):
 
 
 def test_markup_of_an_answer_is_escaped_on_the_page(tmp_path, monkeypatch):
-    items = [item for item in make_items(1) if not item.hard]
+    items = make_items(1)
     right, wrong = (make_answers(tmp_path, items, answer) for answer in (get_reference, lambda item: "<b>?</b>"))
     exams = [("sft", right), ("dpo", replace(wrong, weights="other"))]
     monkeypatch.setattr("lit_vlm.reports.report.list_exams", lambda runs: exams)
