@@ -44,10 +44,10 @@ test: setup-dev  ## set up and run the tests, within 10 minutes
 test-slow: setup-dev
 	@$(PYTEST) -m 'slow and not long'
 
-# One file of each kind: the whole quickstart, resume, corrupt records, strategies on two ranks, Slurm, search, sources
+# One file of each kind: the whole quickstart, resume, corrupt records, strategies on two ranks, Slurm, search, sources, browser
 SHORT := tests/tasks/test_quickstart.py tests/tasks/test_resume.py tests/tasks/test_turned_bad.py \
 	tests/tasks/test_export_task.py tests/tasks/test_lora_recipe.py tests/engine tests/stages tests/slurm/test_real_slurm.py \
-	tests/sweep/test_search.py tests/data tests/config tests/test_readme.py
+	tests/sweep/test_search.py tests/data tests/config tests/test_readme.py tests/demo
 
 test-short: setup-dev  ## run some slow tests of each kind, as CI does
 	@$(PYTEST) -m 'slow and not long' $(SHORT)

@@ -26,6 +26,8 @@ class Task(Enum):
     chat = "chat"  # chat with a finished model
     exam = "exam"  # score a finished model on the fixed exam of synthetic questions
     serve = "serve"  # serve a finished model with an OpenAI-compatible interface
+    demo = "demo"  # a page in the browser to ask a finished model, or two, about pictures
+    view = "view"  # a page in the browser for the records of a stage, as the model will see them
     evaluate = "evaluate"  # score a finished model, or an endpoint, on benchmarks with lmms-eval
     judge = "judge"  # have a model at an OpenAI-compatible endpoint judge a file of answers
     curate = "curate"  # find duplicates, or rows of benchmarks, in the training data, and select the other records

@@ -73,6 +73,8 @@ EXAMPLES = (
     ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
     ("python run.py task=serve init_from=runs/tiny/4_dpo/hf", "serve it to OpenAI's clients (docs/serving.md)"),
+    ("python run.py task=demo init_from=runs/tiny/4_dpo/hf", "ask it in the browser, with boxes (docs/demo.md)"),
+    ("python run.py task=view experiment=tiny/2_sft", "look at its data as the model will see it (docs/viewer.md)"),
     (
         "python run.py task=evaluate init_from=runs/tiny/4_dpo/hf 'benchmarks=[k_dtcbench,mmstar]'",
         "score it with lmms-eval, beside published scores (docs/evaluation.md)",

@@ -27,6 +27,8 @@ MODEL_TASKS = (
     Task.chat,
     Task.exam,
     Task.serve,
+    Task.demo,
+    Task.view,
     Task.evaluate,
 )
 MISSING_PARENT = (
@@ -56,6 +58,7 @@ def find_model_folder_errors(run: Run) -> Iterator[str]:
             "model.vision_tower": config.model.vision_tower,
             "model.language_model": config.model.language_model,
         }
+    names["demo.compare_with"] = config.demo.compare_with
     names["stage.reference"] = getattr(config.stage, "reference", None)
     for setting, name in names.items():
         if name is not None and "://" in name:

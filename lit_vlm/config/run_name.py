@@ -39,6 +39,7 @@ NON_IDENTITY_KEYS = (
     "prefer",
     "curate",
     "serve",
+    "demo",
     "benchmarks",
     "evaluate",
     "judge",

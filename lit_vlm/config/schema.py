@@ -528,6 +528,13 @@ class ServeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class DemoConfig:
+    """Settings of task=demo, the page in the browser; address and limits are those of serve.*."""
+
+    compare_with: str | None = None  # second model: folder or hub id; it answers each question beside the first
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """Evaluation of a model: the fixed exam of synthetic questions, and benchmarks with task=evaluate."""
 
@@ -634,6 +641,7 @@ class RunConfig:
     prefer: PreferConfig = field(default_factory=PreferConfig)
     curate: CurateConfig = field(default_factory=CurateConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    demo: DemoConfig = field(default_factory=DemoConfig)
     benchmarks: list[str] = field(
         default_factory=list
     )  # task=evaluate: benchmarks, or tasks of lmms-eval; training with evaluate.every_steps: benchmarks without a judge; task=curate

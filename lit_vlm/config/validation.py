@@ -69,6 +69,7 @@ def find_other_task_errors(config: RunConfig) -> Iterator[str]:
         ("benchmarks", config.benchmarks and config.task not in benchmark_tasks, Task.evaluate),
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
         ("submit.dry_run", config.submit.dry_run, Task.submit),
+        ("demo.compare_with", config.demo.compare_with, Task.demo),
         ("judge.answers", config.judge.answers, Task.judge),
         ("judge.dry_run", config.judge.dry_run, Task.judge),
     ):

@@ -75,6 +75,14 @@ def make_items(items_per_cell: int | None = None) -> tuple[ExamItem, ...]:
     return tuple(items)
 
 
+def find_item(row: dict[str, Any]) -> ExamItem | None:
+    """Find the item of a row of answers; None if this version makes another item in its place."""
+    cells = _make_cells(SampleKind(row["kind"]), Language(row["language"]))
+    cell = cells[1 if row["hard"] else 0]
+    item = cell[row["number"]] if row["number"] < len(cell) else None
+    return item if item is not None and item.content == row["content"] else None
+
+
 def get_cell_size(kind: SampleKind, *, hard: bool) -> int:
     """Return the number of items in the cells of a kind and a difficulty."""
     return CELL_SIZES.get((kind, hard), ITEMS_PER_CELL)

@@ -17,6 +17,7 @@ from rich.table import Table
 from lit_vlm.evaluation.exam import ALL_CELL
 from lit_vlm.evaluation.metrics import METRICS
 from lit_vlm.formatting import format_change, format_count, format_duration, format_short
+from lit_vlm.reports.changed_answers import collect_changed_answers
 from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
 from lit_vlm.reports.exam import collect_exam, list_exams
 from lit_vlm.reports.run_record import RunRecord, read_run, split_group
@@ -36,16 +37,19 @@ _PAGE = PageTemplate("report_page.html", short=format_short, percent=lambda shar
 def write_report(path: Path, runs: list[Path], title: str) -> None:
     """Write the report page. Run folders may lack any of their files; the page then shows the rest."""
     records = [read_run(run) for run in runs]
+    exams = list_exams(runs)
     page = _PAGE.render(
         title=title,
         headings=HEADINGS,
+        split=_split_control_tokens,
         rows=[list(zip(HEADINGS, make_summary_row(record), strict=True)) for record in records],
         stages=[
             _collect_stage(record, SAMPLES_SINGLE_RUN if len(records) == 1 else SAMPLES_SEVERAL_RUNS)
             for record in records
         ],
         ladder=_collect_stage_scores(records),
-        exam=collect_exam(list_exams(runs)),
+        exam=collect_exam(exams),
+        changed=collect_changed_answers(exams),
         lead=_format_totals(records),
         origin=_collect_origin(records),
     )

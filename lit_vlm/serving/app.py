@@ -75,10 +75,7 @@ class ChatService:
 
     def check_token(self, request: Request) -> None:
         """Raise a RequestError if the request lacks the server's token."""
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self._token is not None and not hmac.compare_digest(given.encode(), self._token.encode()):
-            message = "This server needs its token: 'Authorization: Bearer <LIT_VLM_TOKEN>' (api_key of the client)."
-            raise RequestError(401, message, code="invalid_api_key")
+        check_token(request, self._token)
 
     async def answer(self, request: Request) -> JSONResponse | StreamingResponse:
         """Answer a request, at once or as a stream of events."""
@@ -89,7 +86,7 @@ class ChatService:
         self._num_preparing += 1
         try:
             async with self._reading:
-                body = await self._read_body(request)
+                body = await self.read_body(request)
                 async with self._preparing:
                     chat, job = await asyncio.to_thread(self._prepare, body, asyncio.get_running_loop())
             self.worker.submit(job)
@@ -99,7 +96,8 @@ class ChatService:
             return StreamingResponse(self._stream(job, chat), media_type="text/event-stream")
         return await self._answer_at_once(request, job)
 
-    async def _read_body(self, request: Request) -> bytes:
+    async def read_body(self, request: Request) -> bytes:
+        """Read the body of a request. RequestError if it is too long or does not arrive in time."""
         body = bytearray()
         try:
             async with asyncio.timeout(MAX_READ_SECONDS):
@@ -247,6 +245,14 @@ def create_app(service: ChatService, allowed_hosts: list[str] | None = None) -> 
         return {"status": "ok"}
 
     return app
+
+
+def check_token(request: Request, token: str | None) -> None:
+    """Raise a RequestError if the server has a token and the request lacks it."""
+    given = request.headers.get("authorization", "").removeprefix("Bearer ")
+    if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
+        message = "This server needs its token: 'Authorization: Bearer <LIT_VLM_TOKEN>' (api_key of the client)."
+        raise RequestError(401, message, code="invalid_api_key")
 
 
 async def _wait_for_disconnect(request: Request) -> None:

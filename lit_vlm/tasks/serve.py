@@ -7,11 +7,12 @@ import errno
 import ipaddress
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import ModelConfig, ServeConfig
+from lit_vlm.config.schema import DataConfig, ModelConfig, ServeConfig, TrainerConfig
 from lit_vlm.evaluation.generation import get_end_of_answer_id
 from lit_vlm.fault_tolerance.signals import EXIT_STATUS, StopRequest, use_listener
 from lit_vlm.model.continuous_batching import ContinuousBatcher
@@ -28,6 +29,9 @@ try:
 except ImportError:  # packages of the extra `serve`
     uvicorn = None  # type: ignore[assignment]
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 TOKEN_VARIABLE = "LIT_VLM_TOKEN"
 
 
@@ -37,33 +41,61 @@ def serve(run: Run) -> None:
     Raises:
         UserError: no model is given, a package is missing, the port is in use, or a token is missing.
     """
-    if uvicorn is None:
-        raise UserError("task=serve needs FastAPI and Uvicorn: pip install -e '.[serve]' -c constraints.txt")
-    if run.init_from is None:
-        raise UserError("task=serve needs a model: init_from=runs/<name>/hf, or a LLaVA-class model's hub id.")
-    settings = run.config.serve
+    init_from = require_server("serve", run.init_from)
+    config, settings = run.config, run.config.serve
     token = read_token(settings.host)
     with open_socket(settings.host, settings.port) as listening:  # first: loading a large model takes minutes
-        options = {
-            "accelerator": run.config.trainer.accelerator,
-            "seed": run.config.seed,
-            "max_image_pixels": run.config.data.max_image_pixels,
-        }
-        service = make_service(run.init_from, settings, run.config.model, token, **options)
+        options = make_service_options(config.trainer, config.data, config.seed)
+        service = make_service(init_from, settings, config.model, token, **options)
+        app = create_app(service, list_loopback_names(settings.host) if token is None else None)
+        text = f"{service.reader.model_name}: serving on {format_url(listening)}/v1. Ctrl-C ends it."
+        run_server(app, [service], listening, text)
+
+
+def require_server(task: str, init_from: str | None) -> str:
+    """Require the packages of a server and a model; return `init_from`. UserError if one is missing."""
+    require_server_packages(task)
+    if init_from is None:
+        raise UserError(
+            f"task={task} needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id."
+        )
+    return init_from
+
+
+def require_server_packages(task: str) -> None:
+    """Require the packages of a server. UserError if one is missing."""
+    if uvicorn is None:
+        raise UserError(f"task={task} needs FastAPI and Uvicorn: pip install -e '.[serve]' -c constraints.txt")
+
+
+def make_service_options(trainer: TrainerConfig, data: DataConfig, seed: int) -> dict[str, Any]:
+    """Make the options of `make_service` from the settings."""
+    return {"accelerator": trainer.accelerator, "seed": seed, "max_image_pixels": data.max_image_pixels}
+
+
+def run_server(app: FastAPI, services: Sequence[ChatService], listening: socket.socket, text: str) -> None:
+    """Run an application and the workers of its models until the process is stopped.
+
+    Args:
+        text: shown when the server listens.
+
+    Raises:
+        SystemExit: after a signal, with its exit status.
+    """
+    for service in services:
         service.worker.start()
-        allowed_hosts = list_loopback_names(settings.host) if token is None else None
-        config = uvicorn.Config(create_app(service, allowed_hosts), log_level="warning", timeout_graceful_shutdown=10)
-        server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]  # this process has a handler of its own
-        requests: list[StopRequest] = []
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]  # this process has a handler of its own
+    requests: list[StopRequest] = []
 
-        def stop(request: StopRequest) -> None:
-            requests.append(request)
-            server.should_exit = True
+    def stop(request: StopRequest) -> None:
+        requests.append(request)
+        server.should_exit = True
 
-        say(f"{service.reader.model_name}: serving on {format_url(listening)}/v1. Ctrl-C ends it.")
-        with use_listener(stop):
-            server.run(sockets=[listening])
+    say(text)
+    with use_listener(stop):
+        server.run(sockets=[listening])
+    for service in services:
         service.worker.stop()
         service.worker.join()
     if requests:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from served import make_data_url
 from support import builtin
-from test_server import make_data_url
 from transformers import AutoModelForImageTextToText
 
 from lit_vlm.data.collate import collate

@@ -1,7 +1,5 @@
 """The server and OpenAI's own client: answers, boxes, streaming, images, refusals, many clients, clients that leave."""
 
-import base64
-import io
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +8,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from served import make_data_url, script
 from waiting import until
 
 from lit_vlm.data.collate import collate
@@ -20,28 +19,6 @@ from lit_vlm.model.generate import find_prompt_positions, generate
 from lit_vlm.types import ImagePlaceholder, Message, Role
 
 BOX_ANSWER = "  <obj>별 하나</obj><bbox>0.1, 0.1, 0.6, 0.7</bbox>가 있어요.\n뷁 셋 "
-
-
-class ScriptedBatcher(ContinuousBatcher):
-    """Batcher whose model answers `tokens`, whatever it computes."""
-
-    tokens: list[int]
-
-    def _choose_tokens(self, hidden, sequences):
-        super()._choose_tokens(hidden, sequences)
-        for sequence in sequences:
-            sequence.ids[-1] = self.tokens[len(sequence.ids) - 1]
-
-
-def make_data_url(image, image_format="PNG") -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, image_format)
-    return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def script(processor, text, ends=True):
-    tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return type("Scripted", (ScriptedBatcher,), {"tokens": tokens + [get_end_of_answer_id(processor)] * ends})
 
 
 def make_picture(height=56, width=84, seed=0):

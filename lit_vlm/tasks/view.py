@@ -1,0 +1,58 @@
+"""task=view: a page in the browser for the records of a stage's data, as the model will see them."""
+
+from __future__ import annotations
+
+import contextlib
+
+from lit_vlm.config import Run
+from lit_vlm.model.spec import load_model_spec
+from lit_vlm.tasks.open_run import RunPlace, open_sources
+from lit_vlm.tasks.prepare import resolve_init_from
+from lit_vlm.tasks.prepare_data import build_indexes, build_stage_data, make_training_data, resolve_tiny_parts
+from lit_vlm.tasks.serve import (
+    format_url,
+    list_loopback_names,
+    open_socket,
+    read_token,
+    require_server_packages,
+    run_server,
+)
+from lit_vlm.tasks.terminal import show_progress
+from lit_vlm.viewer.samples import SampleTable
+
+with contextlib.suppress(ImportError):  # packages of the extra `serve`; `require_server_packages` says so
+    from lit_vlm.viewer.pages import create_view_app
+
+
+def view_data(run: Run) -> None:
+    """Index the data of a stage as task=prepare does, and serve the viewer until the process is stopped.
+
+    Raises:
+        UserError: a source cannot be opened, a package is missing, the port is in use, or a token is missing.
+    """
+    require_server_packages("view")
+    config, data, settings = run.config, run.config.data, run.config.serve
+    token = read_token(settings.host)
+    with open_socket(settings.host, settings.port) as listening:
+        place = RunPlace.from_settings(run.name, run.dir, config.run_dir, data.index_dir)
+        model = resolve_tiny_parts(config.model, place.parts_dir, config.seed)
+        stage_data = build_stage_data(
+            place,
+            open_sources(data, place, config.seed),
+            load_model_spec(model, resolve_init_from(run.init_from), data.tiling),
+            template_date=config.model.template_date,
+            data=data,
+            stage=config.stage,
+            trainer=config.trainer,
+            seed=config.seed,
+            debug=config.debug,
+            make=make_training_data,
+        )
+        with show_progress("index") as on_progress:
+            indexes = build_indexes(stage_data.training_data, on_progress=on_progress)
+        parts = {"training": indexes.training, "held_out": indexes.held_out}
+        table = SampleTable(parts, stage_data.training_data.processor)
+        app = create_view_app(table, run.name, token, list_loopback_names(settings.host) if token is None else None)
+        num_samples = sum(map(len, parts.values()))
+        text = f"{run.name}: {num_samples:,} samples; open {format_url(listening)} in a browser. Ctrl-C ends it."
+        run_server(app, [], listening, text)

@@ -1,0 +1,215 @@
+"""Samples of a mixture for the viewer: filters over the columns of the sample index, and records as the model will see them."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lit_vlm.data.chat_template import TokenSequence
+from lit_vlm.data.index.sample_index import KINDS, LANGUAGES, SampleIndex
+from lit_vlm.data.processor import Processor
+from lit_vlm.types import PreferencePair, Record, Sample
+
+MAX_SIDE_PX = 1024  # of a picture that is shown; tiles are shown as they are
+NUM_CACHED_FILTERS, NUM_CACHED_TILES = (
+    4,
+    4,
+)  # a page asks for the rows of one filter, and for the tiles of one record, several times
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFilter:
+    """Filter of samples; None keeps all.
+
+    Attributes:
+        part: "training" or "held_out".
+        source, kind, language: names.
+        min_tokens, max_tokens: both included.
+        duplicates: only samples whose text and images are those of another sample.
+    """
+
+    part: str = "training"
+    source: str | None = None
+    kind: str | None = None
+    language: str | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    duplicates: bool = False
+
+
+class SampleTable:
+    """Samples of the training and the held-out index. No record is read until it is shown.
+
+    Args:
+        parts: index of each part, by "training" and "held_out".
+    """
+
+    def __init__(self, parts: dict[str, SampleIndex], processor: Processor) -> None:
+        self.parts, self.processor = parts, processor
+        self._find = lru_cache(NUM_CACHED_FILTERS)(self._find_samples)
+        self._load_tiles = lru_cache(NUM_CACHED_TILES)(self._load_all_tiles)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the parts: number of samples of each source, kind and language, and of unusable records."""
+        return {name: self._describe_part(index) for name, index in self.parts.items()}
+
+    def _describe_part(self, index: SampleIndex) -> dict[str, Any]:
+        def count(codes: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+            return {
+                str(name): int(n) for name, n in zip(names, np.bincount(codes, minlength=len(names)), strict=True) if n
+            }
+
+        return {
+            "samples": len(index),
+            "sources": count(index.source_ids, [source.name for source in index.sources]),
+            "kinds": count(index.kind, KINDS),
+            "languages": count(index.language, LANGUAGES),
+            "faults": dict(Counter(error.fault.value for _, error in index.errors)),
+        }
+
+    def list_samples(self, wanted: SampleFilter, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
+        """List samples that pass a filter, from `offset` on. Returns their number and one row for each of the listed."""
+        found = self._find(wanted)
+        index = self.parts[wanted.part]
+        return len(found), [self._describe_row(index, int(sample)) for sample in found[offset : offset + limit]]
+
+    def _find_samples(self, wanted: SampleFilter) -> np.ndarray | range:
+        """Find the samples that pass a filter, in the order of the index."""
+        index = self.parts[wanted.part]
+        masks = []
+        if wanted.source is not None:
+            source_names = [source.name for source in index.sources]
+            number = source_names.index(wanted.source) if wanted.source in source_names else -1
+            masks.append(index.source_ids == number)
+        if wanted.kind is not None:
+            masks.append(index.kind == _find_code(KINDS, wanted.kind))
+        if wanted.language is not None:
+            masks.append(index.language == _find_code(LANGUAGES, wanted.language))
+        if wanted.min_tokens is not None:
+            masks.append(index.tokens >= wanted.min_tokens)
+        if wanted.max_tokens is not None:
+            masks.append(index.tokens <= wanted.max_tokens)
+        if wanted.duplicates:
+            masks.append(find_duplicates(index.columns["digest"]))
+        return np.flatnonzero(np.logical_and.reduce(masks)) if masks else range(len(index))
+
+    def _describe_row(self, index: SampleIndex, sample: int) -> dict[str, Any]:
+        numbers = {
+            name: int(index.columns[name][sample]) for name in ("position", "tokens", "supervised", "tiles", "images")
+        }
+        source = index.sources[index.source_ids[sample]].name
+        return {
+            "sample": sample,
+            "source": source,
+            "kind": index.get_kind(sample),
+            "language": index.get_language(sample),
+            **numbers,
+        }
+
+    def list_errors(self, part: str, fault: str | None, offset: int, limit: int) -> tuple[int, list[dict[str, str]]]:
+        """List unusable records: their number, and source, location, fault and reason of each of the listed."""
+        found = [(name, error) for name, error in self.parts[part].errors if fault in (None, error.fault.value)]
+        rows = [
+            {"source": name, "origin": error.origin, "fault": error.fault.value, "reason": error.reason}
+            for name, error in found[offset : offset + limit]
+        ]
+        return len(found), rows
+
+    def has_sample(self, part: str, sample: int) -> bool:
+        """Return True if there is such a sample."""
+        return part in self.parts and 0 <= sample < len(self.parts[part])
+
+    def describe_sample(self, part: str, sample: int) -> dict[str, Any]:
+        """Describe a record as the model will see it. RecordError if it cannot be read any more."""
+        index = self.parts[part]
+        record = index.get_record(sample)
+        return self._describe_row(index, sample) | describe_record(self.processor, record)
+
+    def load_image(self, part: str, sample: int, image: int) -> bytes:
+        """Load a picture of a record as PNG, at most `MAX_SIDE_PX` pixels long. RecordError if it cannot be decoded."""
+        picture = self.parts[part].get_record(sample).images[image].load()
+        picture.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX))
+        return encode_png(picture)
+
+    def load_tile(self, part: str, sample: int, image: int, tile: int) -> bytes:
+        """Load a tile of a picture as PNG: the pixels that the vision tower gets. RecordError as `load_image`."""
+        return encode_png(Image.fromarray(self._load_tiles(part, sample)[image][tile].transpose(1, 2, 0)))
+
+    def _load_all_tiles(self, part: str, sample: int) -> list[np.ndarray]:
+        return self.processor.load_tiles(self.parts[part].get_record(sample))
+
+
+def _find_code(names: Sequence[str], name: str) -> int:
+    """Find the code of a name in a column; 255, which no sample has, if there is no such name."""
+    return next((code for code, each in enumerate(names) if each == name), 255)
+
+
+def find_duplicates(digests: np.ndarray) -> np.ndarray:
+    """Find the entries of [N] uint64 that are not unique: [N] bool."""
+    order = np.argsort(digests, kind="stable")
+    is_equal = digests[order][1:] == digests[order][:-1]
+    found = np.zeros(len(digests), dtype=bool)
+    found[order[1:][is_equal]] = found[order[:-1][is_equal]] = True
+    return found
+
+
+def describe_record(processor: Processor, record: Record) -> dict[str, Any]:
+    """Describe a record: its location, its pictures with their tiles, and its token sequences with the supervision mask."""
+    layouts = processor.compute_layouts(record)
+    sequences = processor.encode_sequences(record, layouts)
+    names = ("chosen", "rejected") if isinstance(record, PreferencePair) else ("conversation",)
+    if isinstance(record, Sample):
+        texts = ["\n".join(message.text for message in record.messages)]
+    else:
+        prompt = "\n".join(message.text for message in record.prompt)
+        texts = [f"{prompt}\n{answer.text}" for answer in (record.chosen, record.rejected)]
+    return {
+        "id": str(record.id),
+        "origin": record.origin,
+        "pictures": [
+            {"height": image.size[0], "width": image.size[1], "tiles": layout.num_tiles, "tokens": layout.num_tokens}
+            for image, layout in zip(record.images, layouts, strict=True)
+        ],
+        "sequences": [
+            {"name": name, "text": text, "num_tokens": sequence.num_tokens, "runs": list_runs(processor, sequence)}
+            for name, text, sequence in zip(names, texts, sequences, strict=True)
+        ],
+    }
+
+
+def list_runs(processor: Processor, sequence: TokenSequence) -> list[dict[str, Any]]:
+    """List the runs of a sequence: neighbouring tokens of one type ("text", "control" or "image") and one supervision mask.
+
+    Control tokens and special tokens of the chat template are "control", so that text which only looks like one differs.
+    """
+    ids = sequence.input_ids
+    special = np.array([*processor.template.control_ids.values(), *processor.tokenizer.all_special_ids])
+    types = np.where(ids == processor.image_token_id, 2, np.where(np.isin(ids, special), 1, 0))
+    changes = np.flatnonzero((np.diff(types) != 0) | (np.diff(sequence.supervised.astype(int)) != 0)) + 1
+    bounds = [0, *changes.tolist(), len(ids)]
+    return [
+        {
+            "type": ("text", "control", "image")[types[start]],
+            "supervised": bool(sequence.supervised[start]),
+            "num_tokens": stop - start,
+            "text": ""
+            if types[start] == 2
+            else processor.tokenizer.decode(ids[start:stop].tolist(), skip_special_tokens=False),
+        }
+        for start, stop in zip(bounds, bounds[1:], strict=False)
+        if stop > start
+    ]
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Encode an image as PNG."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()

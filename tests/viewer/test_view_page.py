@@ -1,0 +1,63 @@
+"""The viewer's page in Chromium. Without Chromium these tests are skipped."""
+
+import pytest
+from waiting import until
+
+pytestmark = pytest.mark.slow
+
+
+def open_record(page, source):
+    page.select_option("#source", source)
+    until(lambda: page.locator("#rows button .where").first.inner_text().startswith(source))
+    page.locator("#rows button").first.click()
+    page.wait_for_selector("#content .tokens")
+
+
+def test_a_record_is_shown_with_tiles_boxes_and_mask(viewer, open_page):
+    page = open_page(viewer)
+    open_record(page, "grounding_ko")
+    until(lambda: page.evaluate("[...document.querySelectorAll('.tiles img')].every((image) => image.naturalWidth)"))
+    record = viewer.table.parts["training"].get_record(0)
+    assert page.locator(".tiles img").count() == sum(map(len, viewer.table.processor.load_tiles(record)))
+    assert page.locator(".canvas .box").count() == 1
+    shown = page.locator(".run.supervised").all_inner_texts()
+    assert record.messages[-1].text in "".join(shown) and record.messages[0].text.strip() not in "".join(shown)
+    box, image = (page.locator(each).bounding_box() for each in (".canvas .box", ".canvas img"))
+    x1 = float(record.messages[-1].text.partition("<bbox>")[2].split(",")[0])
+    assert abs((box["x"] - image["x"]) / image["width"] - x1) < 2 / image["width"]
+
+
+def test_filters_pages_and_bad_records_are_reached_by_keyboard_in_korean(viewer, open_page):
+    page = open_page(viewer, language="ko-KR")
+    assert page.locator("html").get_attribute("lang") == "ko" and page.locator("#count").inner_text() == "642개"
+    page.focus("#next")
+    page.keyboard.press("Enter")
+    until(lambda: page.locator("#range").inner_text() == "51~100")
+    page.focus("#max-tokens")
+    page.keyboard.type("1")
+    page.keyboard.press("Tab")
+    until(lambda: page.locator("#count").inner_text() == "0개")
+    page.select_option("#fault", "missing")
+    until(lambda: "none.png" in page.locator("#rows").inner_text())
+
+
+def test_markup_of_a_record_stays_text_and_a_pair_has_two_answers(viewer, open_page):
+    page = open_page(viewer)
+    open_record(page, "mine")
+    assert "<script>x</script> <gro>" in page.locator(".tokens").inner_text()
+    assert page.locator("#content :is(script, b)").count() == 0
+    open_record(page, "preference_en")
+    until(lambda: page.locator("#content h3").count() == 2)
+    assert page.locator("#content h3").first.inner_text().startswith("Chosen answer")
+
+
+def test_the_viewer_has_no_accessibility_error_on_a_desktop_and_a_phone(viewer, open_page):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for scheme, width in (("light", 1280), ("dark", 390)):
+        settings = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme, "bypass_csp": True}
+        page = open_page(viewer, **settings)
+        open_record(page, "ocr_ko")
+        violations = axe.run(page).response["violations"]
+        found = [(each["id"], each["nodes"][0]["html"], each["nodes"][0]["failureSummary"]) for each in violations]
+        assert found == [], (scheme, width)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

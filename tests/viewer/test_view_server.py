@@ -1,0 +1,144 @@
+"""The viewer without a browser: filters, records with tiles and mask, pairs, bad records, and what cannot be asked for."""
+
+import io
+
+import httpx2
+import numpy as np
+from PIL import Image
+
+from lit_vlm.data.index.sample_index import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
+from lit_vlm.types import Language, RecordError, SampleKind
+from lit_vlm.viewer.samples import SampleFilter, SampleTable, find_duplicates
+
+
+def get(viewer, path, **values):
+    response = httpx2.get(f"{viewer.url}view/{path}", params=values, timeout=60)
+    assert response.status_code == 200, response.text
+    return response
+
+
+def list_all(viewer, **values):
+    found = get(viewer, "samples", limit=200, **values).json()
+    return found["total"], found["rows"]
+
+
+def test_samples_are_filtered_by_source_kind_language_length_and_duplicates(viewer):
+    index = viewer.table.parts["training"]
+    assert list_all(viewer)[0] == len(index) == 10 * 64 + 2
+    total, rows = list_all(viewer, kind="ocr", language="ko")
+    assert total == 64 and {(row["source"], row["kind"], row["language"]) for row in rows} == {("ocr_ko", "ocr", "ko")}
+    assert list_all(viewer, source="mine")[0] == 2 and list_all(viewer, source="none of these")[0] == 0
+    low, high = int(np.quantile(index.tokens, 0.3)), int(np.quantile(index.tokens, 0.6))
+    total, rows = list_all(viewer, min_tokens=low, max_tokens=high)
+    assert total == ((index.tokens >= low) & (index.tokens <= high)).sum() > 0
+    assert all(low <= row["tokens"] <= high for row in rows)
+    assert [row["source"] for row in list_all(viewer, source="mine", duplicates=True)[1]] == ["mine", "mine"]
+    pages = [get(viewer, "samples", kind="ocr", offset=offset, limit=50).json()["rows"] for offset in (0, 50, 100, 150)]
+    samples = [row["sample"] for page in pages for row in page]
+    assert len(samples) == 128 and samples == sorted(set(samples))
+
+
+def test_bad_records_are_listed_by_their_fault(viewer):
+    faults = get(viewer, "settings").json()["parts"]["training"]["faults"]
+    assert faults == {"missing": 1, "malformed": 1}
+    (row,) = get(viewer, "errors", fault="missing").json()["rows"]
+    assert row["source"] == "mine" and "mine.json" in row["origin"] and "none.png" in row["reason"]
+    assert get(viewer, "errors").json()["total"] == 2
+
+
+def test_a_record_has_the_tokens_mask_and_tiles_of_training(viewer, processor):
+    index = viewer.table.parts["training"]
+    for kind in ("grounding", "multi_image", "text"):
+        row = list_all(viewer, kind=kind)[1][3]
+        record = index.get_record(row["sample"])
+        found = get(viewer, "record", sample=row["sample"]).json()
+        (sequence,) = processor.encode_sequences(record)
+        (shown,) = found["sequences"]
+        assert sum(run["num_tokens"] for run in shown["runs"]) == sequence.num_tokens == row["tokens"]
+        mask = np.concatenate([[run["supervised"]] * run["num_tokens"] for run in shown["runs"]])
+        assert (mask == sequence.supervised).all()
+        images = sum(run["num_tokens"] for run in shown["runs"] if run["type"] == "image")
+        assert images == (sequence.input_ids == processor.image_token_id).sum()
+        tiles = processor.load_tiles(record)
+        assert [picture["tiles"] for picture in found["pictures"]] == [len(each) for each in tiles]
+        for number, each in enumerate(tiles):
+            for tile, pixels in enumerate(each):
+                data = get(viewer, "tile", sample=row["sample"], image=number, tile=tile).content
+                assert (np.asarray(Image.open(io.BytesIO(data))) == pixels.transpose(1, 2, 0)).all()
+
+
+def test_control_tokens_differ_from_text_that_looks_like_them(viewer):
+    (row, _) = list_all(viewer, source="mine")[1]
+    runs = get(viewer, "record", sample=row["sample"]).json()["sequences"][0]["runs"]
+    assert any("<script>x</script> <gro>" in run["text"] for run in runs if run["type"] == "text" and run["supervised"])
+    row = list_all(viewer, source="grounding_ko")[1][0]
+    runs = get(viewer, "record", sample=row["sample"]).json()["sequences"][0]["runs"]
+    assert any("<gro>" in run["text"] for run in runs if run["type"] == "control")
+
+
+def test_a_pair_shows_both_answers(viewer):
+    row = list_all(viewer, source="preference_ko")[1][0]
+    pair = viewer.table.parts["training"].get_record(row["sample"])
+    chosen, rejected = get(viewer, "record", sample=row["sample"]).json()["sequences"]
+    assert (chosen["name"], rejected["name"]) == ("chosen", "rejected")
+    assert chosen["text"].endswith(pair.chosen.text) and rejected["text"].endswith(pair.rejected.text)
+    supervised = "".join(run["text"] for run in rejected["runs"] if run["supervised"])
+    assert pair.rejected.text in supervised and pair.prompt[-1].text not in supervised
+
+
+def test_what_is_not_there_is_refused_with_a_reason(viewer, monkeypatch):
+    for path, values, status in (
+        ("record", {"sample": 10**9}, 404),
+        ("record", {"sample": 0, "part": "held_out"}, 404),
+        ("record", {"sample": -1}, 400),
+        ("record", {"sample": 0, "part": "elsewhere"}, 400),
+        ("image", {"sample": 0, "image": 7}, 404),
+        ("tile", {"sample": 0, "image": 0, "tile": 99}, 404),
+        ("samples", {"limit": 10**6}, 400),
+        ("samples", {"min_tokens": "many"}, 400),
+    ):
+        response = httpx2.get(f"{viewer.url}view/{path}", params=values)
+        assert response.status_code == status and response.json()["error"]["message"], (path, values, response.text)
+    row = list_all(viewer, source="mine")[1][0]
+
+    def fail(self, sample):
+        raise RecordError("mine.json[0]", "its image is gone")
+
+    monkeypatch.setattr(SampleIndex, "get_record", fail)
+    response = httpx2.get(f"{viewer.url}view/record", params={"sample": row["sample"]})
+    assert response.status_code == 422 and "its image is gone" in response.json()["error"]["message"]
+
+
+def make_large_index(num_samples):
+    """Make an index of this many samples whose records are never read."""
+    rng = np.random.default_rng(0)
+    columns = {name: np.zeros(num_samples, dtype) for name, dtype in {**COLUMNS, **LENGTH_POLICY_COLUMNS}.items()}
+    columns["tokens"] = rng.integers(20, 4000, num_samples, dtype=np.int32)
+    columns["kind"] = rng.integers(0, len(KINDS), num_samples, dtype=np.uint8)
+    columns["language"] = rng.integers(0, 2, num_samples, dtype=np.uint8)
+    columns["position"] = np.arange(num_samples, dtype=np.uint32)
+    columns["digest"] = rng.integers(0, 2**63, num_samples, dtype=np.uint64)
+
+    class Unread:
+        name = "large"
+
+        def __getitem__(self, position):
+            raise AssertionError("a record was read")
+
+    return SampleIndex([Unread()], np.zeros(num_samples, np.int16), columns)
+
+
+def test_no_record_is_read_to_filter_a_large_mixture(processor):
+    table = SampleTable({"training": make_large_index(300_000)}, processor)
+    total, rows = table.list_samples(SampleFilter(kind=SampleKind.ocr, language=Language.ko, min_tokens=3000), 100, 50)
+    assert len(rows) == 50 and all(row["kind"] == "ocr" and row["tokens"] >= 3000 for row in rows)
+    index = table.parts["training"]
+    expected = (index.kind == KINDS.index("ocr")) & (index.language == LANGUAGES.index("ko")) & (index.tokens >= 3000)
+    assert total == expected.sum()
+    assert table.describe()["training"]["samples"] == 300_000
+
+
+def test_duplicates_are_all_entries_that_are_not_unique():
+    digests = np.array([5, 1, 5, 2, 9, 1, 5], dtype=np.uint64)
+    assert find_duplicates(digests).tolist() == [True, True, True, False, False, True, True]
+    assert not find_duplicates(np.zeros(0, dtype=np.uint64)).any()
