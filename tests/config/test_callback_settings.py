@@ -19,7 +19,8 @@ from lit_vlm.config.user_classes import inspect_class, read_constructor
 from lit_vlm.types import UserError
 
 DEFAULT_CALLBACKS = list_callbacks(Use.default)
-GIVEN_BY_THE_RUN = {"run_dir", "say", "fingerprint", "belongs"}  # constructor arguments that are no settings
+# Constructor arguments that are no settings
+GIVEN_BY_THE_RUN = {"run_dir", "say", "fingerprint", "belongs", "benchmark_slices"}
 
 
 def list_chosen(*names, export=True, profile=False):
