@@ -57,7 +57,7 @@ def require_server(task: str, init_from: str | None) -> str:
     require_server_packages(task)
     if init_from is None:
         raise UserError(
-            f"task={task} needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id."
+            f"task={task} needs a model: init_from=runs/<name>/hf, or the hub id of a model of LLaVA's, LLaVA-NeXT's or LLaVA-OneVision's class."
         )
     return init_from
 
