@@ -20,6 +20,7 @@ from lit_vlm.formatting import format_count
 from lit_vlm.types import Source, UserError
 
 SELECTION_VERSION = 1
+SELECTION_SUFFIX = ".selection.json"
 
 
 @dataclass(frozen=True, slots=True)

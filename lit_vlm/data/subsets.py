@@ -76,6 +76,15 @@ class TileLimitedSource:
         return replace(self._source[index], max_tiles=self._max_tiles)
 
 
+def find_in_whole(source: Source, position: int) -> tuple[Source, int]:
+    """Find a record of a subset in the source that the subset was made of. Returns that source and the position there."""
+    while isinstance(source, PositionSubset | TileLimitedSource):
+        if isinstance(source, PositionSubset):
+            position = source._get_position(position)
+        source = source._source
+    return source, position
+
+
 def choose_positions(name: str, num_records: int, fraction: float) -> np.ndarray:
     """Choose the positions of a fraction of a source's records.
 

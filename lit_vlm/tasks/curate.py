@@ -22,6 +22,7 @@ from lit_vlm.curation.features import Features, compute_features
 from lit_vlm.curation.text_hashes import list_messages
 from lit_vlm.data.index.shard_cache import get_origin
 from lit_vlm.data.selection import (
+    SELECTION_SUFFIX,
     RowsIdentity,
     Selection,
     check_selection,
@@ -52,7 +53,6 @@ SUMMARY_FILE, LEFT_OUT_FILE, PAGE_FILE, GROUPS_FILE = (
     "page.html",
     "same_pictures.jsonl",
 )
-SELECTION_SUFFIX = ".selection.json"
 OUTPUT_KEY = "curate.output"
 
 

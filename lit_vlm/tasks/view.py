@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 from lit_vlm.config import Run
+from lit_vlm.config.schema import DataConfig
+from lit_vlm.data.selection import read_selection
+from lit_vlm.data.sources import choose_all_records, open_source
 from lit_vlm.model.spec import load_model_spec
 from lit_vlm.tasks.open_run import RunPlace, open_sources
 from lit_vlm.tasks.prepare import resolve_init_from
@@ -18,6 +22,7 @@ from lit_vlm.tasks.serve import (
     run_server,
 )
 from lit_vlm.tasks.terminal import show_progress
+from lit_vlm.viewer.flags import FlaggedSource, RecordFlags
 from lit_vlm.viewer.samples import SampleTable
 
 with contextlib.suppress(ImportError):  # packages of the extra `serve`; `require_server_packages` says so
@@ -51,8 +56,23 @@ def view_data(run: Run) -> None:
         with show_progress("index") as on_progress:
             indexes = build_indexes(stage_data.training_data, on_progress=on_progress)
         parts = {"training": indexes.training, "held_out": indexes.held_out}
-        table = SampleTable(parts, stage_data.training_data.processor)
+        flags = RecordFlags(Path(config.run_dir) / "view" / run.name, open_flagged_sources(data, place, config.seed))
+        table = SampleTable(parts, stage_data.training_data.processor, flags)
         app = create_view_app(table, run.name, token, list_loopback_names(settings.host) if token is None else None)
         num_samples = sum(map(len, parts.values()))
         text = f"{run.name}: {num_samples:,} samples; open {format_url(listening)} in a browser. Ctrl-C ends it."
         run_server(app, [], listening, text)
+
+
+def open_flagged_sources(data: DataConfig, place: RunPlace, seed: int) -> dict[str, FlaggedSource]:
+    """Open all records of each training source, as a selection counts them, and what its own selection leaves out."""
+    sources = {}
+    for name, source in data.sources.items():
+        options = {"max_image_pixels": data.max_image_pixels, "seed": seed, "cache": place.index_dir}
+        whole = open_source(name, choose_all_records(source), **options)  # type: ignore[arg-type]
+        flagged = FlaggedSource(whole)
+        if source.selection is not None:
+            selection = read_selection(Path(source.selection), f"data.sources.{name}.selection")
+            flagged = FlaggedSource(whole, frozenset(selection.list_left_out().tolist()), passes=selection.passes)
+        sources[name] = flagged
+    return sources

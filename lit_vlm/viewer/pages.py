@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from lit_vlm.demo.pages import FOLDER as DEMO_FOLDER
@@ -16,7 +17,7 @@ from lit_vlm.demo.pages import PageSecurity, add_files
 from lit_vlm.reports.templates import BASE_STYLE, TEMPLATE_FOLDER
 from lit_vlm.serving.app import check_token
 from lit_vlm.serving.chat_request import RequestError
-from lit_vlm.types import RecordError
+from lit_vlm.types import RecordError, UserError
 from lit_vlm.viewer.samples import SampleFilter, SampleTable
 
 FOLDER = Path(__file__).parent
@@ -27,6 +28,14 @@ MAX_ROWS = 200  # of one answer
 Part = Literal["training", "held_out"]
 Number = Annotated[int, Query(ge=0)]
 Limit = Annotated[int, Query(ge=1, le=MAX_ROWS)]
+
+
+class Flag(BaseModel):
+    """Body of a request that flags a record, or takes its flag away."""
+
+    part: Part = "training"
+    sample: Annotated[int, Field(ge=0)]
+    flagged: bool
 
 
 def create_view_app(
@@ -62,13 +71,33 @@ def create_view_app(
         min_tokens: int | None = None,
         max_tokens: int | None = None,
         duplicates: bool = False,
+        flagged: bool = False,
         offset: Number = 0,
         limit: Limit = 50,
     ) -> dict[str, Any]:
         check_token(request, token)
-        wanted = SampleFilter(part, source, kind, language, min_tokens, max_tokens, duplicates)
+        wanted = SampleFilter(part, source, kind, language, min_tokens, max_tokens, duplicates, flagged)
         total, rows = await asyncio.to_thread(table.list_samples, wanted, offset, limit)
         return {"total": total, "rows": rows}
+
+    @app.get("/view/flags")
+    async def show_flags(request: Request) -> dict[str, Any]:
+        check_token(request, token)
+        return table.flags.describe() if table.flags else {"num_flagged": 0, "settings": []}
+
+    @app.post("/view/flags")
+    async def set_flag(request: Request, flag: Flag) -> dict[str, Any]:
+        check_token(request, token)
+        if not table.has_sample(flag.part, flag.sample):
+            raise RequestError(404, f"There is no sample {flag.sample} in {flag.part}.", "sample")
+        try:
+            await asyncio.to_thread(table.set_flag, flag.part, flag.sample, flag.flagged)
+        except KeyError:
+            raise RequestError(400, "Only records of training sources can be left out.", "sample") from None
+        except UserError as error:
+            raise RequestError(507, str(error)) from None
+        assert table.flags is not None
+        return table.flags.describe()
 
     @app.get("/view/errors")
     async def list_errors(

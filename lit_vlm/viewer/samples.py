@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,13 +15,13 @@ from PIL import Image
 from lit_vlm.data.chat_template import TokenSequence
 from lit_vlm.data.index.sample_index import KINDS, LANGUAGES, SampleIndex
 from lit_vlm.data.processor import Processor
+from lit_vlm.data.subsets import find_in_whole
 from lit_vlm.types import PreferencePair, Record, Sample
+from lit_vlm.viewer.flags import RecordFlags
 
 MAX_SIDE_PX = 1024  # of a picture that is shown; tiles are shown as they are
-NUM_CACHED_FILTERS, NUM_CACHED_TILES = (
-    4,
-    4,
-)  # a page asks for the rows of one filter, and for the tiles of one record, several times
+# A page asks for the rows of one filter, and for the tiles of one record, several times
+NUM_CACHED_FILTERS = NUM_CACHED_TILES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,7 @@ class SampleFilter:
         source, kind, language: names.
         min_tokens, max_tokens: both included.
         duplicates: only samples whose text and images are those of another sample.
+        flagged: only flagged samples.
     """
 
     part: str = "training"
@@ -42,6 +43,7 @@ class SampleFilter:
     min_tokens: int | None = None
     max_tokens: int | None = None
     duplicates: bool = False
+    flagged: bool = False
 
 
 class SampleTable:
@@ -49,10 +51,11 @@ class SampleTable:
 
     Args:
         parts: index of each part, by "training" and "held_out".
+        flags: flags of the records; None: no record can be flagged.
     """
 
-    def __init__(self, parts: dict[str, SampleIndex], processor: Processor) -> None:
-        self.parts, self.processor = parts, processor
+    def __init__(self, parts: dict[str, SampleIndex], processor: Processor, flags: RecordFlags | None = None) -> None:
+        self.parts, self.processor, self.flags = parts, processor, flags
         self._find = lru_cache(NUM_CACHED_FILTERS)(self._find_samples)
         self._load_tiles = lru_cache(NUM_CACHED_TILES)(self._load_all_tiles)
 
@@ -76,8 +79,10 @@ class SampleTable:
 
     def list_samples(self, wanted: SampleFilter, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
         """List samples that pass a filter, from `offset` on. Returns their number and one row for each of the listed."""
-        found = self._find(wanted)
         index = self.parts[wanted.part]
+        found = self._find(replace(wanted, flagged=False))  # flags change, so they are not cached
+        if wanted.flagged:
+            found = np.array([sample for sample in found if self._is_flagged(index, int(sample))], dtype=np.int64)
         return len(found), [self._describe_row(index, int(sample)) for sample in found[offset : offset + limit]]
 
     def _find_samples(self, wanted: SampleFilter) -> np.ndarray | range:
@@ -107,6 +112,7 @@ class SampleTable:
         source = index.sources[index.source_ids[sample]].name
         return {
             "sample": sample,
+            "flagged": self._is_flagged(index, sample),
             "source": source,
             "kind": index.get_kind(sample),
             "language": index.get_language(sample),
@@ -121,6 +127,30 @@ class SampleTable:
             for name, error in found[offset : offset + limit]
         ]
         return len(found), rows
+
+    def set_flag(self, part: str, sample: int, is_flagged: bool) -> None:
+        """Flag a sample or take its flag away.
+
+        Raises:
+            KeyError: the record is of no training source, so that no selection can leave it out.
+            UserError: the flags cannot be written.
+        """
+        found = self._find_flaggable(self.parts[part], sample)
+        if self.flags is None or found is None:
+            raise KeyError(sample)
+        self.flags.set_flag(*found, is_flagged)
+
+    def _is_flagged(self, index: SampleIndex, sample: int) -> bool | None:
+        """Return True if a sample is flagged; None if it cannot be."""
+        found = self._find_flaggable(index, sample)
+        return self.flags.is_flagged(*found) if self.flags is not None and found is not None else None
+
+    def _find_flaggable(self, index: SampleIndex, sample: int) -> tuple[str, int] | None:
+        """Find the source of a sample and its position there; None if a selection cannot leave the record out."""
+        source = index.sources[index.source_ids[sample]]
+        whole, position = find_in_whole(source, int(index.columns["position"][sample]))
+        is_flaggable = self.flags is not None and self.flags.has_source(source.name, whole)
+        return (source.name, position) if is_flaggable else None
 
     def has_sample(self, part: str, sample: int) -> bool:
         """Return True if there is such a sample."""

@@ -16,7 +16,8 @@ const MESSAGES = {
     picture: (number, each) => `picture ${number}: ${each.width} x ${each.height} pixels, ${count(each.tiles, "tile")}, ${each.tokens} tokens`,
     tile: (number) => (number ? `tile ${number}` : "base view"), imageTokens: (number) => `image: ${number} tokens`,
     conversation: "As the model sees it; green is in the loss", chosen: "Chosen answer; green is in the loss", rejected: "Rejected answer; green is in the loss",
-    tokens: (number) => `${number} tokens`,
+    tokens: (number) => `${number} tokens`, leaveOut: "Leave out of training", flaggedOnly: "Left out only", left: "left out",
+    flags: (number) => `${count(number, "record")} left out. Train without them with:`,
   },
   ko: {
     other: "English", otherLanguage: "en", samples: "샘플", list: "샘플 목록", record: "레코드", part: "구분", source: "소스", kind: "종류", language: "언어",
@@ -28,10 +29,11 @@ const MESSAGES = {
     picture: (number, each) => `그림 ${number}: ${each.width} x ${each.height} 픽셀, 타일 ${each.tiles}개, 토큰 ${each.tokens}개`,
     tile: (number) => (number ? `타일 ${number}` : "전체 보기"), imageTokens: (number) => `그림: 토큰 ${number}개`,
     conversation: "모델이 보는 그대로입니다. 녹색이 손실에 들어갑니다", chosen: "선택된 답변, 녹색이 손실에 들어갑니다", rejected: "거절된 답변, 녹색이 손실에 들어갑니다",
-    tokens: (number) => `토큰 ${number}개`,
+    tokens: (number) => `토큰 ${number}개`, leaveOut: "학습에서 빼기", flaggedOnly: "뺀 것만", left: "뺌",
+    flags: (number) => `레코드 ${number}개를 뺐습니다. 다음 설정으로 학습하면 쓰지 않습니다:`,
   },
 };
-const state = { language: "en", parts: {}, title: "", offset: 0, total: 0, rows: [], current: null, token: sessionStorage.getItem("token") ?? "", urls: [], asked: 0 };
+const state = { language: "en", parts: {}, title: "", offset: 0, total: 0, rows: [], current: null, flags: { num_flagged: 0, settings: [] }, token: sessionStorage.getItem("token") ?? "", urls: [], asked: 0 };
 
 const say = (key, ...values) => {
   const text = MESSAGES[state.language][key];
@@ -49,12 +51,13 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-async function load(path, values = {}) {
+async function load(path, values = {}, body = null) {
   const query = new URLSearchParams(Object.entries(values).filter(([, value]) => value !== "" && value !== null && value !== false));
   const headers = state.token ? { Authorization: `Bearer ${state.token}` } : {};
   let response;
   try {
-    response = await fetch(`view/${path}?${query}`, { headers });
+    const posted = { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body) };
+    response = await fetch(`view/${path}?${query}`, body ? posted : { headers });
   } catch {
     throw new Error(say("dead"));
   }
@@ -94,6 +97,7 @@ function setLanguage(language) {
   for (const element of document.querySelectorAll("[data-text]")) element.textContent = say(element.dataset.text);
   for (const element of document.querySelectorAll("[data-label]")) element.setAttribute("aria-label", say(element.dataset.label));
   showFilters();
+  showFlags(state.flags);
   showRows();
   if (state.current) attempt(() => showRecord(state.current));
 }
@@ -105,7 +109,25 @@ async function start() {
   $("gate").hidden = true;
   $("main").hidden = false;
   showFilters();
+  showFlags(await (await load("flags")).json());
   await showPage(0);
+}
+
+// Show how many records are left out, and the settings that train without them.
+function showFlags(flags) {
+  state.flags = flags;
+  $("flag-count").textContent = flags.num_flagged ? say("flags", flags.num_flagged) : "";
+  $("settings").textContent = flags.settings.join("\n");
+  $("settings").hidden = !flags.num_flagged;
+}
+
+async function setFlag() {
+  const { part, sample } = state.current;
+  const flagged = $("flag").getAttribute("aria-pressed") !== "true";
+  showFlags(await (await load("flags", {}, { part, sample, flagged })).json());
+  $("flag").setAttribute("aria-pressed", String(flagged));
+  for (const row of state.rows) if (row.sample === sample && $("part").value === part) row.flagged = flagged;
+  showRows();
 }
 
 function showFilters() {
@@ -138,6 +160,7 @@ async function showPage(offset) {
     min_tokens: $("min-tokens").value,
     max_tokens: $("max-tokens").value,
     duplicates: $("duplicates").checked,
+    flagged: $("flagged").checked,
   };
   const response = fault ? await load("errors", { ...page, fault }) : await load("samples", { ...page, ...filters });
   const { total, rows } = await response.json();
@@ -159,7 +182,7 @@ function showRows() {
 function makeRow(row) {
   const where = make("span", { className: "where", textContent: `${row.source} [${row.position}]` });
   const kind = make("span", { className: "faint", textContent: `${row.kind}, ${row.language}` });
-  const numbers = make("span", { className: "under", textContent: say("numbers", row) });
+  const numbers = make("span", { className: "under", textContent: `${say("numbers", row)}${row.flagged ? ` · ${say("left")}` : ""}` });
   const button = make("button", { type: "button" }, where, kind, numbers);
   button.dataset.sample = row.sample;
   button.setAttribute("aria-current", String(state.current?.sample === row.sample && state.current.part === $("part").value));
@@ -176,6 +199,8 @@ async function showRecord(place) {
   for (const url of state.urls) URL.revokeObjectURL(url);
   Object.assign(state, { current: place, urls: [] });
   for (const button of document.querySelectorAll("#rows button")) button.setAttribute("aria-current", String(Number(button.dataset.sample) === place.sample));
+  $("flag-line").hidden = record.flagged === null; // no selection can leave it out
+  $("flag").setAttribute("aria-pressed", String(record.flagged === true));
   $("origin").textContent = `${record.origin} · ${record.kind}, ${record.language} · ${say("numbers", record)}`;
   const figures = record.pictures.map((picture, number) => makeFigure(record, picture, number, place));
   const texts = record.sequences.flatMap((sequence) => [
@@ -233,6 +258,7 @@ $("filters").onchange = () => attempt(async () => {
 });
 $("previous").onclick = () => attempt(() => showPage(Math.max(0, state.offset - ROWS)));
 $("next").onclick = () => attempt(() => showPage(state.offset + ROWS));
+$("flag").onclick = () => attempt(setFlag);
 $("gate").onsubmit = (event) => {
   event.preventDefault();
   state.token = $("token").value;

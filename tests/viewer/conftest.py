@@ -16,6 +16,7 @@ from lit_vlm.data.sources import open_source
 from lit_vlm.data.synthetic import BuiltinSource
 from lit_vlm.tasks.serve import list_loopback_names
 from lit_vlm.types import Language
+from lit_vlm.viewer.flags import FlaggedSource, RecordFlags
 from lit_vlm.viewer.pages import create_view_app
 from lit_vlm.viewer.samples import SampleTable
 
@@ -44,7 +45,9 @@ def table(processor, tmp_path) -> SampleTable:
         for language in (Language.ko, Language.en)
     ]
     sources = [*made, mine]
-    return SampleTable({"training": build_index(sources, processor), "held_out": build_index([], processor)}, processor)
+    parts = {"training": build_index(sources, processor), "held_out": build_index([], processor)}
+    flags = RecordFlags(tmp_path / "flags", {"mine": FlaggedSource(mine), "ocr_ko": FlaggedSource(sources[2])})
+    return SampleTable(parts, processor, flags)
 
 
 @pytest.fixture

@@ -41,6 +41,21 @@ def test_filters_pages_and_bad_records_are_reached_by_keyboard_in_korean(viewer,
     until(lambda: "none.png" in page.locator("#rows").inner_text())
 
 
+def test_a_record_is_left_out_by_a_button_that_shows_the_setting(viewer, open_page):
+    page = open_page(viewer)
+    open_record(page, "mine")
+    page.focus("#flag")
+    page.keyboard.press("Enter")
+    until(lambda: "data.sources.mine.selection=" in page.locator("#settings").inner_text())
+    assert page.locator("#flag").get_attribute("aria-pressed") == "true"
+    assert page.locator("#rows button").first.inner_text().endswith("left out")
+    page.check("#flagged")
+    until(lambda: page.locator("#count").inner_text() == "1 found")
+    page.uncheck("#flagged")
+    open_record(page, "text_ko")  # no selection applies to it here
+    assert page.locator("#flag-line").is_hidden()
+
+
 def test_markup_of_a_record_stays_text_and_a_pair_has_two_answers(viewer, open_page):
     page = open_page(viewer)
     open_record(page, "mine")

@@ -1,13 +1,17 @@
 """The viewer without a browser: filters, records with tiles and mask, pairs, bad records, and what cannot be asked for."""
 
 import io
+from dataclasses import replace
 
 import httpx2
 import numpy as np
 from PIL import Image
 
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.sample_index import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
+from lit_vlm.data.sources import open_source
 from lit_vlm.types import Language, RecordError, SampleKind
+from lit_vlm.viewer.flags import FlaggedSource, RecordFlags
 from lit_vlm.viewer.samples import SampleFilter, SampleTable, find_duplicates
 
 
@@ -84,6 +88,46 @@ def test_a_pair_shows_both_answers(viewer):
     assert chosen["text"].endswith(pair.chosen.text) and rejected["text"].endswith(pair.rejected.text)
     supervised = "".join(run["text"] for run in rejected["runs"] if run["supervised"])
     assert pair.rejected.text in supervised and pair.prompt[-1].text not in supervised
+
+
+def test_a_flagged_record_is_in_a_selection_file_that_training_leaves_out(viewer, tmp_path, processor):
+    def set_flag(sample, flagged, part="training"):
+        body = {"part": part, "sample": sample, "flagged": flagged}
+        return httpx2.post(f"{viewer.url}view/flags", json=body, timeout=60)
+
+    first, second = list_all(viewer, source="mine")[1]
+    assert not first["flagged"] and get(viewer, "flags").json() == {"num_flagged": 0, "settings": []}
+    path = tmp_path / "flags" / "mine.selection.json"
+    answer = set_flag(second["sample"], True).json()
+    assert answer == {"num_flagged": 1, "settings": [f"data.sources.mine.selection={path}"]}
+    assert [row["position"] for row in list_all(viewer, flagged=True)[1]] == [second["position"]]
+    assert get(viewer, "record", sample=second["sample"]).json()["flagged"] is True
+    options = {"max_image_pixels": 10**8, "seed": 0, "cache": tmp_path / "cache"}
+    config = SourceConfig(path=str(tmp_path / "mine.json"), format="llava")
+    kept = open_source("mine", replace(config, selection=str(path)), **options)
+    assert [kept.origin(number) for number in range(len(kept))] == [f"mine.json[{number}]" for number in (0, 2, 3)]
+    # flags of an earlier start are there again, beside what the source's own selection leaves out
+    again = RecordFlags(tmp_path / "flags", {"mine": FlaggedSource(open_source("mine", config, **options))})
+    assert again.get_flagged("mine").tolist() == [1]
+    more = RecordFlags(
+        tmp_path / "more", {"mine": FlaggedSource(open_source("mine", config, **options), frozenset({0}))}
+    )
+    more.set_flag("mine", 1, True)
+    assert (
+        len(open_source("mine", replace(config, selection=str(tmp_path / "more" / "mine.selection.json")), **options))
+        == 2
+    )
+    assert set_flag(second["sample"], False).json()["num_flagged"] == 0 and not path.exists()
+    # a record of a source that no selection applies to, and one that is not there
+    other = list_all(viewer, source="text_en")[1][0]
+    assert other["flagged"] is None and set_flag(other["sample"], True).status_code == 400
+    assert set_flag(10**9, True).status_code == 404 and set_flag(-1, True).status_code == 400
+    foreign = httpx2.post(
+        f"{viewer.url}view/flags",
+        json={"sample": first["sample"], "flagged": True},
+        headers={"Sec-Fetch-Site": "cross-site"},
+    )
+    assert foreign.status_code == 403 and not path.exists()
 
 
 def test_what_is_not_there_is_refused_with_a_reason(viewer, monkeypatch):
