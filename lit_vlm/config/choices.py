@@ -173,6 +173,7 @@ class CurationMethod(Enum):
 
     duplicates = "duplicates"  # records that are there already
     contamination = "contamination"  # records with the picture or the question of a benchmark
+    personal = "personal"  # records whose text has a phone, resident registration or card number; pictures are not read
 
 
 class DuplicateKind(Enum):

@@ -66,7 +66,7 @@ EXAMPLES = (
     ),
     (
         "python run.py task=curate data=llava_json data.sources.mine.path=my.json",
-        "find duplicate records; with curate.method=contamination rows of benchmarks (docs/curation.md)",
+        "find duplicate records; curate.method=contamination: rows of benchmarks, personal: phone and card numbers (docs/curation.md)",
     ),
     ("python run.py task=export init_from=runs/mine", "the model's folder from a run's checkpoint"),
     ("python run.py task=runs", "the runs below runs/, their figures and the settings in which they differ"),

@@ -1,11 +1,11 @@
-"""task=curate: find duplicates or rows of benchmarks in the sources of a mixture, and select the other records. Read top to bottom."""
+"""task=curate: find duplicates, rows of benchmarks or personal data in a mixture, and select the other records. Read top to bottom."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from lit_vlm.config.choices import Certainty, CurationMethod, DuplicateKind, For
 from lit_vlm.config.schema import CurateConfig, DataConfig, EvaluateConfig
 from lit_vlm.curation.contamination import BenchmarkFeatures, Leak, find_leaks, list_row_images, read_benchmarks
 from lit_vlm.curation.duplicates import find_duplicates, group_pictures, list_shared_pictures
-from lit_vlm.curation.features import Features, compute_features
+from lit_vlm.curation.features import IMAGE, IMAGE_FIELDS, ROW, Features, compute_features
+from lit_vlm.curation.personal_data import (
+    PersonalKind,
+    PersonalSearch,
+    mask_personal_data,
+    require_packages,
+    search_sources,
+)
 from lit_vlm.curation.text_hashes import list_messages
 from lit_vlm.data.index.shard_cache import get_origin
 from lit_vlm.data.selection import (
@@ -73,12 +80,16 @@ class CuratedMixture:
     features: Features
     is_out: np.ndarray
 
-    def show(self, title: str, record: int) -> ShownRecord:
-        """Prepare a record for the page."""
+    def show(self, title: str, record: int, mask: Callable[[str], str] = str) -> ShownRecord:
+        """Prepare a record for the page.
+
+        Args:
+            mask: changes each text that is shown.
+        """
         source = self.sources[self.features.source_ids[record]]
         position = int(self.features.positions[record])
         found = source[position]
-        text = "\n".join(f"{message.role}: {message.text}" for message in list_messages(found))
+        text = "\n".join(f"{message.role}: {mask(message.text)}" for message in list_messages(found))
         return show_record(title, found.origin, text, found.images)
 
     def describe(self, record: int) -> dict[str, Any]:
@@ -131,11 +142,20 @@ def curate(run: Run) -> None:
     with RunLock(output, f"Wait for it, or write elsewhere with {OUTPUT_KEY}=...") as run_lock:
         run_lock.acquire()
         require_same_request(output, request, overwrite=config.overwrite)
-        with show_progress("hash") as on_progress:
-            features = compute_features(sources, index_dir, workers=workers, on_progress=on_progress)
+        personal = PersonalSearch([], {})
+        if settings.method is CurationMethod.personal:
+            require_packages()
+            with show_progress("read") as on_progress:
+                personal = search_sources(sources, workers=workers, on_progress=on_progress)
+            features = make_text_features(sources, personal.errors)
+        else:
+            with show_progress("hash") as on_progress:
+                features = compute_features(sources, index_dir, workers=workers, on_progress=on_progress)
         mixture = CuratedMixture(sources, identities, selections, features, mark_left_out(features, selections))
         require_readable(mixture)
-        if settings.method is CurationMethod.duplicates:
+        if settings.method is CurationMethod.personal:
+            result = collect_personal_data(mixture, personal, settings)
+        elif settings.method is CurationMethod.duplicates:
             result = search_duplicates(mixture, settings)
         else:
             names = config.benchmarks or list(BENCHMARKS)
@@ -208,6 +228,22 @@ def require_same_request(output: Path, request: dict[str, Any], *, overwrite: bo
     )
 
 
+def make_text_features(sources: Sequence[Source], errors: dict[int, str]) -> Features:
+    """Make the features of records whose pictures were not read.
+
+    Args:
+        errors: messages of the records that cannot be read, by their number.
+    """
+    lengths = [len(source) for source in sources]
+    source_ids = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
+    positions = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)])
+    rows = np.zeros(len(positions), ROW)
+    rows["is_bad"][list(errors)] = 1
+    images = {name: np.zeros(0, IMAGE[name]) for name in IMAGE_FIELDS}
+    named = [(sources[source_ids[record]].name, message) for record, message in sorted(errors.items())]
+    return Features(source_ids, positions, rows, np.zeros(len(positions), np.int64), images, [], named)
+
+
 def mark_left_out(features: Features, selections: Sequence[Selection | None]) -> np.ndarray:
     """Mark the records that selections leave out: [R] bool."""
     is_out = np.zeros(len(features.rows), bool)
@@ -261,6 +297,23 @@ def search_duplicates(mixture: CuratedMixture, settings: CurateConfig) -> Curati
             "in these each picture was compared with the 64 of the nearest brightness."
         )
     return CurationResult(left_out, lines, counts, examples, kept, shared, notes)
+
+
+def collect_personal_data(mixture: CuratedMixture, personal: PersonalSearch, settings: CurateConfig) -> CurationResult:
+    """Collect the records with personal data. Lists and page have none of it: its digits are masked."""
+    found = [one for one in personal.found if not mixture.is_out[one.record]]
+    counts = [
+        (f"records with a {kind.value.replace('_', ' ')}", sum(kind in one.counts for one in found))
+        for kind in PersonalKind
+    ]
+    lines = [mixture.describe(one.record) | {kind.value: count for kind, count in one.counts.items()} for one in found]
+    examples = []
+    for one in choose_examples(found, [min(one.counts) for one in found], settings.num_shown):
+        shown = mixture.show("left out", one.record, mask=mask_personal_data)
+        reason = ", ".join(format_count(count, kind.value.replace("_", " ")) for kind, count in one.counts.items())
+        examples.append(CurationExample(reason, (shown,)))
+    notes = ["Only texts were looked at. Names, addresses, faces and text in pictures are not found."]
+    return CurationResult([one.record for one in found], lines, counts, examples, [], [], notes)
 
 
 def search_leaks(

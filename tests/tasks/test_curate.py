@@ -256,3 +256,27 @@ def test_no_benchmark_to_check_against_is_an_error(leaked):
 def test_settings_of_curate_are_checked_before_anything_is_read(overrides, message):
     with pytest.raises(ConfigError, match=message):
         parse(["task=curate", "data=llava_json", "data.sources.mine.path=x.json", *overrides])
+
+
+def test_records_with_personal_data_are_left_out_and_no_list_or_page_shows_the_data(tmp_path, capsys):
+    number, card = "971013-9019902", "4242-4242-4242-4242"  # nobody's: born in 1897, and a test card
+    rows = [
+        make_llava_record("이름은?", "모릅니다.", id="plain"),
+        make_llava_record("번호를 읽어 주세요.", f"{number} 입니다", id="number"),
+        make_llava_record("<image>\n카드 번호는?", card, id="card", image="none.jpg"),
+    ]
+    source = {"path": str(write_records(tmp_path / "one.json", rows))}
+    overrides = write_data_choice(tmp_path, sources={"one": source}, validation={"fraction": 0})
+    output = run_curate(tmp_path, *overrides, "curate.method=personal")
+    lines = read_lines(output / "left_out.jsonl")
+    assert [(line["position"], line.get("registration_number"), line.get("card_number")) for line in lines] == [
+        (1, 1, None),
+        (2, None, 1),  # pictures are not read, so a missing one does not matter
+    ]
+    for path in output.iterdir():
+        text = path.read_text("utf-8", errors="replace")
+        assert number not in text and card not in text
+    assert "••••••-•••••••" in (output / "page.html").read_text("utf-8")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "records with a registration number: 1" in said and "Only texts were looked at." in said
+    assert "data.sources.one.selection=" in said

@@ -1,0 +1,167 @@
+"""Personal data in texts: phone numbers, resident registration numbers of Korea, and payment cards. Pictures are not looked at.
+
+Phone numbers are those of Google's libphonenumber. Registration and card numbers have check digits, which python-stdnum
+checks. Numbers that belong to people born from October 2020 on have no check digit any more, so their date decides.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lit_vlm.curation.text_hashes import list_messages
+from lit_vlm.data.index.build import map_parallel
+from lit_vlm.types import RecordError, Source, UserError
+
+try:
+    import phonenumbers
+    from stdnum import luhn
+    from stdnum.exceptions import ValidationError
+    from stdnum.kr import rrn
+except ImportError:  # packages of the extra `curate`
+    phonenumbers = None  # type: ignore[assignment]
+
+BATCH_RECORDS = 8192  # of one task of a worker
+COUNTRY = "KR"  # of phone numbers without a country code
+FIRST_DAY_WITHOUT_CHECK_DIGIT = datetime.date(2020, 10, 5)
+# Not within a longer number, nor a decimal: no digit, and no separator with a digit, on either side
+_START, _END = r"(?<![\d])(?<!\d[-.,/])", r"(?![\d])(?![-.,/]\d)"
+_REGISTRATION = re.compile(rf"{_START}\d{{6}}[- ]?[0-9]\d{{6}}{_END}")
+_CARD = re.compile(rf"{_START}(?:\d{{4}}([ -]?)\d{{4}}\1\d{{4}}\1\d{{4}}|3[47]\d{{2}}([ -]?)\d{{6}}\2\d{{5}}){_END}")
+# Visa; Mastercard; American Express; JCB; Discover and UnionPay; domestic cards of Korea
+_ISSUERS = re.compile(r"4|5[1-5]|2(?:22[1-9]|2[3-9]|[3-6]|7[01]|720)|3[47]|35(?:2[89]|[3-8])|6(?:011|2|4[4-9]|5)|9")
+_MANY_DIGITS = re.compile(r"(?:\d[\s().-]{0,2}){7}")
+
+
+class PersonalKind(StrEnum):
+    """Kind of personal data."""
+
+    registration_number = "registration_number"
+    card_number = "card_number"
+    phone_number = "phone_number"
+
+
+@dataclass(frozen=True, slots=True)
+class PersonalData:
+    """Personal data at characters `start` to `end` of a text."""
+
+    kind: PersonalKind
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class PersonalRecord:
+    """Record with personal data: the number of the record among all, and how many of each kind it has."""
+
+    record: int
+    counts: dict[PersonalKind, int]
+
+
+def require_packages() -> None:
+    """Raise UserError if the packages of this search are missing."""
+    if phonenumbers is None:
+        raise UserError(
+            "curate.method=personal needs phonenumbers and python-stdnum: pip install -e '.[curate]' -c constraints.txt"
+        )
+
+
+def find_personal_data(text: str) -> list[PersonalData]:
+    """Find the personal data in a text, in its order; none overlaps another."""
+    if _MANY_DIGITS.search(text) is None:  # most texts have no long number, and the search for phones is slow
+        return []
+    found = [
+        PersonalData(PersonalKind.registration_number, *match.span())
+        for match in _REGISTRATION.finditer(text)
+        if is_registration_number(match[0])
+    ]
+    found += [
+        PersonalData(PersonalKind.card_number, *match.span())
+        for match in _CARD.finditer(text)
+        if is_card_number(match[0])
+    ]
+    taken = [(one.start, one.end) for one in found]
+    for match in phonenumbers.PhoneNumberMatcher(text, COUNTRY):
+        if all(match.end <= start or match.start >= end for start, end in taken):
+            found.append(PersonalData(PersonalKind.phone_number, match.start, match.end))
+    return sorted(found, key=lambda one: one.start)
+
+
+def is_registration_number(text: str) -> bool:
+    """Return True if 13 digits are a resident or alien registration number: a date that exists, and the check digit."""
+    digits = re.sub(r"\D", "", text)
+    try:
+        born = rrn.get_birth_date(digits)
+    except ValidationError:
+        return False
+    return born >= FIRST_DAY_WITHOUT_CHECK_DIGIT or rrn.calc_check_digit(digits[:-1]) == digits[-1]
+
+
+def is_card_number(text: str) -> bool:
+    """Return True if 15 or 16 digits begin as the numbers of an issuer do, and have Luhn's check digit."""
+    digits = re.sub(r"\D", "", text)
+    return _ISSUERS.match(digits) is not None and bool(luhn.is_valid(digits))
+
+
+def mask_personal_data(text: str) -> str:
+    """Replace the digits of personal data in a text, so that a list or a page can show it."""
+    parts, end = [], 0
+    for one in find_personal_data(text):
+        parts += [text[end : one.start], re.sub(r"\d", "•", text[one.start : one.end])]
+        end = one.end
+    return "".join([*parts, text[end:]])
+
+
+@dataclass(slots=True)
+class PersonalSearch:
+    """Result of the search: the records with personal data, and the messages of those that cannot be read, by number."""
+
+    found: list[PersonalRecord]
+    errors: dict[int, str]
+
+
+def search_sources(
+    sources: Sequence[Source], *, workers: int, on_progress: Callable[[str, int, int], None] | None = None
+) -> PersonalSearch:
+    """Search the texts of all records; no picture is read.
+
+    Args:
+        workers: processes that read.
+        on_progress: called after each batch of a source.
+    """
+    found, errors, first = list[PersonalRecord](), dict[int, str](), 0
+    for source in sources:
+        batches = [
+            range(start, min(start + BATCH_RECORDS, len(source))) for start in range(0, len(source), BATCH_RECORDS)
+        ]
+
+        def search(batch: range, source: Source = source, first: int = first) -> PersonalSearch:
+            return _search_records(source, batch, first)
+
+        done = 0
+        for batch, part in map_parallel(search, batches, workers):
+            found += part.found
+            errors |= part.errors
+            done += len(batch)
+            if on_progress:
+                on_progress(source.name, done, len(source))
+        first += len(source)
+    return PersonalSearch(sorted(found, key=lambda one: one.record), errors)
+
+
+def _search_records(source: Source, positions: range, first: int) -> PersonalSearch:
+    found, errors = list[PersonalRecord](), dict[int, str]()
+    for position in positions:
+        try:
+            record = source[position]
+        except RecordError as error:
+            errors[first + position] = str(error)
+            continue
+        kinds = [one.kind for message in list_messages(record) for one in find_personal_data(message.text)]
+        if kinds:
+            counts = {kind: kinds.count(kind) for kind in PersonalKind if kind in kinds}
+            found.append(PersonalRecord(first + position, counts))
+    return PersonalSearch(found, errors)
