@@ -1,7 +1,7 @@
 """Personal data in texts: phone numbers, resident registration numbers of Korea, and payment cards. Pictures are not looked at.
 
 Phone numbers are those of Google's libphonenumber. Registration and card numbers have check digits, which python-stdnum
-checks. Numbers that belong to people born from October 2020 on have no check digit any more, so their date decides.
+checks. Registration numbers given since October 2020 have no check digit any more, so for births from then on the date decides.
 """
 
 from __future__ import annotations
