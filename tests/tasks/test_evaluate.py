@@ -194,7 +194,7 @@ def test_settings_that_cannot_work_are_named(arguments, message):
 
 
 def test_benchmarks_without_task_evaluate_are_an_error():
-    with pytest.raises(ConfigError, match="benchmarks: is read with task=evaluate only"):
+    with pytest.raises(ConfigError, match="benchmarks: is read with task=evaluate, or with evaluate.every_steps"):
         parse(["experiment=tiny/2_sft", "benchmarks=[k_dtcbench]"])
 
 

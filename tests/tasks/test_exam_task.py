@@ -143,9 +143,9 @@ def test_a_failed_exam_does_not_stop_the_pipeline_and_one_without_a_model_is_nam
     [
         (["task=exam"], "init_from is not set: task=exam asks a finished model"),
         (["task=exam", "init_from=a/b", "evaluate.exam_items=0"], "at least 1 question"),
-        (["experiment=tiny/1_align", "logger.metric=exam/mean"], "logger.metric=exam/mean: the exam is not taken"),
+        (["experiment=tiny/1_align", "logger.metric=exam/mean"], "logger.metric=exam/mean: nothing is evaluated"),
         (["experiment=tiny/1_align", "checkpoint.best_metric=exam/mean"], "Set evaluate.every_steps=<steps>"),
-        (["experiment=tiny/1_align", "checkpoint.best_metric=val/lss"], "is val/loss or a score of the exam"),
+        (["experiment=tiny/1_align", "checkpoint.best_metric=val/lss"], "is val/loss, a score of the exam"),
     ],
 )
 def test_settings_of_the_exam_that_cannot_be_meant_are_refused(overrides, message):
