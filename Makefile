@@ -47,7 +47,8 @@ test-slow: setup-dev
 # One file of each kind: the whole quickstart, resume, corrupt records, strategies on two ranks, Slurm, search, sources, browser
 SHORT := tests/tasks/test_quickstart.py tests/tasks/test_resume.py tests/tasks/test_turned_bad.py \
 	tests/tasks/test_export_task.py tests/tasks/test_lora_recipe.py tests/engine tests/stages tests/slurm/test_real_slurm.py \
-	tests/sweep/test_search.py tests/data tests/config tests/test_readme.py tests/demo
+	tests/sweep/test_search.py tests/data tests/config tests/test_readme.py tests/demo tests/viewer \
+	tests/tasks/test_systems.py tests/tasks/test_waiting.py tests/tasks/test_stage_server.py tests/tasks/test_training_benchmarks.py
 
 test-short: setup-dev  ## run some slow tests of each kind, as CI does
 	@$(PYTEST) -m 'slow and not long' $(SHORT)

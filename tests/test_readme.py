@@ -213,9 +213,16 @@ def test_every_example_record_is_read(path, tmp_path):
 
 
 LIBRARY_EXAMPLES = [block for page in ("library.md", "qformer.md") for block in blocks(ROOT / "docs" / page, "python")]
+NUM_FAST_EXAMPLES = len(blocks(ROOT / "docs" / "library.md", "python"))
 
 
-@pytest.mark.parametrize("number", range(len(LIBRARY_EXAMPLES)))
+@pytest.mark.parametrize(
+    "number",
+    [
+        number if number < NUM_FAST_EXAMPLES else pytest.param(number, marks=pytest.mark.slow)
+        for number in range(len(LIBRARY_EXAMPLES))
+    ],
+)
 def test_the_examples_of_the_library_pages_run(number, tmp_path):
     (tmp_path / "library.py").write_text(LIBRARY_EXAMPLES[number], encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -53,6 +53,7 @@ def start(server, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_the_server_has_imported_and_done_nothing_else():
     """It holds no thread, no CUDA context and no tensor but the scalar constants of libraries; nothing has drawn from a generator."""
     command = [sys.executable, "-W", "ignore", "-c", FACTS, str(RUN.parent), *MODULES]

@@ -105,9 +105,8 @@ def run_twin(
     return outputs
 
 
-@pytest.mark.parametrize(
-    "recipe", [name if name == "aiku_korean_small" else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SYSTEMS)
 def test_the_twin_of_a_recipe_runs_all_its_stages_and_learns(recipe, twin_parts, captions, tmp_path):
     outputs = run_twin(recipe, twin_parts, captions, tmp_path)
     losses = [output.read_column("train/loss") for output in outputs]

@@ -59,6 +59,7 @@ def trained(place):
     return run_training(place, "first", *best)
 
 
+@pytest.mark.slow
 def test_the_answers_and_the_score_of_the_last_step_are_those_of_task_evaluate_on_the_exported_model(place, trained):
     evaluate(
         parse(
@@ -79,6 +80,7 @@ def test_the_answers_and_the_score_of_the_last_step_are_those_of_task_evaluate_o
     assert last == {"benchmark/k_dtcbench": pytest.approx(score)}
 
 
+@pytest.mark.slow
 def test_scores_are_logged_at_their_steps_with_their_share_of_the_time(trained):
     rows = [row for row in read_csv_rows(trained / "metrics.csv") if row["benchmark/k_dtcbench"]]
     assert [int(row["step"]) for row in rows] == [1, 2]  # rows count from 0; the last step has scores too
@@ -87,6 +89,7 @@ def test_scores_are_logged_at_their_steps_with_their_share_of_the_time(trained):
     assert "Benchmark k_dtcbench" in (trained / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_harness_asks_its_questions_once_for_all_runs_and_training_goes_on_when_it_fails(
     place, trained, monkeypatch, capsys
 ):

@@ -12,6 +12,8 @@ from lit_vlm.config import parse
 from lit_vlm.tasks.preflight import run_preflight
 from lit_vlm.tasks.train import train
 
+pytestmark = pytest.mark.slow
+
 UNUSED = {"pandas", "deepspeed", "wandb", "tensorboard", "trl", "sklearn", "datasets"}
 MODEL_CLASSES = {"transformers.modeling_utils", "transformers.models.llava_onevision.modeling_llava_onevision"}
 LIGHTNING = {"lightning", "torchmetrics", "torch._dynamo", "scipy", "sympy"}
