@@ -76,13 +76,13 @@ class TileLimitedSource:
         return replace(self._source[index], max_tiles=self._max_tiles)
 
 
-def find_in_whole(source: Source, position: int) -> tuple[Source, int]:
-    """Find a record of a subset in the source that the subset was made of. Returns that source and the position there."""
+def find_in_whole(source: Source, positions: np.ndarray) -> tuple[Source, np.ndarray]:
+    """Find records of a subset, [n], in the source that the subset was made of. Returns that source and the positions there, [n]."""
     while isinstance(source, PositionSubset | TileLimitedSource):
         if isinstance(source, PositionSubset):
-            position = source._get_position(position)
+            positions = source._positions[positions]
         source = source._source
-    return source, position
+    return source, positions
 
 
 def choose_positions(name: str, num_records: int, fraction: float) -> np.ndarray:

@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from source_cases import make_llava, write
+from support import builtin
 
 from lit_vlm.config.choices import Format
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.selection import identify_rows, read_selection, write_selection
 from lit_vlm.data.sources import open_source
+from lit_vlm.data.subsets import PositionSubset, SourceSubset, TileLimitedSource, find_in_whole
 from lit_vlm.types import Language, UserError
 
 
@@ -105,3 +107,11 @@ def test_a_missing_selection_and_one_that_leaves_nothing_are_refused(source, tmp
     selection = select(tmp_path / "s.json", open_config(source), *range(10))
     with pytest.raises(UserError, match="leaves none of 10 records"):
         open_config(replace(source, selection=selection))
+
+
+def test_a_record_of_a_subset_of_a_subset_is_found_in_the_whole_source():
+    whole = builtin("caption", n=400)[0]
+    share = SourceSubset(TileLimitedSource(PositionSubset(whole, np.arange(100, 400), "half"), 2), 0.5)
+    found, positions = find_in_whole(share, np.arange(len(share)))
+    assert found is whole and 0 < len(positions) < 300 and positions.min() >= 100
+    assert [whole[int(position)].id for position in positions[:20]] == [share[number].id for number in range(20)]
