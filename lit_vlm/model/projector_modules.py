@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    Blip2QFormerConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -21,11 +22,12 @@ from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
 )
+from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerEncoder
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 # Shapes: N tiles, P = S * S patches of a tile, Q = T * T tokens of a tile, C width of the vision tower, D width of the
-# language model.
+# language model, W width of the Q-Former.
 
 
 class LDPNetV2(nn.Module):
@@ -100,6 +102,45 @@ class RegNetBlock(nn.Module):
         return F.silu(self.norm_3(self.conv_3(states * gate)) + inputs)
 
 
+class QFormer(nn.Module):
+    """BLIP-2's Q-Former without text: Q learned queries attend to each other and to the patches of a tile, then Linear.
+
+    Source: arXiv 2301.12597, section 3.1; its layers are those of transformers' Blip2QFormerModel, without dropout.
+
+    Args:
+        num_queries: Q, tokens of a tile.
+        width: W, 768 in BLIP-2.
+        depth: layers; each has cross-attention.
+        num_heads: attention heads of a layer.
+    """
+
+    def __init__(
+        self, vision_width: int, text_width: int, num_queries: int, width: int, depth: int, num_heads: int
+    ) -> None:
+        super().__init__()
+        config = Blip2QFormerConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=num_heads,
+            encoder_hidden_size=vision_width,
+            cross_attention_frequency=1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            attn_implementation="sdpa",
+        )
+        self.queries = nn.Parameter(torch.empty(1, num_queries, width))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.encoder = Blip2QFormerEncoder(config)
+        self.linear = nn.Linear(width, text_width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Project [N, P, C] to [N, Q, D]."""
+        queries = self.norm(self.queries).expand(len(patches), -1, -1)
+        output = self.encoder(queries, encoder_hidden_states=patches, query_length=queries.shape[1])
+        return self.linear(output.last_hidden_state)
+
+
 def _make_grid(states: Tensor) -> Tensor:
     """Make the grid [N, C, S, S] of the states [N, S * S, C], row by row."""
     side = round(states.shape[1] ** 0.5)
@@ -114,6 +155,9 @@ def build_projector(config: Any) -> nn.Module:
     if config.projector == "c_abstractor":
         side = vision.image_size // vision.patch_size
         return CAbstractor(vision.hidden_size, text_width, side, config.projector_token_side, config.projector_depth)
+    if config.projector == "qformer":
+        sizes = config.projector_width, config.projector_depth, config.projector_heads
+        return QFormer(vision.hidden_size, text_width, config.projector_token_side**2, *sizes)
     raise ValueError(f"projector={config.projector!r}: there is no such projector in this file")
 
 

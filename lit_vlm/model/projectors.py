@@ -136,11 +136,11 @@ class LinearProjector(MLPProjector):
         return patch_side**2 * (vision_width + text_width)  # no activation function
 
 
-class PoolingProjector(Projector):
-    """A projector that averages the patches of a tile to a smaller grid of tokens, 12 x 12 from any larger one."""
+class ResamplingProjector(Projector):
+    """A projector of `projector_modules.py`, which makes a fixed number of tokens of a tile: T x T."""
 
     code_file = "projector_modules.py"
-    token_side = 12
+    token_side: int
 
     @property
     def config_values(self) -> dict[str, Any]:
@@ -150,6 +150,15 @@ class PoolingProjector(Projector):
         from lit_vlm.model.projector_modules import build_projector
 
         return build_projector(config)
+
+    def compute_token_side(self, patch_side: int) -> int:
+        return self.token_side
+
+
+class PoolingProjector(ResamplingProjector):
+    """A projector that averages the patches of a tile to a smaller grid of tokens, 12 x 12 from any larger one."""
+
+    token_side = 12
 
     def compute_token_side(self, patch_side: int) -> int:
         if patch_side < self.token_side:
@@ -213,9 +222,67 @@ class CAbstractorProjector(PoolingProjector):
         return blocks + pooling + matrices
 
 
+class QFormerProjector(ResamplingProjector):
+    """BLIP-2's Q-Former (arXiv 2301.12597) as a projector, with random initial weights.
+
+    Three layers, each with cross-attention, as the Q-Former of LLaVA-NeXT's repository (`mm_qformer_depth`). That one has
+    32 queries; transformers' classes arrange the tokens of a tile in a square, so there are 8 x 8 here.
+    """
+
+    name = "qformer"
+    description = (
+        "BLIP-2: 64 learned queries, 3 layers of self-attention, cross-attention to the patches and MLP, Linear"
+    )
+    token_side = 8
+    width, depth, num_heads = 768, 3, 12
+
+    @property
+    def config_values(self) -> dict[str, Any]:
+        sizes = {"projector_width": self.width, "projector_depth": self.depth, "projector_heads": self.num_heads}
+        return super().config_values | sizes
+
+    def init_weights(self, module: Any) -> None:
+        from torch import nn
+
+        super().init_weights(module)
+        nn.init.normal_(module.queries, std=0.02)  # BLIP-2's, as for its matrices
+        for layer in module.encoder.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def count_parameters(self, vision_width: int, text_width: int) -> int:
+        of_queries, of_patches = self._count_layer_parameters(vision_width)
+        return self.depth * (of_queries + of_patches) + self.width * text_width
+
+    def _count_layer_parameters(self, vision_width: int) -> tuple[int, int]:
+        """Count the weights of a layer that multiply queries, and those that multiply patches."""
+        # self-attention 4 W^2, cross-attention 2 W^2 for queries and output, MLP 2 * W * 4 W; keys and values 2 C W
+        return 14 * self.width**2, 2 * vision_width * self.width
+
+    def count_flops(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        queries, patches = self.token_side**2, patch_side**2
+        of_queries, of_patches = self._count_layer_parameters(vision_width)
+        attention = 2 * queries * (queries + patches) * self.width
+        layer = queries * of_queries + patches * of_patches + attention
+        return 2 * (self.depth * layer + queries * self.width * text_width)
+
+    def count_activations(self, vision_width: int, text_width: int, patch_side: int) -> int:
+        # of a query, a layer keeps three inputs of norms and three outputs, queries, keys, values and output of self-attention,
+        # queries and output of cross-attention, and both sides of the activation function; of a patch keys and values
+        layer = self.token_side**2 * 20 * self.width + patch_side**2 * 2 * self.width
+        return patch_side**2 * vision_width + self.depth * layer + self.token_side**2 * self.width
+
+
 PROJECTORS: dict[str, Projector] = {
     projector.name: projector
-    for projector in (MLPProjector(), LinearProjector(), LDPNetV2Projector(), CAbstractorProjector())
+    for projector in (
+        MLPProjector(),
+        LinearProjector(),
+        LDPNetV2Projector(),
+        CAbstractorProjector(),
+        QFormerProjector(),
+    )
 }
 
 

@@ -26,6 +26,7 @@ from lit_vlm.model.build import build_model
 from lit_vlm.model.classes import get_model_class, get_transformers_class
 from lit_vlm.model.export import export_model
 from lit_vlm.model.generate import generate
+from lit_vlm.model.projectors import PROJECTORS
 from lit_vlm.model.skeleton import build_on_meta, defer_weights, fill_skeleton
 from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.stages import DPOStage, SFTStage
@@ -39,6 +40,7 @@ CASES = {
     "llava, LDPNetV2": {"model_class": ModelClass.llava, "projector": "ldpnetv2"},
     "llava-next": {"model_class": ModelClass.llava_next},
     "llava-next, C-Abstractor": {"model_class": ModelClass.llava_next, "projector": "c_abstractor"},
+    "onevision, Q-Former": {"model_class": ModelClass.llava_onevision, "projector": "qformer", "max_tiles": 2},
     "onevision, LDPNetV2": {"model_class": ModelClass.llava_onevision, "projector": "ldpnetv2", "max_tiles": 2},
 }
 PLAIN_CASES = [name for name in CASES if "," not in name or "padded" in name or "linear" in name]
@@ -53,6 +55,13 @@ def make_clip_tower(folder: Path, **changes: int) -> str:
     settings = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def small_qformer(monkeypatch):
+    """A Q-Former of width 24 in the place of 768."""
+    monkeypatch.setattr(PROJECTORS["qformer"], "width", 24)
+    monkeypatch.setattr(PROJECTORS["qformer"], "num_heads", 2)
 
 
 @pytest.fixture(scope="module")
