@@ -165,15 +165,7 @@ def redact(value: Any, name: str = "") -> Any:
     Args:
         name: name of the value; inside a dictionary the dotted name.
     """
-    if isinstance(value, Mapping):
-        return {_redact_key(key): redact(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item, name) for item in value]
-    if value is None or isinstance(value, bool):
-        return value
-    if is_secret_name(name, value):
-        return REDACTED
-    return redact_text(value, name) if isinstance(value, str) else value
+    return _redact(value, name, _list_environment_secrets())
 
 
 def redact_text(text: str, name: str = "") -> str:
@@ -182,7 +174,28 @@ def redact_text(text: str, name: str = "") -> str:
     Args:
         name: name of the setting that contains the text, if any: in a prompt only tokens of a known form are redacted.
     """
-    for secret in _list_spellings(_get_environment_secrets()):
+    return _redact_text(text, name, _list_environment_secrets())
+
+
+def _redact(value: Any, name: str, secrets: tuple[str, ...]) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            _redact_text(key, "", secrets) if isinstance(key, str) else key: _redact(
+                item, f"{name}.{key}" if name else str(key), secrets
+            )
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_redact(item, name, secrets) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if is_secret_name(name, value):
+        return REDACTED
+    return _redact_text(value, name, secrets) if isinstance(value, str) else value
+
+
+def _redact_text(text: str, name: str, secrets: tuple[str, ...]) -> str:
+    for secret in secrets:
         text = text.replace(secret, REDACTED)
     is_prose = _PROSE_SETTING.search(name) is not None
     for name_pattern, value_pattern in () if is_prose else ASSIGNMENT_PATTERNS:
@@ -197,16 +210,21 @@ def redact_arguments(arguments: list[str]) -> list[str]:
     return [_redact_argument(word) for word in arguments]
 
 
-def find_secret_keys(value: Any, name: str = "") -> Iterator[str]:
+def find_secret_keys(value: Any) -> Iterator[str]:
     """Yield the dotted names of the values in plain data that `redact` would change."""
+    yield from _find_secret_keys(value, "", _list_environment_secrets())
+
+
+def _find_secret_keys(value: Any, name: str, secrets: tuple[str, ...]) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from find_secret_keys(item, f"{name}.{key}" if name else str(key))
+            yield from _find_secret_keys(item, f"{name}.{key}" if name else str(key), secrets)
         return
     plain = list(value) if isinstance(value, tuple) else value
     is_nan = isinstance(value, float) and value != value  # NaN is not equal to itself
-    if (redact(value, name) != plain and not is_nan) or redact_text(name) != name:
-        yield redact_text(name)
+    clean_name = _redact_text(name, "", secrets)
+    if (_redact(value, name, secrets) != plain and not is_nan) or clean_name != name:
+        yield clean_name
 
 
 def find_secret_errors(settings: Mapping[str, Any]) -> list[str]:
@@ -341,11 +359,6 @@ def _redact_argument(argument: str) -> str:
     return redact_text(argument)
 
 
-def _redact_key(key: Any) -> Any:
-    """Redact the key of a dictionary if it is text."""
-    return redact_text(key) if isinstance(key, str) else key
-
-
 def _remove_secret_values(text: str, name_pattern: re.Pattern[str], value_pattern: re.Pattern[str]) -> str:
     """Remove the values of secret names from a text. Other values are searched as well: `--env=HF_TOKEN=...`."""
     pieces, copied, start = [], 0, 0
@@ -376,8 +389,8 @@ def _find_unquoted_span(value: str, start: int) -> tuple[int, int]:
     return start + quotes.start(2), start + quotes.end(2)
 
 
-def _get_environment_secrets() -> tuple[str, ...]:
-    """Return the values of environment variables with secret names, the longest first."""
+def _list_environment_secrets() -> tuple[str, ...]:
+    """List the values of environment variables with secret names in all spellings, the longest first."""
     variables = {name: os.environ.get(name, "") for name in os.environ if is_secret_name(name)}
     values = {
         value
@@ -385,8 +398,8 @@ def _get_environment_secrets() -> tuple[str, ...]:
         if len(value) >= MIN_SECRET_LENGTH and _is_exported_secret(name, value)
     }
     secrets = (value for value in values if not _WORD_OR_NUMBER.fullmatch(value))
-    return tuple(
-        sorted((value for value in secrets if not os.path.exists(value)), key=lambda value: (-len(value), value))
+    return _list_spellings(
+        tuple(sorted((value for value in secrets if not os.path.exists(value)), key=lambda value: (-len(value), value)))
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -22,6 +21,7 @@ from lit_vlm.config.overrides import get_override_key, parse_override
 from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.settings import list_stage_schemas
 from lit_vlm.config.yaml_reader import register_yaml_source
+from lit_vlm.types import flatten
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 FileStamp = tuple[tuple[str, int, int], ...]
@@ -63,7 +63,7 @@ def _select_files(choices: tuple[str, ...], _stamp: FileStamp) -> FileCompositio
 
 @lru_cache(maxsize=256)
 def _compose_cached(choices: tuple[str, ...], settings: tuple[str, ...], stamp: FileStamp) -> DictConfig:
-    config = copy.deepcopy(_select_files(choices, stamp).config)
+    config = _select_files(choices, stamp).copy_config()
     apply_settings([parse_override(text) for text in settings], config)
     OmegaConf.set_readonly(config, True)
     return config
@@ -74,10 +74,25 @@ def compose_config(overrides: list[str]) -> DictConfig:
 
     Hydra composes the files of each set of choices once. The settings are applied to a copy, also by Hydra.
     """
+    return _compose_cached(*_split_overrides(overrides))
+
+
+def flatten_config(overrides: list[str]) -> dict[str, Any]:
+    """Return the settings of the whole config by their dotted keys, enums as texts."""
+    return dict(_flatten_cached(*_split_overrides(overrides)))
+
+
+@lru_cache(maxsize=256)
+def _flatten_cached(choices: tuple[str, ...], settings: tuple[str, ...], stamp: FileStamp) -> dict[str, Any]:
+    return flatten(OmegaConf.to_container(_compose_cached(choices, settings, stamp), enum_to_str=True))
+
+
+def _split_overrides(overrides: list[str]) -> tuple[tuple[str, ...], tuple[str, ...], FileStamp]:
+    """Split overrides into those that select files and settings, with the stamp of the user's files."""
     groups = list_groups(overrides)
     choices = [text for text in overrides if _selects_files(text, groups)]
     settings = tuple(text for text in overrides if not _selects_files(text, groups))
-    return _compose_cached(_sort_choices(choices), settings, _read_stamp(choices))
+    return _sort_choices(choices), settings, _read_stamp(choices)
 
 
 def compute_defaults_list(choices: list[str]) -> list[ResultDefault]:
@@ -131,9 +146,14 @@ def list_choices(group: str, overrides: list[str] | tuple[str, ...] = ()) -> lis
 
 def list_groups(overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
     """List the config groups of the command line, from the folders: data, data/source, experiment, ..."""
-    folders = {
-        path.parent.relative_to(folder).as_posix()
-        for folder in list_config_dirs(overrides)
-        for path in folder.glob("**/*.yaml")
-    }
-    return sorted({"experiment" if group.startswith("experiment/") else group for group in folders} - {"."})
+    groups = _list_own_groups().union(*(_list_groups(folder) for folder in list_config_dirs(overrides)[1:]))
+    return sorted({"experiment" if group.startswith("experiment/") else group for group in groups} - {"."})
+
+
+@cache
+def _list_own_groups() -> set[str]:
+    return _list_groups(CONF_DIR)
+
+
+def _list_groups(folder: Path) -> set[str]:
+    return {path.parent.relative_to(folder).as_posix() for path in folder.glob("**/*.yaml")}

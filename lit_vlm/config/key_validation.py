@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Hashable, Iterator, Set
 from dataclasses import is_dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, cast, get_args, get_origin
@@ -224,6 +225,19 @@ def find_file_errors(default: ResultDefault, stage: type[StageConfig] | None, ov
     if package.startswith("experiment"):
         yield f"{_shorten_path(path)}: the first line must be '# @package _global_', or nothing in the file counts."
         return
+    stat = path.stat()
+    yield from _find_settings_errors(path, package, stage, (stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=256)
+def _find_settings_errors(
+    path: Path, package: str, stage: type[StageConfig] | None, _stamp: tuple[int, int]
+) -> tuple[str, ...]:
+    """Find the errors of a file's settings once for all stages of a pipeline, and anew after the file changed."""
+    return tuple(_iterate_settings_errors(path, package, stage))
+
+
+def _iterate_settings_errors(path: Path, package: str, stage: type[StageConfig] | None) -> Iterator[str]:
     content: Any = OmegaConf.to_container(OmegaConf.create(read_settings(path, package) or {}), resolve=False)
     for name, value in content.items():
         if name == "defaults" or (name == "hydra" and not package):

@@ -10,7 +10,7 @@ from typing import cast
 from hydra.core.default_element import ResultDefault
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 from lit_vlm.config.choices import Format, Task
@@ -182,15 +182,17 @@ def _format_hydra_error(error: Exception) -> str:
 def _convert_to_run_config(config: DictConfig) -> RunConfig:
     """Convert the composed config to typed objects: every value is set and folders are absolute."""
     try:
-        missing = sorted(OmegaConf.missing_keys(config))
-        run_config = None if missing else OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:  # an interpolation of a missing key
-        raise ConfigError([_format_hydra_error(error)]) from error
-    if missing:
+        run_config = OmegaConf.to_object(config)
+    except MissingMandatoryValue:
         help_texts = {row.key: row.comment or "it has no default" for row in list_settings()}
         raise ConfigError(
-            [f"{key} is not set: {help_texts.get(key, 'it has no default')}. Set {key}=..." for key in missing]
-        )
+            [
+                f"{key} is not set: {help_texts.get(key, 'it has no default')}. Set {key}=..."
+                for key in sorted(OmegaConf.missing_keys(config))
+            ]
+        ) from None
+    except OmegaConfBaseException as error:  # an interpolation of a missing key
+        raise ConfigError([_format_hydra_error(error)]) from error
     assert isinstance(run_config, RunConfig)
     run_config.stage.adam_betas = cast(
         tuple[float, float], tuple(run_config.stage.adam_betas)

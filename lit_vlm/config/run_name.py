@@ -10,12 +10,10 @@ import json
 import os
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from lit_vlm.config.compose import compose_config
+from lit_vlm.config.compose import compose_config, flatten_config
 from lit_vlm.config.overrides import add_implied_overrides, get_override_key
 from lit_vlm.config.recipe import filter_overrides_for_stage, get_experiment, get_previous_stage
-from lit_vlm.types import UserError, flatten
+from lit_vlm.types import UserError
 
 NON_IDENTITY_KEYS = (
     "stage.activation_checkpointing",
@@ -88,10 +86,8 @@ def compute_run_name(overrides: list[str]) -> str:
     """Compute a run name: experiment or train/<stage>, and 8 hex digits of the SHA-256 of the settings that differ from it."""
     config, experiment = compose_config(overrides), get_experiment(overrides)
     base = "experiment" if experiment else "stage"
-    default_config = compose_config(
-        [text for text in overrides if get_override_key(text) in (base, "hydra.searchpath")]
-    )
-    current, default = (flatten(OmegaConf.to_container(one, enum_to_str=True)) for one in (config, default_config))
+    current = flatten_config(overrides)
+    default = flatten_config([text for text in overrides if get_override_key(text) in (base, "hydra.searchpath")])
     changed = {
         key: current.get(key, "(taken away)")
         for key in current.keys() | default.keys()
