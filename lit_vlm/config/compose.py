@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -63,7 +64,11 @@ def _select_files(choices: tuple[str, ...], _stamp: FileStamp) -> FileCompositio
 
 @lru_cache(maxsize=256)
 def _compose_cached(choices: tuple[str, ...], settings: tuple[str, ...], stamp: FileStamp) -> DictConfig:
-    config = _select_files(choices, stamp).copy_config()
+    composed = _select_files(choices, stamp).config
+    if not settings:
+        return composed
+    config = copy.deepcopy(composed)
+    OmegaConf.set_readonly(config, False)
     apply_settings([parse_override(text) for text in settings], config)
     OmegaConf.set_readonly(config, True)
     return config
