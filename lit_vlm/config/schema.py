@@ -145,6 +145,9 @@ class SourceConfig:
     max_tiles: int | None = ranged(
         None, COUNT_OR_ZERO
     )  # maximum tiles of an image besides its base view; 0: only the base view; null: the model's maximum
+    enlarge_to_px: int | None = ranged(
+        None, COUNT
+    )  # enlarge images whose longer side is shorter, e.g. 2304 for OCR as VARCO-VISION-2.0's card; null: no
     language: Language = Language.auto  # auto: detected from the text, any Hangul makes it Korean
     kind: str | None = None  # kind of sample, a name of types.SampleKind; null: detected from the record
     markup: Markup = Markup.auto

@@ -36,7 +36,7 @@ from lit_vlm.data.readers.record_files import (
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import get_file_identity
 from lit_vlm.data.selection import apply_selection
-from lit_vlm.data.subsets import SourceSubset, TileLimitedSource
+from lit_vlm.data.subsets import EnlargedSource, SourceSubset, TileLimitedSource
 from lit_vlm.formatting import format_count
 from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError, find_nearest, format_suggestion
 
@@ -139,7 +139,7 @@ def open_source(
         whole = open_source(name, choose_all_records(config), **options, cache=cache)
         limit = None if config.fraction is not None or config.format == Format.builtin else config.num_samples
         source = apply_selection(whole, path, setting, limit)
-        return _apply_fraction(name, config, source)
+        return _enlarge_images(config, _apply_fraction(name, config, source))
     kind = _parse_kind(name, config.kind)
     split = config.split or (None if held_out else "train")  # the split that records may name
     if is_class_path(config.format):
@@ -151,13 +151,13 @@ def open_source(
         source = _open_mapped(name, config, kind, max_image_pixels, split)
     else:
         source = _open_files(name, config, kind, max_image_pixels, split, cache)
-    return _apply_fraction(name, config, source)
+    return _enlarge_images(config, _apply_fraction(name, config, source))
 
 
 def choose_all_records(config: SourceConfig) -> SourceConfig:
-    """Return the settings of the same source with all of its records: no selection, fraction or number of samples."""
+    """Return the settings of the same source with all of its records: no selection, fraction or number of samples, and images as they are."""
     num_samples = config.num_samples if config.format == Format.builtin else None  # there it says how many to make
-    return replace(config, selection=None, fraction=None, num_samples=num_samples)
+    return replace(config, selection=None, fraction=None, num_samples=num_samples, enlarge_to_px=None)
 
 
 def _apply_fraction(name: str, config: SourceConfig, source: Source) -> Source:
@@ -168,6 +168,10 @@ def _apply_fraction(name: str, config: SourceConfig, source: Source) -> Source:
         found = f"chooses none of its {format_count(len(source), 'record')}"
         raise UserError(f"data.sources.{name}.fraction={config.fraction} {found}. Raise it.")
     return share
+
+
+def _enlarge_images(config: SourceConfig, source: Source) -> Source:
+    return source if config.enlarge_to_px is None else EnlargedSource(source, config.enlarge_to_px)
 
 
 def _open_files(

@@ -1,4 +1,4 @@
-"""Subsets of a source of any format: some of its records, or all records with a lower tile limit."""
+"""Subsets of a source of any format: some of its records, or all records with a lower tile limit or larger images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from lit_vlm.types import Record, Source
+from lit_vlm.types import LazyImage, Record, Source
 
 
 class PositionSubset:
@@ -62,23 +63,82 @@ class SourceSubset(PositionSubset):
         return SourceSubset, (self._source, self._fraction, self._limit)
 
 
-class TileLimitedSource:
-    """Source with a lower tile limit: its images get at most `max_tiles` tiles besides their base view."""
+class ChangedSource:
+    """Source whose records are changed when they are read; subclasses implement `_change`.
 
-    def __init__(self, source: Source, max_tiles: int) -> None:
-        self.name, self._source, self._max_tiles = source.name, source, max_tiles
-        self.digest = hashlib.sha256(f"{source.digest}\0{max_tiles}".encode()).hexdigest()
+    Args:
+        change: description of the change, a part of the digest.
+    """
+
+    def __init__(self, source: Source, change: str) -> None:
+        self.name, self._source = source.name, source
+        self.digest = hashlib.sha256(f"{source.digest}\0{change}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Record:
-        return replace(self._source[index], max_tiles=self._max_tiles)
+        return self._change(self._source[index])
+
+    def origin(self, index: int) -> str:
+        return _get_origin(self._source, index)
+
+    def _change(self, record: Record) -> Record:
+        raise NotImplementedError
+
+
+class TileLimitedSource(ChangedSource):
+    """Source with a lower tile limit: its images get at most `max_tiles` tiles besides their base view."""
+
+    def __init__(self, source: Source, max_tiles: int) -> None:
+        super().__init__(source, str(max_tiles))
+        self._max_tiles = max_tiles
+
+    def _change(self, record: Record) -> Record:
+        return replace(record, max_tiles=self._max_tiles)
+
+
+class EnlargedSource(ChangedSource):
+    """Source whose images are enlarged until their longer side has `side_px` pixels; larger ones stay as they are."""
+
+    def __init__(self, source: Source, side_px: int) -> None:
+        super().__init__(source, f"enlarged to {side_px} px")
+        self._side_px = side_px
+
+    def _change(self, record: Record) -> Record:
+        return replace(record, images=tuple(EnlargedImage(image, self._side_px) for image in record.images))
+
+
+class EnlargedImage:
+    """Image that is enlarged when it is loaded. All else, such as its hash, is that of the image itself.
+
+    VARCO-VISION-2.0's card enlarges pictures in this way before OCR.
+    """
+
+    def __init__(self, image: LazyImage, side_px: int) -> None:
+        self._image, self._side_px = image, side_px
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels after the enlargement."""
+        height, width = self._image.size
+        scale = self._side_px / max(height, width)
+        return (height, width) if scale <= 1 else (max(1, int(height * scale)), max(1, int(width * scale)))
+
+    def load(self) -> Image.Image:
+        """Load the image as upright RGB, and enlarge it."""
+        image, (height, width) = self._image.load(), self.size
+        return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "load_at_least":  # an image that is enlarged is decoded at full size
+            raise AttributeError(name)
+        return getattr(self._image, name)
 
 
 def find_in_whole(source: Source, positions: np.ndarray) -> tuple[Source, np.ndarray]:
     """Find records of a subset, [n], in the source that the subset was made of. Returns that source and the positions there, [n]."""
-    while isinstance(source, PositionSubset | TileLimitedSource):
+    while isinstance(source, PositionSubset | ChangedSource):
         if isinstance(source, PositionSubset):
             positions = source._positions[positions]
         source = source._source

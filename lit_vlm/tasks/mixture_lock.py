@@ -32,6 +32,8 @@ def build_mixture_lock(stage_data: StageData[Any], index: SampleIndex, data: Dat
     for number, (name, source) in enumerate(zip(data.sources, stage_data.sources.training, strict=True)):
         settings = data.sources[name]
         given = {key: getattr(settings, key) for key in LOCKED_SOURCE_KEYS}
+        if settings.enlarge_to_px is not None:  # a later key: locks without it stay as they are
+            given["enlarge_to_px"] = settings.enlarge_to_px
         facts = {"records": len(source), **describe_source(index, number)}
         sources[name] = {"format": str(settings.format), **given, **facts}
     return {

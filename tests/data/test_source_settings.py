@@ -273,3 +273,19 @@ def test_each_fault_has_its_class(folder, record, fault):
     with pytest.raises(RecordError) as caught:
         open_path(folder / "train.jsonl")[0]
     assert caught.value.fault is fault
+
+
+def test_enlarge_to_px_enlarges_small_images_and_changes_the_digest_but_not_the_content(folder):
+    row = make_llava(HUMAN, GPT, image="flower.png")
+    path = write(folder / "train.jsonl", [row])
+    plain, large, none = (
+        open_source("mine", SourceConfig(path=str(path), enlarge_to_px=side), max_image_pixels=10**9)
+        for side in (None, 1000, 1)
+    )
+    before, after, same = (source[0].images[0] for source in (plain, large, none))
+    (height, width), scale = before.size, 1000 / max(before.size)
+    assert after.size == (int(height * scale), int(width * scale)) and max(after.size) == 1000
+    assert after.load().size == after.size[::-1] and same.load().tobytes() == before.load().tobytes()
+    assert after.content() == before.content() and not hasattr(after, "load_at_least")
+    assert len({plain.digest, large.digest, none.digest}) == 3
+    assert pickle.loads(pickle.dumps(large))[0].images[0].size == after.size
