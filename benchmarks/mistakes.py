@@ -67,7 +67,7 @@ MISTAKES = (
         "experiment=tiny/2_sft init_from=runs/tny/1_align/hf",
         "Did you mean init_from=runs/tiny/1_align/hf?",
     ),
-    Mistake("an adapter as model", "experiment=tiny/2_sft init_from=adapter", "Merge it"),
+    Mistake("an adapter as model", "experiment=tiny/2_sft init_from=adapter", "model.adapter_base="),
     Mistake("a nested sweep parameter", "task=sweep sweep=nested.yaml", "parameters:"),
     Mistake("a misspelt data file", f"{MINE} data.sources.mine.path=mime.json", "did you mean mine.json?"),
     Mistake("a wrong image_root", MINE, "data.sources.mine.image_root=", reads_data=True),

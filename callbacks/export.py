@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
+from lit_vlm.model.adapters import can_export_adapter, export_adapter, get_adapter_folder
 from lit_vlm.model.export import export_model
 from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.reports.report import write_report
@@ -16,7 +17,9 @@ from lit_vlm.types import UserError
 
 
 class Export(L.Callback):
-    """Exports the model to `run_dir/hf` at the end of training, while the model is still on its devices.
+    """Exports the model to `run_dir/hf` at the end of training, and what LoRA trained to `run_dir/hf-adapter`.
+
+    The model is still on its devices.
 
     Rank 0 writes one weight at a time, with a barrier before each weight. So no rank waits longer than the writing of one
     weight takes, even on a slow disk. Sharded weights are gathered at this barrier. Raises UserError if the folder cannot
@@ -44,16 +47,16 @@ class Export(L.Callback):
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
         processor, pulse = trainer.datamodule.processor, get_progress(trainer)
-        export_model(
-            pl_module.model,
-            processor.tokenizer,
-            processor.images,
-            self.folder,
-            gather_weight=strategy.whole_weights(pl_module.model) if hasattr(strategy, "whole_weights") else None,
-            is_writer=trainer.is_global_zero,
-            before_each_weight=pulse.wrap(partial(strategy.barrier, "export")),
-            special_boxes=self.special_boxes,
-        )
+        model = pl_module.model
+        options: dict[str, Any] = {
+            "gather_weight": strategy.whole_weights(model) if hasattr(strategy, "whole_weights") else None,
+            "is_writer": trainer.is_global_zero,
+            "before_each_weight": pulse.wrap(partial(strategy.barrier, "export")),
+        }
+        parts = (model, processor.tokenizer, processor.images)
+        export_model(*parts, self.folder, special_boxes=self.special_boxes, **options)
+        if can_export_adapter(model):
+            export_adapter(*parts, get_adapter_folder(self.folder), **options)
 
 
 class Report(L.Callback):

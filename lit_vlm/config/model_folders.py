@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lit_vlm.config.choices import Task
 from lit_vlm.config.overrides import ConfigError
@@ -65,11 +66,15 @@ def find_model_folder_errors(run: Run) -> Iterator[str]:
             if config.task is not Task.evaluate or setting != "init_from":
                 yield f"{setting}={name}: is the URL of an endpoint, which only task=evaluate reads. Give a folder or a hub id."
         elif name not in (None, "tiny"):
-            yield from find_folder_errors(setting, name, Path(config.run_dir))
+            yield from find_folder_errors(setting, name, Path(config.run_dir), config.model.adapter_base)
 
 
-def find_folder_errors(setting: str, name: str, run_dir: Path) -> Iterator[str]:
-    """Yield an error message for a name of a model that is a folder without one. A hub id is not checked."""
+def find_folder_errors(setting: str, name: str, run_dir: Path, adapter_base: str | None = None) -> Iterator[str]:
+    """Yield an error message for a name of a model that is a folder without one. A hub id is not checked.
+
+    Args:
+        adapter_base: model.adapter_base, the base of an adapter at `init_from`.
+    """
     folder = Path(name)
     if not folder.is_absolute():
         owner = name.partition("/")[0]
@@ -79,7 +84,11 @@ def find_folder_errors(setting: str, name: str, run_dir: Path) -> Iterator[str]:
     if (folder / CONFIG_FILE).is_file():
         return
     if (folder / ADAPTER_FILE).is_file():
-        yield format_adapter_error(setting, name, read_adapter_base(folder / ADAPTER_FILE))
+        named = read_adapter_base(folder / ADAPTER_FILE)
+        if setting != "init_from":
+            yield format_adapter_error(setting, name, named)
+        elif find_adapter_base(folder, adapter_base, named) is None:
+            yield format_adapter_base_error(setting, name, adapter_base or named)
     elif not folder.exists():
         if folder.name == "hf" and (folder.parent / "manifest.json").is_file():
             return  # an unfinished run; the message about it needs its manifest
@@ -106,6 +115,45 @@ def format_adapter_error(setting: str, name: str, base: str | None) -> str:
         f"{setting}={name}: is an adapter ({ADAPTER_FILE}), not a model. Merge it into its base model (peft's"
         f" merge_and_unload, then save_pretrained) and give that folder, or give its base{base_text}."
     )
+
+
+def find_adapter_base(folder: Path, given: str | None, named: Any) -> str | None:
+    """Find the base model of an adapter: a folder that exists, or a hub id; None: it is not found.
+
+    Args:
+        folder: of the adapter, or its hub id.
+        given: model.adapter_base.
+        named: base_model_name_or_path of the adapter; a folder is relative to the adapter's, or to this one.
+    """
+    if given is not None:
+        return given if (Path(given) / CONFIG_FILE).is_file() or not _looks_local(given) else None
+    if not isinstance(named, str) or not named:
+        return None
+    candidates = [folder / named, Path(named), *_list_parents(folder.parent / "manifest.json")]
+    for path in candidates:
+        if (path / CONFIG_FILE).is_file():
+            return path.resolve().as_posix()
+    return None if _looks_local(named) else named
+
+
+def _list_parents(manifest: Path) -> list[Path]:
+    """List the model that a run started from, by its manifest; an adapter, which may be published, names no folder."""
+    try:
+        return [Path(json.loads(manifest.read_text(encoding="utf-8"))["parent"]["path"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _looks_local(name: str) -> bool:
+    """Return True for a name that is a folder, and no id `owner/name` of the hub."""
+    is_path = Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1
+    return is_path or name.partition("/")[0] in FOLDER_NAMES
+
+
+def format_adapter_base_error(setting: str, name: str, base: Any) -> str:
+    """Format the error for an adapter whose base model is not there."""
+    found = f"its base {base!r} is no folder with a {CONFIG_FILE} here" if base else "it does not name its base"
+    return f"{setting}={name}: is an adapter, and {found}. Give the base model: model.adapter_base=<folder or hub id>."
 
 
 def read_adapter_base(path: Path) -> str | None:

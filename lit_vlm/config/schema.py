@@ -96,6 +96,7 @@ class ModelConfig:
     chat_template: str | None = None  # path of a Jinja file, or "chatml"; null: of the language model
     template_date: str | None = None  # YYYY-MM-DD for templates that print today's date; null: when first prepared
     revision: str | None = None  # hub revision of the parts and of init_from
+    adapter_base: str | None = None  # base model of a LoRA adapter at init_from: folder or hub id; null: as it says
     trust_remote_code: bool = False  # run code of a hub repository; the included recipes never need it
 
 

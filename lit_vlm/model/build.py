@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lit_vlm.model import families
+from lit_vlm.model.adapters import check_base, find_export_base, merge_adapter
 from lit_vlm.model.classes import get_model_class
 from lit_vlm.model.hub import disable_transformers_logging, get_first_line, raise_folder_errors
 from lit_vlm.model.packed_forward import use_flat_forward
@@ -35,6 +36,9 @@ def build_model(spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int =
     model.config.dtype = dtype
     spec.config.text_config.vocab_size = model.config.text_config.vocab_size
     use_flat_forward(model, spec.images)
+    model.adapter_base = find_export_base(spec)
+    if not is_deferring_weights() and (remark := families.probe_packing(model, spec.language_model or name)):
+        spec.remarks.append(remark)
     return model
 
 
@@ -44,6 +48,9 @@ def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> Vision
         if spec.whole:
             model = _load_pretrained(get_model_class(spec.config), spec.whole, spec.config, dtype, spec.hub_options)
             resolve_weight_tying(model, model, spec, spec.whole)
+            if spec.adapter is not None:
+                check_base(spec.adapter, spec.revision)
+                merge_adapter(model, spec.adapter)
         else:
             model = _build_from_parts(spec, dtype, seed)
         extend_embeddings(model, spec.tokenizer, spec.new_tokens)
@@ -57,6 +64,7 @@ def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionL
     config, source = spec.config, spec.hub_options
     tower = _load_pretrained(type(model.model.vision_tower), spec.vision_tower, config.vision_config, dtype, source)
     language = _load_pretrained(AutoModelForCausalLM, spec.language_model, config.text_config, dtype, source)
+    families.check_head(language.lm_head, spec.language_model)
     share_config(tower, spec.config.vision_config)
     share_config(language.model, spec.config.text_config)
     model.model.vision_tower, model.model.language_model, model.lm_head = tower, language.model, language.lm_head

@@ -56,6 +56,7 @@ class MergedStateDict:
     def __init__(self, model: VisionLanguageModel, gather_weight: Callable[[str], Tensor] | None = None) -> None:
         self.model, self.lora_layers, self.gather_weight = model, find_lora_layers(model), gather_weight
         self.parameters = dict(model.named_parameters())
+        self.buffers = list_persistent_buffers(model)
         self.initial_weights: Any = getattr(model, "weights", None)  # of a model that was loaded in shards, else None
         dtype = self.initial_weights.dtype if self.initial_weights else model.dtype
         if (
@@ -69,7 +70,10 @@ class MergedStateDict:
             config.dtype = str(dtype).removeprefix("torch.")
         self.config.architectures = [type(meta_model).__name__]
         use_released_names(meta_model)
-        meta_tensors = dict(meta_model.named_parameters())  # a tied table is listed as embeddings only
+        meta_tensors: dict[str, Tensor] = dict(
+            meta_model.named_parameters()
+        )  # a tied table is listed as embeddings only
+        meta_tensors |= {name: buffer.to("meta") for name, buffer in self.buffers.items()}  # of experts' routers
         self.tensors: dict[str, Tensor] = revert_weight_conversion(meta_model, meta_tensors)
         names_by_id = {id(tensor): name for name, tensor in meta_tensors.items()}
         self._memory_names = {
@@ -81,10 +85,10 @@ class MergedStateDict:
     def compute_value(self, name: str) -> Tensor:
         """Compute the merged weight of a name in the files, on the device where its parameter is."""
         if name in self._memory_names:
-            return self._compute_memory_value(self._memory_names[name])
+            return self.compute_memory_value(self._memory_names[name])
         if self._unfused is None:
             values = {
-                memory_name: self._compute_memory_value(memory_name) for memory_name in self._list_memory_names(name)
+                memory_name: self.compute_memory_value(memory_name) for memory_name in self._list_memory_names(name)
             }
             self._unfused = revert_weight_conversion(self._meta_model, values)
         return self._unfused.pop(name)
@@ -92,11 +96,15 @@ class MergedStateDict:
     def gather(self, name: str) -> None:
         """Gather the same parameters as another rank that computes the weight of this name."""
         for memory_name in self._list_memory_names(name):
-            for key in self._list_inputs(memory_name):
-                if not self._is_in_files(key):
-                    self._gather_parameter(key)
+            self.gather_memory(memory_name)
         if name not in self._memory_names:
             self._unfused = {}
+
+    def gather_memory(self, memory_name: str) -> None:
+        """Gather the same parameters as another rank that computes the weight, or gathers the parameter, of this name."""
+        for key in self._list_inputs(memory_name):
+            if not self._is_in_files(key):
+                self.gather_parameter(key)
 
     def _list_memory_names(self, name: str) -> list[str]:
         """List the names in memory that a name in the files is made of.
@@ -108,10 +116,11 @@ class MergedStateDict:
         plain = set(self._memory_names.values())
         return [key for key in self._meta_tensors if key not in plain] if self._unfused is None else []
 
-    def _compute_memory_value(self, memory_name: str) -> Tensor:
+    def compute_memory_value(self, memory_name: str) -> Tensor:
+        """Compute the merged weight of a name in memory."""
         target = self._meta_tensors[memory_name]
         value, *merged = [
-            self._gather_parameter(key) for key in self._list_inputs(memory_name)
+            self.gather_parameter(key) for key in self._list_inputs(memory_name)
         ]  # from a file or from the device
         if memory_name.rpartition(".")[0] in self.lora_layers and merged:
             value = value + self._compute_lora_delta(memory_name.rpartition(".")[0], *merged[:2]).to(value)
@@ -130,9 +139,12 @@ class MergedStateDict:
         return [memory_name, rows] if rows is not None and rows in self.parameters else [memory_name]
 
     def _is_in_files(self, name: str) -> bool:
-        return self.initial_weights is not None and not self.parameters[name].requires_grad
+        return name in self.buffers or (self.initial_weights is not None and not self.parameters[name].requires_grad)
 
-    def _gather_parameter(self, name: str) -> Tensor:
+    def gather_parameter(self, name: str) -> Tensor:
+        """Gather the value of a parameter or buffer in memory, whole, unmerged."""
+        if name in self.buffers:  # every rank has them whole
+            return self.buffers[name]
         if self._is_in_files(name):
             shape = self._meta_tensors[name.replace(".base_layer.", ".")].shape
             return read_initial_values(self.model, name, shape, 0, shape.numel()).view(shape)
@@ -145,6 +157,12 @@ class MergedStateDict:
         if lora_b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             lora_a, lora_b = lora_a.float(), lora_b.float()
         return (lora_b @ lora_a * layer.scaling[_list_adapters(layer)[0]]).to(dtype)
+
+
+def list_persistent_buffers(model: VisionLanguageModel) -> dict[str, Tensor]:
+    """List the buffers that belong to the weights, by name in memory: the corrections of experts' routers."""
+    others = {name for name, _ in model.named_non_persistent_buffers()}
+    return {name: buffer for name, buffer in model.named_buffers() if name not in others}
 
 
 def use_released_names(model: VisionLanguageModel) -> None:
@@ -245,20 +263,30 @@ def _write_settings(
     with disable_transformers_logging():
         state_dict.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     has_boxes = not set(SPECIAL_TOKENS).isdisjoint(tokenizer.get_added_vocab())
     class_name, code_file = MODEL_NAMES[images.model_class], get_projector(model.config).code_file
     (folder / MODEL_CARD_FILE).write_text(format_model_card(has_boxes, class_name, code_file), encoding="utf-8")
-    _write_json(folder / "processor_config.json", make_processor_config(images))
-    _write_json(folder / "preprocessor_config.json", make_image_processor_config(images))
-    (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    _write_json(folder / OWN_SETTINGS_FILE, {"tiling": images.tiling.value})
+    write_processor(folder, tokenizer, images)
     if code_file is not None:
         _write_code(folder, model, code_file)
-    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        if (cleaned := remove_local_paths(settings)) != settings:
-            _write_json(folder / name, cleaned)
+    for name in ("config.json", "generation_config.json"):
+        _clean_settings(folder / name)
+
+
+def write_processor(folder: Path, tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> None:
+    """Write tokenizer, chat template and image settings to a folder."""
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "processor_config.json", make_processor_config(images))
+    write_json(folder / "preprocessor_config.json", make_image_processor_config(images))
+    (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    write_json(folder / OWN_SETTINGS_FILE, {"tiling": images.tiling.value})
+    _clean_settings(folder / "tokenizer_config.json")
+
+
+def _clean_settings(path: Path) -> None:
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if (cleaned := remove_local_paths(settings)) != settings:
+        write_json(path, cleaned)
 
 
 def remove_local_paths(settings: Any) -> Any:
@@ -285,8 +313,9 @@ def _write_code(folder: Path, model: VisionLanguageModel, code_file: str) -> Non
     """Write the file with the projector's code, and the config that names its classes."""
     shutil.copyfile(Path(__file__).with_name(code_file), folder / code_file)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "config.json", config | make_code_values(model.config, code_file))
+    write_json(folder / "config.json", config | make_code_values(model.config, code_file))
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write settings as transformers writes them, with Korean characters as they are."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

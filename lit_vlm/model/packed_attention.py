@@ -236,7 +236,7 @@ def flat_attention_forward(
     """Compute causal attention inside each segment, and from a segment to its whole prefix.
 
     Args:
-        query: [1, H, Q, D]; `key` and `value` [1, K, T, D].
+        query: [1, H, Q, D]; `key` [1, K, T, D]; `value` the same, or narrower.
         segments: the packed segments of the row; None: transformers' SDPA.
         sliding_window: a token attends to at most this many tokens, itself included.
 
@@ -260,11 +260,18 @@ def flat_attention_forward(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
+        raise UserError(
+            "The packed attention computes no attention sinks and no soft caps; this model's layers ask for them."
+        )
     window = sliding_window if sliding_window and sliding_window < segments.max_num_keys else None
+    width = value.shape[-1]
+    if width < key.shape[-1]:  # latent attention: the kernels want one width of heads
+        value = F.pad(value, (0, key.shape[-1] - width))
     is_half = query.dtype in (torch.bfloat16, torch.float16)  # types that FlashAttention supports
     if query.is_cuda and is_half and not dropout:
-        return _run_varlen_attention(query, key, value, segments, scaling, window), None
-    return _run_grouped_attention(query, key, value, segments, scaling, dropout, window), None
+        return _run_varlen_attention(query, key, value, segments, scaling, window)[..., :width], None
+    return _run_grouped_attention(query, key, value, segments, scaling, dropout, window)[..., :width], None
 
 
 def _run_varlen_attention(

@@ -70,6 +70,11 @@ def make_skeleton(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionLangu
         UserError: weights are missing, of another shape, corrupt, or not in safetensors. It is raised now and not when
             they are read.
     """
+    if spec.adapter is not None:
+        raise UserError(
+            f"init_from={spec.adapter.name}: is an adapter, which is merged into a base that is loaded whole, and this strategy reads "
+            "weights piece by piece. Start from the merged model (hf/ beside the adapter), or use trainer.strategy=ddp."
+        )
     model = build_on_meta(copy.deepcopy(spec.config) if spec.whole else spec.config)
     model.weights = weights = InitialWeights(dtype, seed)
     with disable_transformers_logging():
@@ -159,6 +164,7 @@ def _collect_part_weights(model: VisionLanguageModel, weights: InitialWeights, s
     tower: Any = model.model.vision_tower
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=spec.trust_remote_code)
+    families.check_head(language.lm_head, spec.language_model)
     tower_locations = find_tensor_locations(tower, spec.vision_tower, revision)
     language_locations = find_tensor_locations(language, spec.language_model, revision)
     resolve_weight_tying(model, language, spec, spec.language_model)

@@ -24,6 +24,7 @@ from lit_vlm.anyres import ImageSettings, ModelClass, Tiling, make_grid_pinpoint
 from lit_vlm.config.model_folders import ADAPTER_FILE, format_adapter_error
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model import families
+from lit_vlm.model.adapter_folder import Adapter, open_adapter
 from lit_vlm.model.box_tokens import mark_box_tokens_special
 from lit_vlm.model.classes import CONFIG_CLASSES, VisionLanguageConfig, restore_config
 from lit_vlm.model.hub import get_first_line, raise_folder_errors
@@ -65,6 +66,7 @@ class ModelSpec:
     language_model: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    adapter: Adapter | None = None  # to be merged into `whole`, its base
     remarks: list[str] = field(default_factory=list)  # notes for the user, found while the weights were read
 
     @property
@@ -134,6 +136,13 @@ def read_json(name: str, filename: str, **hub_options: Any) -> dict[str, Any] | 
 
 
 def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[str, Any]) -> ModelSpec:
+    adapter = open_adapter(init_from, model.adapter_base)
+    if adapter is None and model.adapter_base is not None:
+        raise UserError(f"model.adapter_base={model.adapter_base}: init_from={init_from} is no adapter. Take it away.")
+    settings = tokenizer = init_from
+    if adapter is not None:
+        init_from, settings = adapter.base, init_from if adapter.own else adapter.base
+        tokenizer = adapter.name if adapter.has_tokenizer else adapter.base
     config = _load_config(init_from, "init_from", hub_options)
     _require_sizes(config, init_from)
     if config.model_type not in set(ModelClass):
@@ -141,10 +150,16 @@ def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[
             f"init_from={init_from} holds a model of type {config.model_type!r}; a stage starts from a model of one of the types "
             f"{', '.join(ModelClass)}. To build one from parts, leave init_from out and set model.vision_tower and model.language_model."
         )
+    if (reason := families.find_packing_refusal(config.text_config)) is not None:
+        raise UserError(
+            f"init_from={init_from}: its language model ({config.text_config.model_type}) cannot be trained exactly: {reason}."
+        )
     _require_usable_tiles(model, ModelClass(config.model_type))
     _drop_unused_layers(config.vision_config, config.vision_feature_layer)
     config.vision_feature_layer = -1
     config.text_config.tie_word_embeddings = config.tie_word_embeddings  # the latter is read here, the former in vLLM
+    for key, value in (adapter.own.get("config") or {}).items() if adapter else ():
+        setattr(config, key, value)
     if model.grid:
         pinpoints = make_grid_pinpoints(config.vision_config.image_size, model.grid)
         config.image_grid_pinpoints = [list(pair) for pair in pinpoints]
@@ -152,10 +167,11 @@ def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[
         config.vision_aspect_ratio = f"anyres_max_{model.max_tiles}"
     return ModelSpec(
         config,
-        _load_tokenizer(init_from, hub_options),
-        _load_image_settings(init_from, config, hub_options),
+        _load_tokenizer(tokenizer, hub_options),
+        _load_image_settings(settings, config, hub_options),
         [],
         whole=init_from,
+        adapter=adapter,
         **hub_options,
     )
 

@@ -143,6 +143,7 @@ class TrainableTokens(nn.Module):
         super().__init__()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         self.tied = embedding.weight is head.weight
+        self.embed_scale: Tensor | float = getattr(embedding, "embed_scale", 1.0)  # Gemma multiplies what it looks up
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
         self.embedding = nn.Parameter(embedding.weight[ids].detach().clone())
         self.head = None if self.tied else nn.Parameter(head.weight[ids].detach().clone())
@@ -186,6 +187,8 @@ class TrainableTokens(nn.Module):
     def _replace_embeddings(self, ids: Tensor, output: Tensor) -> Tensor:
         rows = self.lookup[ids]
         replaced = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
+        scale = self.embed_scale
+        replaced = replaced * (scale.to(output) if isinstance(scale, Tensor) else scale)
         return torch.where((rows >= 0)[..., None], replaced, output)
 
     def _replace_logits(self, hidden: Tensor, output: Tensor) -> Tensor:

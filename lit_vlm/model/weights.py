@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +32,7 @@ from lit_vlm.types import UserError
 if TYPE_CHECKING:
     from lit_vlm.model.classes import VisionLanguageModel
 
+Value = TypeVar("Value")
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 TABLES = (HEAD, "embed_tokens.weight")
 
@@ -123,7 +124,7 @@ def find_tensor_locations(model: PreTrainedModel, name: str, revision: str | Non
     Raises:
         UserError: weights are missing or of another shape, a file is corrupt, or there are no safetensors.
     """
-    locations = _rename_to_memory(model, name, _list_tensors(name, _find_files(name, revision)))
+    locations = rename_to_memory(model, name, _list_tensors(name, find_weight_files(name, revision)))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     _resolve_ties(model, locations)
     mismatched = [key for key, shape in expected.items() if key in locations and locations[key].shape != shape]
@@ -167,7 +168,7 @@ def _describe_missing_table(name: str, missing: Collection[str], tied: bool) -> 
     )
 
 
-def _find_files(name: str, revision: str | None) -> list[str]:
+def find_weight_files(name: str, revision: str | None) -> list[str]:
     """Find the safetensors files of a folder or hub repository.
 
     Raises:
@@ -214,9 +215,7 @@ def _list_tensors(name: str, files: list[str]) -> dict[str, TensorLocation]:
     return locations
 
 
-def _rename_to_memory(
-    model: PreTrainedModel, name: str, stored: dict[str, TensorLocation]
-) -> dict[str, TensorLocation]:
+def rename_to_memory(model: PreTrainedModel, name: str, stored: dict[str, Value]) -> dict[str, Value]:
     """Rename keys in the files to names in memory, as transformers' `convert_and_load_state_dict_in_model` does.
 
     Tensors that the model does not have are left out (a text model, layers that were dropped).

@@ -16,14 +16,19 @@ from typing import Any
 
 from lit_vlm.config.run_name import is_non_identity_key
 from lit_vlm.distributed.ranks import get_global_rank
-from lit_vlm.files import CorruptFileError, handle_write_errors, read_json, write_json
-from lit_vlm.files import compute_weights_digest
+from lit_vlm.files import (
+    CorruptFileError,
+    compute_weights_digest,
+    handle_write_errors,
+    read_json,
+    update_with_weight_files,
+    write_json,
+)
 from lit_vlm.redaction import is_same_when_redacted, redact, redact_arguments
 from lit_vlm.types import Source, UserError
 
 MANIFEST = "manifest.json"
 REBUILD_HINT = "Start that run again with its own command: it is made again from what lies beside it."
-NUM_HASHED_BLOCKS = 256  # blocks of 64 KiB that are hashed for each weight file
 # Types of the manifest's entries that are read again
 TABLE_KEYS = ("config", "data", "parent", "tracking", "plan", "figures", "git", "versions")
 NESTED_KEYS: tuple[tuple[str, str, type], ...] = (
@@ -248,20 +253,13 @@ def require_finished_parent(init_from: str | None) -> None:
 def compute_parts_digest(*folders: str | None) -> str:
     """Compute the SHA-256 of the model parts, for the frozen weights that are read from there.
 
-    Of weight files in local folders it hashes names, sizes and `NUM_HASHED_BLOCKS` blocks spread over each file: another
-    model differs in any block. A hub id is hashed by its name.
+    Of weight files in local folders it hashes what `update_with_weight_files` does. A hub id is hashed by its name.
     """
     hasher = hashlib.sha256()
     for folder in filter(None, folders):
         files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
         hasher.update(b"parts" if files else folder.encode())
-        for file in files:
-            size = file.stat().st_size
-            hasher.update(f"{file.name}\0{size}".encode())
-            with file.open("rb") as stream:
-                for offset in range(0, size, max(1, size // NUM_HASHED_BLOCKS)):
-                    stream.seek(offset)
-                    hasher.update(stream.read(1 << 16))
+        update_with_weight_files(hasher, files)
     return hasher.hexdigest()
 
 

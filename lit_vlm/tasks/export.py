@@ -18,6 +18,7 @@ from lit_vlm.distributed.trainer import disable_library_warnings
 from lit_vlm.fault_tolerance.run_lock import RunIsHeldError, RunLock
 from lit_vlm.files import CorruptFileError, compute_weights_digest, lock_file
 from lit_vlm.formatting import format_count
+from lit_vlm.model.adapters import can_export_adapter, export_adapter, get_adapter_folder
 from lit_vlm.model.box_tokens import TOKENIZER_FILE, has_special_boxes, set_special_boxes
 from lit_vlm.model.export import export_model
 from lit_vlm.model.spec import ModelSpec, load_model_spec
@@ -235,6 +236,8 @@ def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path, special_b
     try:
         with raise_os_errors():
             export_model(model, spec.tokenizer, spec.images, target, special_boxes=special_boxes)
+            if can_export_adapter(model):
+                export_adapter(model, spec.tokenizer, spec.images, get_adapter_folder(target))
     except OSError as error:
         reason = error.strerror or error
         raise UserError(

@@ -39,6 +39,7 @@ from lit_vlm.fault_tolerance.skipped_steps import SKIPPED_STEPS_FILE
 from lit_vlm.files import compute_weights_digest, handle_write_errors, write_text_atomically
 from lit_vlm.formatting import format_count
 from lit_vlm.loggers.tracker import RunTracker
+from lit_vlm.model.adapters import list_adapter_remarks
 from lit_vlm.model.skeleton import defer_weights
 from lit_vlm.model.spec import ModelSpec, load_model_spec
 from lit_vlm.redaction import redact
@@ -386,7 +387,7 @@ def show_training_summary(place: RunPlace, init_from: str | None, prepared: Prep
     plan = built.plan
     if init_from:
         say(f"starts from {init_from}")
-    for remark in prepared.stage_data.spec.remarks:
+    for remark in (*prepared.stage_data.spec.remarks, *list_adapter_remarks(built.stage.model)):
         say(remark)
     say(
         f"{format_count(len(plan.index), 'sample')}, {len(prepared.indexes.held_out):,} held out; {format_count(plan.num_steps, 'step')} of "

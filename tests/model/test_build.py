@@ -13,12 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
-    GraniteConfig,
-    HyperCLOVAXConfig,
-    LlamaConfig,
-    MistralConfig,
     Qwen2Config,
-    Qwen3Config,
     SiglipConfig,
     SiglipModel,
     SiglipVisionConfig,
@@ -53,74 +48,6 @@ def make_language_folder(folder: Path, config_class, **settings) -> str:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-FAMILIES = {
-    "qwen2 tied": (Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
-    "qwen3": (Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
-    "llama": (LlamaConfig, {}),
-    "mistral": (MistralConfig, {"sliding_window": 8}),
-    "hyperclovax": (
-        HyperCLOVAXConfig,
-        {
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 0.25,
-            "tie_word_embeddings": True,
-            "residual_multiplier": 0.7,
-            "use_post_norm": True,
-        },
-    ),
-    "granite": (GraniteConfig, {"embedding_multiplier": 2.0, "logits_scaling": 4.0, "residual_multiplier": 0.5}),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_text_logits_equal_the_language_models_own(small_parts, tmp_path, family):
-    config_class, settings = FAMILIES[family]
-    folder = make_language_folder(tmp_path / "language", config_class, **settings)
-    blueprint = blueprint_of((small_parts[0], folder))
-    model = build_model(blueprint).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
-    batch = collate(Processor(blueprint.tokenizer, blueprint.images), [sample("안녕?", "네, 반갑습니다.")])
-    known = batch.input_ids[batch.input_ids < theirs.config.vocab_size]
-    assert len(known) == batch.num_tokens
-    with torch.no_grad():
-        ours = model.lm_head(model.model(batch=batch))[:, : theirs.config.vocab_size]
-        expected = theirs(input_ids=batch.input_ids[None]).logits[0]
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_pruned_last_layer_equals_the_whole_layer_of_each_family(small_parts, tmp_path, family, monkeypatch):
-    config_class, settings = FAMILIES[family]
-    folder = make_language_folder(tmp_path / "language", config_class, **settings)
-    blueprint = blueprint_of((small_parts[0], folder))
-    model = build_model(blueprint)
-    assert model.model.prunes_last_layer
-    records = [sample("안녕?", "네, 반갑습니다."), sample("무엇이 보이나요?", "빨간 원", (60, 60))]
-    batch = collate(Processor(blueprint.tokenizer, blueprint.images), records)
-    found = []
-    for pruned in (True, False):
-        monkeypatch.setattr(type(model.model), "prunes_last_layer", pruned)
-        model.zero_grad()
-        (log_probs,) = model(batch=batch)
-        log_probs.sum().backward()
-        found.append((log_probs.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (rows, gradients), (whole, others) = found
-    torch.testing.assert_close(rows, whole, atol=1e-5, rtol=1e-5)
-    assert gradients.keys() == others.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, others[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_a_family_with_soft_capped_logits_is_refused_by_name(small_parts, tmp_path):
-    folder = tmp_path / "gemma"
-    folder.mkdir()
-    config = {"model_type": "gemma2", "final_logit_softcapping": 30.0, **SHAPE}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"gemma2.*final_logit_softcapping=30"):
-        blueprint_of((small_parts[0], str(folder)))
 
 
 def test_every_parameter_belongs_to_exactly_one_part(model):

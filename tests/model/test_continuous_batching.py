@@ -4,7 +4,7 @@ import random
 
 import pytest
 from support import blueprint_of, sample
-from test_build import FAMILIES, make_language_folder
+from test_language_model_families import FAMILIES, make_family_folder
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
@@ -146,8 +146,7 @@ def test_many_short_sequences_and_then_a_long_one_stay_within_the_limit_of_the_k
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen2 tied"])
 def test_other_families_have_the_answers_of_generate_too(family, small_parts, tmp_path):
-    config_class, settings = FAMILIES[family]
-    folder = make_language_folder(tmp_path / "language", config_class, **settings)
+    folder = make_family_folder(tmp_path / "language", family)
     blueprint = blueprint_of((small_parts[0], folder))
     model, processor = build_model(blueprint).eval(), Processor(blueprint.tokenizer, blueprint.images)
     samples = make_samples()

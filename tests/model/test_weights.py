@@ -9,7 +9,8 @@ import torch
 from alive import Alive
 from safetensors.torch import load_file, save_file
 from support import blueprint_of
-from test_build import FAMILIES, make_language_folder
+from test_build import make_language_folder
+from test_language_model_families import FAMILIES, make_family_folder
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen3MoeConfig, SiglipConfig, SiglipModel
 
 from lit_vlm.config.choices import ProjectorName
@@ -57,8 +58,7 @@ def build_whole_and_skeleton(load_spec, dtype: torch.dtype = torch.float32, seed
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_skeletons_initial_values_equal_those_of_the_ordinary_build_for_every_family(small_parts, tmp_path, family):
-    config_class, settings = FAMILIES[family]
-    folder = make_language_folder(tmp_path / "language", config_class, **settings)
+    folder = make_family_folder(tmp_path / "language", family)
     assert_same_weights(*build_whole_and_skeleton(lambda: blueprint_of((small_parts[0], folder))))
 
 

@@ -5,13 +5,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from run_helpers import make_llava_record
+from safetensors.torch import load_file
 from support import blueprint_of
 
 from lit_vlm.config import parse
+from lit_vlm.config.model_folders import require_model_folders
+from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
+from lit_vlm.model.spec import load_model_spec
 from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.tasks.preflight import run_preflight
 from lit_vlm.tasks.train import train
@@ -60,7 +65,7 @@ def write_llava(folder: Path, num: int, size: tuple[int, int]) -> list[str]:
     return ["experiment=lora/1_sft", f"data.sources.mine.path={folder / 'llava.json'}", f"run_dir={folder / 'runs'}"]
 
 
-def test_the_lora_recipe_trains_the_projector_and_adapters(tmp_path, small_parts):
+def test_the_lora_recipe_trains_the_projector_and_adapters_and_the_next_run_starts_from_them(tmp_path, small_parts):
     blueprint = blueprint_of(small_parts)
     export_model(build_model(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "released")
     overrides = write_llava(tmp_path, 4, (84, 56))
@@ -71,6 +76,17 @@ def test_the_lora_recipe_trains_the_projector_and_adapters(tmp_path, small_parts
     how = {part["part"]: part["how"] for part in trained if part["trainable"]}
     assert set(how) == {"projector", "language_model"} and "LoRA rank 128" in how["language_model"]
     assert (job.dir / "hf" / "model.safetensors").is_file()
+    adapter = job.dir / "hf-adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "released"
+    changes = {"run_name=mine": "run_name=next", f"init_from={tmp_path / 'released'}": f"init_from={adapter}"}
+    next_job = parse([*(changes.get(word, word) for word in overrides), "trainer.max_steps=1"])
+    require_model_folders(next_job)
+    train(next_job)
+    built = build_model(load_model_spec(ModelConfig(), init_from=str(adapter)))
+    merged = load_file(job.dir / "hf" / "model.safetensors")["language_model.model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(built.get_submodule("model.language_model.layers.0.self_attn.q_proj").weight, merged)
+    base = json.loads((next_job.dir / "hf-adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == "../../mine/hf"
 
 
 def write_parts(folder: Path, patch: int, config_class: str, sizes: dict) -> list[str]:
