@@ -123,13 +123,13 @@ def export_adapter(
     state = MergedStateDict(model, gather_weight)
     rows = _list_row_ids(model)
     entries = _list_entries(state, rows)
-    if not is_writer:
-        for name in entries.values():
-            before_each_weight()
-            state.gather_memory(name)
-        return
     shapes = {key: _get_shape(state, name, rows) for key, name in entries.items()}
     file = SafetensorsFile(WEIGHTS_FILE, dict(sorted(shapes.items(), key=lambda item: -item[1].element_size())))
+    if not is_writer:
+        for key in file.tensors:  # in the order of the rank that writes
+            before_each_weight()
+            state.gather_memory(entries[key])
+        return
 
     def compute(key: str) -> Tensor:
         before_each_weight()
