@@ -93,6 +93,10 @@ class ModelConfig:
     special_tokens: list[str] = field(
         default_factory=lambda: "<gro> <ocr> <char> </char> <obj> </obj> <bbox> </bbox> <delim>".split()
     )  # tokens added to the vocabulary, one id each; default: the nine of VARCO-VISION
+    new_tokens_from: str | None = None  # file with one text token per line to add; with num_new_tokens: to learn from
+    num_new_tokens: int | None = ranged(
+        None, COUNT
+    )  # number of tokens to learn from the Korean words of that text, JSON or JSON lines file; null: it lists them
     chat_template: str | None = None  # path of a Jinja file, or "chatml"; null: of the language model
     template_date: str | None = None  # YYYY-MM-DD for templates that print today's date; null: when first prepared
     revision: str | None = None  # hub revision of the parts and of init_from

@@ -81,7 +81,9 @@ def _find_stage_errors(config: RunConfig) -> Iterator[str]:
     stage = config.stage
     if len(stage.adam_betas) != 2:
         yield f"stage.adam_betas: must be two numbers, found {list(stage.adam_betas)}."
-    if not stage.trainable:
+    if config.model.num_new_tokens is not None and config.model.new_tokens_from is None:
+        yield "model.num_new_tokens: needs a text to learn the tokens from; set model.new_tokens_from=<file>."
+    if not stage.trainable and config.model.new_tokens_from is None:
         yield f"stage.trainable: is empty, so nothing would train; name some of {', '.join(ModelPart)}."
     if len(set(stage.trainable)) != len(stage.trainable):
         yield "stage.trainable: names a part twice."

@@ -53,7 +53,7 @@ def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> Vision
                 merge_adapter(model, spec.adapter)
         else:
             model = _build_from_parts(spec, dtype, seed)
-        extend_embeddings(model, spec.tokenizer, spec.new_tokens)
+        extend_embeddings(model, spec.tokenizer, spec.new_tokens, spec.text_tokens.pieces)
     return model
 
 

@@ -199,7 +199,7 @@ def _add_token_rows(model: VisionLanguageModel, weights: InitialWeights, spec: M
         UserError: the tokenizer has more tokens than the tables have rows, and not because of new tokens.
     """
     num_stored = model.get_input_embeddings().num_embeddings
-    mean_rows = extend_embeddings(model, spec.tokenizer, spec.new_tokens)
+    mean_rows = extend_embeddings(model, spec.tokenizer, spec.new_tokens, spec.text_tokens.pieces)
     weights.mean_rows = {EMBEDDINGS: mean_rows, HEAD: mean_rows} if mean_rows else {}
     unknown = set(range(num_stored, model.get_input_embeddings().num_embeddings)) - set(mean_rows)
     if unknown:

@@ -28,6 +28,7 @@ from lit_vlm.model.adapter_folder import Adapter, open_adapter
 from lit_vlm.model.box_tokens import mark_box_tokens_special
 from lit_vlm.model.classes import CONFIG_CLASSES, VisionLanguageConfig, restore_config
 from lit_vlm.model.hub import get_first_line, raise_folder_errors
+from lit_vlm.model.new_tokens import TextTokens, add_text_tokens
 from lit_vlm.model.projectors import PROJECTORS, Projector, get_projector
 from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, add_special_tokens, wrap_chat_template
 from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
@@ -60,7 +61,9 @@ class ModelSpec:
     tokenizer: PreTrainedTokenizerFast
     images: ImageSettings
     new_tokens: list[str]  # added by this run; empty when the folder had them
-    special_tokens: list[str] = field(default_factory=list)  # control tokens of the data, both new and existing
+    # control tokens of the data and text tokens of model.new_tokens_from, both new and existing
+    special_tokens: list[str] = field(default_factory=list)
+    text_tokens: TextTokens = field(default_factory=lambda: TextTokens([], {}))
     whole: str | None = None  # folder or hub id of a whole model; None: the parts below
     vision_tower: str | None = None
     language_model: str | None = None
@@ -102,11 +105,15 @@ def _load_model_spec(
     if model.pad_to_square is not None and model_class is ModelClass.llava:
         spec.images = replace(spec.images, pad_to_square=model.pad_to_square)
     placeholders = (IMAGE_TOKEN, VIDEO_TOKEN) if model_class is ModelClass.llava_onevision else (IMAGE_TOKEN,)
+    if model.new_tokens_from is not None:
+        spec.tokenizer, spec.text_tokens = add_text_tokens(spec.tokenizer, model.new_tokens_from, model.num_new_tokens)
     spec.new_tokens = add_special_tokens(spec.tokenizer, model.special_tokens, placeholders)
+    spec.new_tokens += spec.tokenizer.convert_ids_to_tokens(list(spec.text_tokens.pieces))
     mark_box_tokens_special(spec.tokenizer)  # a folder of special_boxes=false is the same model
     added_vocab = spec.tokenizer.get_added_vocab()
     candidates = dict.fromkeys((*model.special_tokens, *SPECIAL_TOKENS))
     spec.special_tokens = [token for token in candidates if token in added_vocab]
+    spec.special_tokens += spec.text_tokens.names
     spec.config.image_token_index = spec.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if model_class is ModelClass.llava_onevision:
         spec.config.video_token_index = spec.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,12 +91,18 @@ def find_turn_end_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def extend_embeddings(
-    model: VisionLanguageModel, tokenizer: PreTrainedTokenizerFast, new_tokens: list[str]
+    model: VisionLanguageModel,
+    tokenizer: PreTrainedTokenizerFast,
+    new_tokens: list[str],
+    pieces: Mapping[int, list[int]],
 ) -> dict[int, list[int]]:
     """Extend embeddings and head by the new tokens.
 
     Each new row is the mean of the rows of its spelling ("<", "b", "box", ">"). Tables that are padded beyond the
     tokenizer (Qwen2.5) keep their size.
+
+    Args:
+        pieces: new text token -> the old tokens that it replaces.
 
     Returns:
         new row -> the rows of its spelling.
@@ -107,7 +113,11 @@ def extend_embeddings(
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    mean_rows = {tokenizer.convert_tokens_to_ids(token): _tokenize_spelling(tokenizer, token) for token in new_tokens}
+    mean_rows = {}
+    for token in new_tokens:
+        row = tokenizer.convert_tokens_to_ids(token)
+        spelling = [row] if row in pieces else _tokenize_spelling(tokenizer, token)
+        mean_rows[row] = [old for i in spelling for old in pieces.get(i, [i])]
     with torch.no_grad():
         for table in tables:
             for row, ids in mean_rows.items():

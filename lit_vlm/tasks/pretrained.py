@@ -51,7 +51,7 @@ def open_pretrained(
     """
     disable_library_warnings()
     transformers_logging.disable_progress_bar()
-    model_config = replace(model, special_tokens=[], grid=None, max_tiles=None)
+    model_config = replace(model, special_tokens=[], new_tokens_from=None, grid=None, max_tiles=None)
     spec = load_model_spec(model_config, init_from, read_tiling(init_from))
     on_gpu = accelerator != "cpu" and torch.cuda.is_available()
     template_date = model.template_date or template_date

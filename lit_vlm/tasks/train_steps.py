@@ -49,6 +49,7 @@ from lit_vlm.stages import Stage
 from lit_vlm.tasks.build_stage import make_stage, resolve_auto_strategy
 from lit_vlm.tasks.fit import run_fit
 from lit_vlm.tasks.measure_model import measure_model
+from lit_vlm.tasks.measure_new_tokens import format_new_tokens, measure_new_tokens
 from lit_vlm.tasks.mixture_lock import build_mixture_lock, check_mixture_lock, get_template_date
 from lit_vlm.tasks.open_run import RunPlace, Sources, StartPoint, format_export_hint
 from lit_vlm.tasks.prepare_data import (
@@ -358,6 +359,7 @@ def record_start(
             "unread": count_unread_keys(prepared.indexes),
         },
         **get_template_date(processor),
+        **measure_new_tokens(prepared.stage_data, prepared.indexes.training),
         plan={
             "steps": plan.num_steps,
             "k": plan.accumulate_grad_batches,
@@ -389,6 +391,8 @@ def show_training_summary(place: RunPlace, init_from: str | None, prepared: Prep
         say(f"starts from {init_from}")
     for remark in (*prepared.stage_data.spec.remarks, *list_adapter_remarks(built.stage.model)):
         say(remark)
+    for measured in measure_new_tokens(prepared.stage_data, prepared.indexes.training).values():
+        say(format_new_tokens(measured))
     say(
         f"{format_count(len(plan.index), 'sample')}, {len(prepared.indexes.held_out):,} held out; {format_count(plan.num_steps, 'step')} of "
         f"{plan.batch_description} in {format_count(plan.accumulate_grad_batches, 'micro-batch', 'micro-batches')} on "
