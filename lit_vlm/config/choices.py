@@ -30,6 +30,7 @@ class Task(Enum):
     view = "view"  # a page in the browser for the records of a stage, as the model will see them
     evaluate = "evaluate"  # score a finished model, or an endpoint, on benchmarks with lmms-eval
     judge = "judge"  # have a model at an OpenAI-compatible endpoint judge a file of answers
+    generate = "generate"  # have a model write conversations, captions or translations for the records of data.sources
     curate = "curate"  # find duplicates, or rows of benchmarks, in the training data, and select the other records
 
 
@@ -190,6 +191,17 @@ class PictureMatch(Enum):
     bytes = "bytes"  # the same bytes
     pixels = "pixels"  # the same decoded pixels
     perceptual = "perceptual"  # the same view after re-encoding, resizing or a crop of 5 %, in the same colours
+
+
+class GenerationKind(Enum):
+    """Text that task=generate asks for."""
+
+    conversation = "conversation"  # several questions and answers about the picture
+    description = "description"  # one detailed description
+    reasoning = "reasoning"  # a question that needs reasoning, with its answer
+    sentence = "sentence"  # the record's own turns, with short answers rewritten to sentences
+    caption = "caption"  # a new caption, from the picture itself
+    translation = "translation"  # the record's own turns in the other language, Korean or English
 
 
 class Certainty(Enum):

@@ -1,4 +1,4 @@
-"""Validation of the settings of chat endpoints, and of task=judge."""
+"""Validation of the settings of chat endpoints, and of the tasks judge and generate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from lit_vlm.config.choices import JudgeKind
+from lit_vlm.config.choices import GenerationKind, JudgeKind
 from lit_vlm.config.schema import EndpointConfig, RunConfig
 from lit_vlm.redaction import is_secret_name
 
@@ -76,3 +76,16 @@ def find_judge_errors(config: RunConfig) -> Iterator[str]:
         yield f"judge.against: is read with judge.kind=pairwise only, and the kind is {judge.kind.value}."
     if judge.image_root is not None and not judge.images:
         yield "judge.image_root: is read with judge.images=true only."
+
+
+def find_generate_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of task=generate."""
+    kinds = config.generate.kinds
+    if not kinds:
+        yield f"generate.kinds: is empty; name some of {', '.join(kind.value for kind in GenerationKind)}."
+    if len(set(kinds)) != len(kinds):
+        yield "generate.kinds: names a kind twice."
+    for name, source in config.data.sources.items():
+        if source.generated is not None:
+            yield f"data.sources.{name}.generated: is read for training; task=generate writes such files from the records' own turns. Leave it out."
+    yield from find_endpoint_errors("generate", config.generate)

@@ -68,6 +68,11 @@ EXAMPLES = (
         "python run.py task=curate data=llava_json data.sources.mine.path=my.json",
         "find duplicate records; curate.method=contamination: rows of benchmarks, personal: phone and card numbers (docs/curation.md)",
     ),
+    (
+        "python run.py task=generate data=llava_json data.sources.mine.path=my.json generate.endpoint=http://127.0.0.1:8000/v1"
+        " generate.model=writer",
+        "have a model write conversations, sentences, captions or translations for your records (docs/generation.md)",
+    ),
     ("python run.py task=export init_from=runs/mine", "the model's folder from a run's checkpoint"),
     ("python run.py task=runs", "the runs below runs/, their figures and the settings in which they differ"),
     ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),

@@ -226,7 +226,7 @@ def find_file_errors(default: ResultDefault, stage: type[StageConfig] | None, ov
         yield f"{_shorten_path(path)}: the first line must be '# @package _global_', or nothing in the file counts."
         return
     stat = path.stat()
-    yield from _find_settings_errors(path, package, stage, (stat.st_mtime_ns, stat.st_size))
+    yield from _find_settings_errors(path, package, cast(Hashable, stage), (stat.st_mtime_ns, stat.st_size))
 
 
 @lru_cache(maxsize=256)

@@ -221,6 +221,8 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     config.prefer.output = _make_absolute(config.prefer.output)
     if config.curate.output is not None:
         config.curate.output = _make_absolute(config.curate.output)
+    if config.generate.output is not None:
+        config.generate.output = _make_absolute(config.generate.output)
     if config.prefer.judge is not None:
         config.prefer.judge = resolve_model_name(config.prefer.judge)
     for name in ("answers", "against", "output", "prompt", "image_root"):
@@ -235,8 +237,9 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
 def _make_source_paths_absolute(source: SourceConfig) -> None:
     if source.path is not None and source.format not in (Format.builtin, Format.digits):
         source.path = _make_absolute(source.path)
-    if source.selection is not None:
-        source.selection = _make_absolute(source.selection)
+    for name in ("selection", "generated"):
+        if (path := getattr(source, name)) is not None:
+            setattr(source, name, _make_absolute(path))
     if isinstance(source.image_root, list):
         source.image_root = [_make_absolute(root) if isinstance(root, str) else root for root in source.image_root]
     elif isinstance(source.image_root, str | int):  # a folder may be called 5

@@ -36,6 +36,7 @@ NON_IDENTITY_KEYS = (
     "preflight",
     "prefer",
     "curate",
+    "generate",
     "serve",
     "demo",
     "benchmarks",

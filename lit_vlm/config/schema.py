@@ -22,6 +22,7 @@ from lit_vlm.config.choices import (
     DebugMode,
     DeviceName,
     DuplicateKind,
+    GenerationKind,
     JudgeKind,
     LearningRateSchedule,
     MarkerMeaning,
@@ -147,6 +148,9 @@ class SourceConfig:
         None, SHARE_ABOVE_0
     )  # use only this share of the records, chosen by digest; null: all
     selection: str | None = None  # use only the records of this file, which task=curate writes; null: all
+    generated: str | None = (
+        None  # read the turns of this file, which task=generate writes, with the pictures of the records; null: their own
+    )
     max_tiles: int | None = ranged(
         None, COUNT_OR_ZERO
     )  # maximum tiles of an image besides its base view; 0: only the base view; null: the model's maximum
@@ -607,6 +611,23 @@ class JudgeConfig(EndpointConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class GenerateConfig(EndpointConfig):
+    """Settings of task=generate: a model at a chat endpoint writes new turns for the records of data.sources."""
+
+    kinds: list[GenerationKind] = field(
+        default_factory=lambda: [GenerationKind.conversation, GenerationKind.description, GenerationKind.reasoning]
+    )  # texts to ask for, for each record
+    output: str | None = None  # folder of the generated files, lists and page; null: the run folder
+    language: Language = (
+        Language.auto
+    )  # language of the new text; auto: that of the record, for translation the other one
+    images: bool = False  # send the pictures too, to a model that reads images; kind caption always sends them
+    limit: int | None = ranged(None, COUNT)  # use only the first records of each source
+    num_shown: int = ranged(24, COUNT_OR_ZERO)  # examples on the page, of accepted and of rejected replies
+    dry_run: bool = False  # print the number of requests, their tokens and cost, and send none
+
+
+@dataclass(kw_only=True, slots=True)
 class RunsConfig:
     """The list of task=runs."""
 
@@ -655,6 +676,7 @@ class RunConfig:
     )  # task=evaluate: benchmarks, or tasks of lmms-eval; training with evaluate.every_steps: benchmarks without a judge; task=curate
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)
     sync: list[str] = field(default_factory=list)  # task=sync: run folders, which may be copies from other machines

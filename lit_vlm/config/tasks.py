@@ -65,6 +65,7 @@ TASKS: dict[Task, TaskEntry] = {
     Task.demo: TaskEntry("lit_vlm.tasks.demo:show_demo", (), _get_task_name),
     Task.view: TaskEntry("lit_vlm.tasks.view:view_data", validation.STAGE_CHECKS),
     Task.evaluate: TaskEntry("lit_vlm.tasks.evaluate:evaluate", (find_evaluate_errors,), get_evaluation_name),
+    Task.generate: TaskEntry("lit_vlm.tasks.generate:generate", validation.GENERATE_CHECKS, _get_curate_name),
     Task.curate: TaskEntry("lit_vlm.tasks.curate:curate", validation.CURATE_CHECKS, _get_curate_name),
     Task.judge: TaskEntry("lit_vlm.tasks.judge:judge_answers", (find_judge_errors,), _get_task_name),
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lit_vlm.config.callbacks import find_callback_errors
 from lit_vlm.config.choices import CurationMethod, Format, Markup, ScorerName, StageName, StrategyName, Task, WeightUnit
+from lit_vlm.config.endpoint_validation import find_generate_errors
 from lit_vlm.config.evaluate_validation import find_training_benchmark_errors
 from lit_vlm.config.mapping import find_mapping_errors
 from lit_vlm.config.schema import (
@@ -72,6 +73,7 @@ def find_other_task_errors(config: RunConfig) -> Iterator[str]:
         ("demo.compare_with", config.demo.compare_with, Task.demo),
         ("judge.answers", config.judge.answers, Task.judge),
         ("judge.dry_run", config.judge.dry_run, Task.judge),
+        ("generate.dry_run", config.generate.dry_run, Task.generate),
     ):
         if value and config.task is not task:
             yield f"{key}: is read with task={task.value} only, and task is {config.task.value}. Write task={task.value}, or leave {key} out."
@@ -411,4 +413,5 @@ STAGE_CHECKS = (
     _find_checkpoint_errors,
 )
 CURATE_CHECKS = (find_curate_errors, _find_data_errors)
+GENERATE_CHECKS = (find_generate_errors, _find_data_errors)
 PREFER_CHECKS = (find_prefer_errors, _find_data_errors, _find_prefer_data_errors)

@@ -118,16 +118,18 @@ def _parse_selection(values: dict[str, Any]) -> Selection:
 
 def check_selection(selection: Selection, source: Source, setting: str) -> None:
     """Raise UserError unless a selection was made of these records."""
-    known = selection.identity
-    reason = ""
-    if known.num_records != len(source):
-        reason = f"it was made of {format_count(known.num_records, 'record')}, and the source has {len(source):,}"
-    elif (
-        known.files != getattr(source, "files_digest", source.digest) and known.content != identify_rows(source).content
-    ):
-        reason = "the records have changed since, or they are those of another source"
-    if reason:
+    if reason := describe_changed_rows(selection.identity, source):
         raise UserError(f"{setting}: {reason}. Run task=curate again, or take the selection away.")
+
+
+def describe_changed_rows(known: RowsIdentity, source: Source) -> str:
+    """Describe how the records of a source differ from those that a file was made of; "" if they are the same."""
+    if known.num_records != len(source):
+        return f"it was made of {format_count(known.num_records, 'record')}, and the source has {len(source):,}"
+    files = getattr(source, "files_digest", source.digest)
+    if known.files != files and known.content != identify_rows(source).content:
+        return "the records have changed since, or they are those of another source"
+    return ""
 
 
 def apply_selection(source: Source, path: Path, setting: str, limit: int | None = None) -> Source:

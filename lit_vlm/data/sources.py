@@ -17,6 +17,7 @@ from typing import Any
 from lit_vlm.config.choices import Format, MarkerMeaning, Markup
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.config.user_classes import is_class_path
+from lit_vlm.data.generated import GeneratedSource
 from lit_vlm.data.readers.columns import check_columns, get_columns, rename_columns
 from lit_vlm.data.readers.context import ReaderSettings, RecordContext, find_mark
 from lit_vlm.data.readers.formats import FORMATS, RecordReader, read_any_format
@@ -132,14 +133,10 @@ def open_source(
         raise UserError(f"data.sources.{name}.num_samples={config.num_samples}: at least 1 is needed, or null for all.")
     if config.fraction is not None and not 0 < config.fraction <= 1:
         raise UserError(f"data.sources.{name}.fraction={config.fraction}: above 0 and at most 1, or null for all.")
-    if config.selection is not None:
-        setting = f"data.sources.{name}.selection"
-        path = resolve_source_path(name, "selection", config.selection)
+    if config.selection is not None or config.generated is not None:
         options: dict[str, Any] = {"max_image_pixels": max_image_pixels, "seed": seed, "held_out": held_out}
-        whole = open_source(name, choose_all_records(config), **options, cache=cache)
-        limit = None if config.fraction is not None or config.format == Format.builtin else config.num_samples
-        source = apply_selection(whole, path, setting, limit)
-        return _enlarge_images(config, _apply_fraction(name, config, source))
+        derived = _open_derived(name, config, options | {"cache": cache})
+        return _enlarge_images(config, _apply_fraction(name, config, derived))
     kind = _parse_kind(name, config.kind)
     split = config.split or (None if held_out else "train")  # the split that records may name
     if is_class_path(config.format):
@@ -158,6 +155,18 @@ def choose_all_records(config: SourceConfig) -> SourceConfig:
     """Return the settings of the same source with all of its records: no selection, fraction or number of samples, and images as they are."""
     num_samples = config.num_samples if config.format == Format.builtin else None  # there it says how many to make
     return replace(config, selection=None, fraction=None, num_samples=num_samples, enlarge_to_px=None)
+
+
+def _open_derived(name: str, config: SourceConfig, options: dict[str, Any]) -> Source:
+    """Open a source of selected records, or of generated turns. A selection may be one of generated turns."""
+    limit = None if config.fraction is not None or config.format == Format.builtin else config.num_samples
+    whole = choose_all_records(config)
+    if config.selection is not None:
+        path = resolve_source_path(name, "selection", config.selection)
+        return apply_selection(open_source(name, whole, **options), path, f"data.sources.{name}.selection", limit)
+    path = resolve_source_path(name, "generated", config.generated)
+    records = open_source(name, replace(whole, generated=None), **options)
+    return GeneratedSource(records, path, f"data.sources.{name}.generated", limit)
 
 
 def _apply_fraction(name: str, config: SourceConfig, source: Source) -> Source:

@@ -126,14 +126,25 @@ def parse_vote(reply: EndpointReply | RequestFailure, kind: JudgeKind, is_swappe
     """Parse a reply. The last verdict in it counts; thoughts in `<think>` do not."""
     if isinstance(reply, RequestFailure):
         return Vote(VoteStatus.failed, None, reply.reason)
-    text = _MARKDOWN.sub("", _THOUGHTS.sub("", reply.text))
+    text = _MARKDOWN.sub("", remove_thoughts(reply.text))
     scores = None if reply.is_refused else _PARSERS[kind](text)
     if scores is not None:
         return Vote(VoteStatus.judged, scores[::-1] if is_swapped else scores, reply.text)
-    is_refusal = reply.is_refused or _REFUSAL.match(text.replace("’", "'")) is not None
+    is_refusal = is_refusal_reply(reply)
     if not is_refusal and reply.finish_reason == "length":
         return Vote(VoteStatus.cut, None, reply.text)
     return Vote(VoteStatus.refused if is_refusal else VoteStatus.unreadable, None, reply.text)
+
+
+def remove_thoughts(text: str) -> str:
+    """Remove the thoughts in `<think>`, also unfinished ones."""
+    return _THOUGHTS.sub("", text)
+
+
+def is_refusal_reply(reply: EndpointReply) -> bool:
+    """Return True if the endpoint marked a reply as a refusal, or it begins like one."""
+    text = _MARKDOWN.sub("", remove_thoughts(reply.text)).replace("’", "'")
+    return reply.is_refused or _REFUSAL.match(text) is not None
 
 
 def _parse_score(text: str) -> tuple[float, ...] | None:

@@ -16,7 +16,7 @@ from lit_vlm.config.choices import JudgeKind
 from lit_vlm.config.schema import JudgeConfig
 from lit_vlm.data.lazy_images import BytesImage, FileImage
 from lit_vlm.formatting import format_count
-from lit_vlm.types import Language, RecordError, UserError
+from lit_vlm.types import Language, LazyImage, RecordError, UserError
 
 SAMPLES_FILE = "samples.jsonl"
 # Names of the fields, the first that a row has is used. `answer` beside a prediction is the reference, as in VLMEvalKit.
@@ -219,10 +219,15 @@ def _find_missing(row: AnswerRow, settings: JudgeConfig) -> str | None:
     return None
 
 
-def encode_image(image: FileImage | BytesImage) -> str:
-    """Encode an image as a data URL: its own bytes, or as PNG if the format is not one that endpoints read."""
-    data, name = image.read_encoded()
-    if name not in SENT_FORMATS or image.orientation != 1:  # EXIF orientation: not every reader applies it
+def encode_image(image: LazyImage) -> str:
+    """Encode an image as a data URL: its own bytes, or as PNG if it has none or their format is not one that endpoints read.
+
+    Raises:
+        RecordError: the image cannot be read.
+    """
+    data, name = image.read_encoded() if isinstance(image, FileImage | BytesImage) else (b"", "")
+    # EXIF orientation: not every reader applies it
+    if name not in SENT_FORMATS or (isinstance(image, FileImage | BytesImage) and image.orientation != 1):
         buffer = BytesIO()
         image.load().save(buffer, "PNG")
         data, name = buffer.getvalue(), "png"

@@ -77,11 +77,15 @@ class JudgePrompt:
         )
 
     def _format_block(self, name: str, material: Mapping[str, str]) -> str:
-        title, text = _TITLES[self.language][name], material[name]
-        if name == "answer" and "other" in material:
-            title = _FIRST_TITLES[self.language]
-        mark = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
-        return f"[{title}]\n<<<{mark}\n{text}\n{mark}>>>"
+        is_first = name == "answer" and "other" in material
+        title = _FIRST_TITLES[self.language] if is_first else _TITLES[self.language][name]
+        return format_material(title, material[name])
+
+
+def format_material(title: str, text: str) -> str:
+    """Format material of others between two marks with the digest of its text, which it therefore cannot contain."""
+    mark = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
+    return f"[{title}]\n<<<{mark}\n{text}\n{mark}>>>"
 
 
 _RULES_KO = (

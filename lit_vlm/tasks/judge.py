@@ -150,7 +150,7 @@ def collect_votes(
 ) -> JudgeSession:
     """Collect the votes on all answers: from the ledger, else from the endpoint."""
     num_known = len(ledger)
-    endpoint = ChatEndpoint(settings, SECTION, key, ledger, make_wait_reporter())
+    endpoint = ChatEndpoint(settings, SECTION, key, ledger, make_wait_reporter(SECTION))
     session = JudgeSession([{} for _ in rows], Counter(), [])
     total = len(rows) * settings.votes * (2 if settings.kind is JudgeKind.pairwise and settings.swap else 1)
     say(
@@ -173,7 +173,7 @@ def collect_votes(
     return session
 
 
-def make_wait_reporter() -> Callable[[str, float], None]:
+def make_wait_reporter(section: str) -> Callable[[str, float], None]:
     """Make a function that prints why requests wait, at most once in `PROGRESS_SECONDS`."""
     last = -PROGRESS_SECONDS
 
@@ -181,7 +181,7 @@ def make_wait_reporter() -> Callable[[str, float], None]:
         nonlocal last
         if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            say(f"{SECTION}.endpoint: {reason}; tries again in {seconds:.0f} s")
+            say(f"{section}.endpoint: {reason}; tries again in {seconds:.0f} s")
 
     return report
 
