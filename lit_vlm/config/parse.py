@@ -208,6 +208,8 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     model.vision_tower, model.language_model = map(resolve_model_name, (model.vision_tower, model.language_model))
     if model.chat_template not in (None, "chatml"):
         model.chat_template = _make_absolute(model.chat_template)
+    if model.projector_weights is not None:
+        model.projector_weights = _make_absolute(model.projector_weights)
     if model.new_tokens_from is not None:
         model.new_tokens_from = _make_absolute(model.new_tokens_from)
     config.run_dir = _make_absolute(config.run_dir)

@@ -79,6 +79,7 @@ class ModelConfig:
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
     model_class: ModelClass | None = None  # transformers' class that is trained and exported; null: llava_onevision
     projector: ProjectorName = ProjectorName["mlp2x_gelu"]
+    projector_weights: str | None = None  # mm_projector.bin of LLaVA for a model of parts; null: random weights
     pad_to_square: bool | None = (
         None  # LLaVA 1.x: true pads a picture in the mean colour, false crops; null: as in init_from, else true
     )

@@ -85,6 +85,8 @@ def _find_stage_errors(config: RunConfig) -> Iterator[str]:
         yield f"stage.adam_betas: must be two numbers, found {list(stage.adam_betas)}."
     if config.model.num_new_tokens is not None and config.model.new_tokens_from is None:
         yield "model.num_new_tokens: needs a text to learn the tokens from; set model.new_tokens_from=<file>."
+    if config.model.projector_weights is not None and config.init_from is not None:
+        yield "model.projector_weights: has no effect here (init_from names a model with a projector). Take one of them away."
     if not stage.trainable and config.model.new_tokens_from is None:
         yield f"stage.trainable: is empty, so nothing would train; name some of {', '.join(ModelPart)}."
     if len(set(stage.trainable)) != len(stage.trainable):

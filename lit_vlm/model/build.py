@@ -14,7 +14,14 @@ from lit_vlm.model.adapters import check_base, find_export_base, merge_adapter
 from lit_vlm.model.classes import get_model_class
 from lit_vlm.model.hub import disable_transformers_logging, get_first_line, raise_folder_errors
 from lit_vlm.model.packed_forward import use_flat_forward
-from lit_vlm.model.skeleton import build_on_meta, init_projector, is_deferring_weights, make_skeleton, share_config
+from lit_vlm.model.skeleton import (
+    build_on_meta,
+    fill_skeleton,
+    init_projector,
+    is_deferring_weights,
+    make_skeleton,
+    share_config,
+)
 from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import extend_embeddings, find_turn_end_token
 from lit_vlm.model.weights import require_all_weights, resolve_weight_tying
@@ -45,6 +52,11 @@ def build_model(spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int =
 def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionLanguageModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if spec.is_original:
+            model = make_skeleton(spec, dtype, seed)
+            fill_skeleton(model, dtype)
+            del model.weights
+            return model
         if spec.whole:
             model = _load_pretrained(get_model_class(spec.config), spec.whole, spec.config, dtype, spec.hub_options)
             resolve_weight_tying(model, model, spec, spec.whole)
@@ -70,7 +82,7 @@ def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionL
     model.model.vision_tower, model.model.language_model, model.lm_head = tower, language.model, language.lm_head
     resolve_weight_tying(model, language, spec, spec.language_model)
     families.fold_logit_scale(model)
-    model.model.multi_modal_projector, newline = init_projector(config, dtype, seed)
+    model.model.multi_modal_projector, newline = init_projector(config, dtype, seed, spec.projector_weights)
     if hasattr(model.model, "image_newline"):
         model.model.image_newline = nn.Parameter(newline)
     model.generation_config = language.generation_config

@@ -29,12 +29,14 @@ class Projector:
         is_in_transformers: True if the classes of plain transformers hold this projector.
         code_file: file beside this one that is exported with the model, so that transformers loads it with
             `trust_remote_code`; None: there is none. A projector with neither trains, but its model cannot be exported.
+        original_names: names of its layers in `mm_projector.bin` of LLaVA's repository and of those built on it; empty: none.
     """
 
     name: str
     description: str
     is_in_transformers = False
     code_file: str | None = None
+    original_names: Mapping[str, str] = {}
 
     @property
     def is_exportable(self) -> bool:
@@ -94,6 +96,7 @@ class MLPProjector(Projector):
     description = "LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear"
     is_in_transformers = True
     hidden_act = "gelu"
+    original_names: Mapping[str, str] = {"linear_1": "0", "linear_2": "2"}
 
     @property
     def config_values(self) -> dict[str, Any]:
@@ -121,6 +124,7 @@ class LinearProjector(MLPProjector):
     name = "linear"
     description = "LLaVA: one linear layer"
     hidden_act = "linear"
+    original_names: Mapping[str, str] = {"linear_1": ""}
 
     def init_weights(self, module: Any) -> None:
         from torch import nn

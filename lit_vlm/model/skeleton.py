@@ -22,6 +22,7 @@ from lit_vlm.model import families
 from lit_vlm.model.classes import VisionLanguageConfig, get_model_class
 from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.lora import init_adapter
+from lit_vlm.model.original_layout import load_projector
 from lit_vlm.model.packed_forward import LogProbHead
 from lit_vlm.model.projectors import get_projector
 from lit_vlm.model.spec import ModelSpec
@@ -131,10 +132,15 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def init_projector(config: VisionLanguageConfig, dtype: torch.dtype, seed: int) -> tuple[nn.Module, Tensor]:
+def init_projector(
+    config: VisionLanguageConfig, dtype: torch.dtype, seed: int, weights: str | None = None
+) -> tuple[nn.Module, Tensor]:
     """Initialise a new projector from `seed`, and the newline's features [D] that end each row of tiles.
 
     LLaVA 1.x has no newline.
+
+    Args:
+        weights: file with the projector's weights (`mm_projector.bin`); None: at random.
     """
     projector = get_projector(config)
     with torch.random.fork_rng(devices=[]):
@@ -143,6 +149,8 @@ def init_projector(config: VisionLanguageConfig, dtype: torch.dtype, seed: int) 
             module = projector.build(config)
         module = module.to_empty(device="cpu").to(dtype)
         projector.init_weights(module)
+        if weights is not None:
+            load_projector(module, projector, weights)
         width = config.text_config.hidden_size
         return module, torch.randn(width, dtype=dtype) * width**-0.5
 
@@ -184,7 +192,7 @@ def _collect_part_weights(model: VisionLanguageModel, weights: InitialWeights, s
     factor = families.get_logit_factor(config.text_config)
     if factor != 1.0:
         weights.scale_factors[HEAD] = factor
-    projector, newline = init_projector(config, weights.dtype, weights.seed)
+    projector, newline = init_projector(config, weights.dtype, weights.seed, spec.projector_weights)
     weights.new_tensors |= {
         f"model.multi_modal_projector.{name}": value.detach() for name, value in projector.named_parameters()
     }

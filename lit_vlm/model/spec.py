@@ -29,6 +29,7 @@ from lit_vlm.model.box_tokens import mark_box_tokens_special
 from lit_vlm.model.classes import CONFIG_CLASSES, VisionLanguageConfig, restore_config
 from lit_vlm.model.hub import get_first_line, raise_folder_errors
 from lit_vlm.model.new_tokens import TextTokens, add_text_tokens
+from lit_vlm.model.original_layout import TOWER_KEY, is_original_config, make_config
 from lit_vlm.model.projectors import PROJECTORS, Projector, get_projector
 from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, add_special_tokens, wrap_chat_template
 from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
@@ -69,6 +70,8 @@ class ModelSpec:
     language_model: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    is_original: bool = False  # `whole` is in the layout of LLaVA's own repository (`original_layout.py`)
+    projector_weights: str | None = None  # file with a projector for the parts; None: a new one
     adapter: Adapter | None = None  # to be merged into `whole`, its base
     remarks: list[str] = field(default_factory=list)  # notes for the user, found while the weights were read
 
@@ -150,7 +153,14 @@ def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[
     if adapter is not None:
         init_from, settings = adapter.base, init_from if adapter.own else adapter.base
         tokenizer = adapter.name if adapter.has_tokenizer else adapter.base
-    config = _load_config(init_from, "init_from", hub_options)
+    values = (
+        read_json(init_from, "config.json", **hub_options) if Path(init_from).is_dir() or "/" in init_from else None
+    )
+    is_original = is_original_config(values or {})
+    if is_original:
+        config = make_config(values or {}, _load_original_tower(values or {}, model, init_from, hub_options), init_from)
+    else:
+        config = _load_config(init_from, "init_from", hub_options)
     _require_sizes(config, init_from)
     if config.model_type not in set(ModelClass):
         raise UserError(
@@ -178,9 +188,29 @@ def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[
         _load_image_settings(settings, config, hub_options),
         [],
         whole=init_from,
+        is_original=is_original,
         adapter=adapter,
         **hub_options,
     )
+
+
+def _load_original_tower(
+    values: dict[str, Any], model: ModelConfig, init_from: str, hub_options: dict[str, Any]
+) -> Any:
+    """Load the config of the vision tower that a folder in the original layout names, or of model.vision_tower if it is not there."""
+    named = str(values[TOWER_KEY])
+    local = Path(str(model.vision_tower)).is_dir()
+    try:
+        tower = _load_config(str(model.vision_tower) if local else named, "model.vision_tower", hub_options)
+    except UserError as error:
+        raise UserError(
+            f"init_from={init_from} is in the original layout, and its vision tower {named} cannot be read ({get_first_line(error)}). Set "
+            "model.vision_tower=<folder with the config.json of that tower>."
+        ) from None
+    tower = getattr(tower, "vision_config", tower)
+    if tower.model_type == "siglip_vision_model":
+        tower.vision_use_head = False
+    return tower
 
 
 def _require_usable_tiles(model: ModelConfig, model_class: ModelClass) -> None:
@@ -237,7 +267,7 @@ def _make_parts_spec(model: ModelConfig, hub_options: dict[str, Any]) -> ModelSp
     images = replace(images, pad_to_square=True)  # the tower's folder does not say what LLaVA does
     tokenizer = _load_tokenizer(model.language_model, hub_options)
     parts: dict[str, Any] = {"vision_tower": model.vision_tower, "language_model": model.language_model}
-    return ModelSpec(config, tokenizer, images, [], **parts, **hub_options)
+    return ModelSpec(config, tokenizer, images, [], **parts, **hub_options, projector_weights=model.projector_weights)
 
 
 def _require_countable_tokens(images: ImageSettings, projector: Projector, name: str) -> None:

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from lit_vlm.compat.transformers import can_tie
 from lit_vlm.formatting import format_count
+from lit_vlm.model.original_layout import rename_original_tensors
 from lit_vlm.model.parts import UNUSED_PARAMETERS
 from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.vocabulary import HEAD, untie_embeddings
@@ -124,11 +125,16 @@ def find_tensor_locations(model: PreTrainedModel, name: str, revision: str | Non
     Raises:
         UserError: weights are missing or of another shape, a file is corrupt, or there are no safetensors.
     """
-    locations = rename_to_memory(model, name, _list_tensors(name, find_weight_files(name, revision)))
+    stored = rename_original_tensors(_list_tensors(name, find_weight_files(name, revision)))
+    locations = rename_to_memory(model, name, stored)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     _resolve_ties(model, locations)
-    mismatched = [key for key, shape in expected.items() if key in locations and locations[key].shape != shape]
-    require_all_weights(name, [key for key in expected if key not in locations], mismatched, model.config)
+    mismatched = {
+        key: f"{key} ({_format_shape(locations[key].shape)} there, {_format_shape(shape)} needed)"
+        for key, shape in expected.items()
+        if key in locations and locations[key].shape != shape
+    }
+    require_all_weights(name, [key for key in expected if key not in locations], mismatched.values(), model.config)
     return {key: place for key, place in locations.items() if place.shape == expected.get(key)}
 
 
@@ -152,6 +158,10 @@ def require_all_weights(name: str, missing: Iterable[str], mismatched: Iterable[
             f"{name}: {format_count(len(absent), 'weight is', 'weights are')} missing or of another shape there, "
             f"{', '.join(absent[:3])} among them. The folder holds another model than its config.json says, or half of one."
         )
+
+
+def _format_shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "one number"
 
 
 def _describe_missing_table(name: str, missing: Collection[str], tied: bool) -> str | None:

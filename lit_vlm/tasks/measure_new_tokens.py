@@ -7,13 +7,13 @@ from typing import Any
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.formatting import format_count
 from lit_vlm.model.new_tokens import compute_tokens_per_syllable
-from lit_vlm.tasks.prepare_data import StageData
+from lit_vlm.tasks.prepare_data import Indexes, StageData
 from lit_vlm.types import PreferencePair
 
 MAX_RECORDS = 1000  # that are read to measure; spread over the index
 
 
-def measure_new_tokens(stage_data: StageData[Any], index: SampleIndex) -> dict[str, dict[str, Any]]:
+def measure_new_tokens(stage_data: StageData[Any], indexes: Indexes) -> dict[str, dict[str, Any]]:
     """Measure the tokens per Korean syllable before and after, as an entry of the manifest.
 
     Returns:
@@ -22,7 +22,7 @@ def measure_new_tokens(stage_data: StageData[Any], index: SampleIndex) -> dict[s
     text_tokens = stage_data.spec.text_tokens
     if text_tokens.before is None:
         return {}
-    texts = _list_texts(index)
+    texts = _list_texts(indexes.training)
     before = compute_tokens_per_syllable(texts, text_tokens.before)
     after = compute_tokens_per_syllable(texts, stage_data.training_data.processor.template.plain_tokenizer)
     entry = {"added": len(text_tokens.pieces), "before": before, "after": after}

@@ -359,7 +359,7 @@ def record_start(
             "unread": count_unread_keys(prepared.indexes),
         },
         **get_template_date(processor),
-        **measure_new_tokens(prepared.stage_data, prepared.indexes.training),
+        **measure_new_tokens(prepared.stage_data, prepared.indexes),
         plan={
             "steps": plan.num_steps,
             "k": plan.accumulate_grad_batches,
@@ -391,7 +391,7 @@ def show_training_summary(place: RunPlace, init_from: str | None, prepared: Prep
         say(f"starts from {init_from}")
     for remark in (*prepared.stage_data.spec.remarks, *list_adapter_remarks(built.stage.model)):
         say(remark)
-    for measured in measure_new_tokens(prepared.stage_data, prepared.indexes.training).values():
+    for measured in measure_new_tokens(prepared.stage_data, prepared.indexes).values():
         say(format_new_tokens(measured))
     say(
         f"{format_count(len(plan.index), 'sample')}, {len(prepared.indexes.held_out):,} held out; {format_count(plan.num_steps, 'step')} of "

@@ -203,6 +203,6 @@ def test_a_run_reports_in_one_line_that_both_tables_are_kept(parts, tmp_path, mo
         SimpleNamespace(name="run"),
         None,
         SimpleNamespace(stage_data=SimpleNamespace(spec=blueprint), indexes=SimpleNamespace(held_out=[])),
-        SimpleNamespace(plan=plan, stage=SimpleNamespace(part_summary=[])),
+        SimpleNamespace(plan=plan, stage=SimpleNamespace(part_summary=[], model=None)),
     )
     assert [line for line in messages if "two different tables" in line] == blueprint.remarks and blueprint.remarks
