@@ -80,6 +80,7 @@ class Format(StrEnum):
     query_response = "query_response"  # query, response, history (ms-swift)
     prompt_completion = "prompt_completion"  # prompt, completion, as text or messages (TRL)
     cauldron = "cauldron"  # texts of user and assistant (The Cauldron, FineVision), or conversation (ms-swift)
+    coco = "coco"  # COCO's label files of captions and objects, and Flickr30k's captions
     webdataset = "webdataset"  # tar files: images with a caption (.txt) or a record (.json) of the same key
     mapped = "mapped"  # labels of another structure, converted by data.sources.<name>.mapping (AIHub)
     builtin = "builtin"  # synthetic samples, generated on demand

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
+from lit_vlm.data.readers.coco import CAPTIONS, OBJECTS, read_coco
 from lit_vlm.data.readers.context import RecordContext, describe_type, find_image_keys, iter_slot_indices
 from lit_vlm.data.readers.conversation import check_num_images, count_image_slots, make_sample
 from lit_vlm.data.readers.messages import place_named_images, read_messages, read_speaker, read_turns
@@ -97,9 +98,11 @@ FORMATS: dict[str, RecordReader] = {
     "query_response": read_query_response,
     "prompt_completion": read_prompt_completion,
     "cauldron": read_cauldron,
+    "coco": read_coco,
 }
 # Format -> sets of keys; a row that has all keys of a set is of the format. The first that fits counts.
 _FORMAT_KEYS: dict[str, tuple[frozenset[str], ...]] = {
+    "coco": (frozenset((CAPTIONS,)), frozenset((OBJECTS,))),
     "preference": tuple(
         map(
             frozenset,

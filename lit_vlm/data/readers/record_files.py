@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_vlm.config.choices import Format
 from lit_vlm.config.schema import SourceConfig
+from lit_vlm.data.readers.coco import is_label_file, open_label_files
 from lit_vlm.data.readers.columns import rename_columns
 from lit_vlm.data.readers.formats import NEEDED_KEYS, detect_record_format, format_keys
 from lit_vlm.data.readers.rows import JoinedRows, Rows, arrow_files, csv_files, json_files, tar_samples
@@ -21,7 +22,7 @@ from lit_vlm.data.readers.splits import infer_split, select_split
 from lit_vlm.data.staging import resolve_staged_path
 from lit_vlm.types import RecordError, UserError, find_nearest, format_suggestion
 
-RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar")
+RECORD_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".tar", ".token")
 ROW_OPENERS: dict[str, Callable[[Path, Path | None], Rows]] = {
     ".jsonl": json_files.open_json_lines,
     ".json": json_files.open_json_list,
@@ -274,6 +275,8 @@ def open_row_files(name: str, path: Path, files: list[Path], cache_dir: Path | N
             return arrow_files.open_parquet(files)
         if suffix == ".arrow":
             return arrow_files.open_arrow(files)
+        if suffix in (".json", ".token") and all(map(is_label_file, files)):
+            return open_label_files(f"data.sources.{name}.path={path}", files)
         parts = [_open_row_file(path, file, suffix, cache_dir) for file in files]
     except PermissionError as error:
         raise UserError(
