@@ -33,6 +33,7 @@ SENTINEL = re.compile(f"{SENTINEL_START}(\\d+){SENTINEL_END}")
 IMAGE, TEXT = "image", "text"
 NUM_RENDERED_TURNS = 8  # the starts of the first answers are found by rendering, one by one
 TEMPLATE_REMEDY = "model.chat_template=chatml, or a Jinja file"
+THOUGHTS_START, THOUGHTS_END = "<think>", "</think>"
 HEADER_CHARS = 24  # characters before an answer that identify its header, such as "<|im_start|>assistant\n"
 
 ConversationShape = tuple[tuple[str, tuple[str, ...]], ...]  # ((role, (part, ...)), ...)
@@ -75,7 +76,7 @@ class TextSlot:
 
 @dataclass(frozen=True, slots=True)
 class SupervisionMark:
-    """Mark where a supervised answer begins (`on`) or ends."""
+    """Mark where an answer begins, `on` if it is supervised, or ends."""
 
     on: bool
 
@@ -138,7 +139,7 @@ class ChatTemplate:
         ids: list[int] = []
         mask: list[bool] = []
         images = iter(image_tokens)
-        is_trained = iter([message.supervised for message in messages if message.role is Role.assistant])
+        answers = tuple(message.supervised for message in messages if message.role is Role.assistant)
         supervised, pending = False, ""
 
         def put(new: list[int] | tuple[int, ...]) -> None:
@@ -151,7 +152,7 @@ class ChatTemplate:
                 put(self.tokenize_text(pending))
                 pending = ""
 
-        for piece in self.get_pieces(shape, prompt):
+        for piece in self.get_pieces(shape, prompt, None if all(answers) else answers):
             if isinstance(piece, str):
                 pending += piece
             elif isinstance(piece, TextSlot):
@@ -166,9 +167,15 @@ class ChatTemplate:
                 put([piece.token_id] * (next(images) if piece.token_id == self.image_token_id else 1))
             else:
                 flush()
-                supervised = piece.on and next(is_trained)
+                supervised = piece.on
         flush()
         return TokenSequence(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
+
+    def holds_thoughts(self, message: Message) -> bool:
+        """Return True if an answer begins with thoughts that the vocabulary has tokens for: as text they would be others."""
+        first = message.content[0] if message.role is Role.assistant and message.content else ""
+        has_tokens = THOUGHTS_START in self.control_ids and THOUGHTS_END in self.control_ids
+        return has_tokens and isinstance(first, str) and first.lstrip().startswith(THOUGHTS_START)
 
     def _get_control_id(self, control: ControlToken) -> int:
         try:
@@ -221,12 +228,18 @@ class ChatTemplate:
                 f"records, or the template: {TEMPLATE_REMEDY}."
             ) from error
 
-    def _build_pieces(self, shape: ConversationShape, prompt: bool) -> tuple[TemplatePiece, ...]:
-        """Build the pieces of a conversation of this shape, including supervision marks."""
+    def _build_pieces(
+        self, shape: ConversationShape, prompt: bool, trained: tuple[bool, ...] | None = None
+    ) -> tuple[TemplatePiece, ...]:
+        """Build the pieces of a conversation of this shape, including supervision marks.
+
+        Args:
+            trained: of each answer, True if it is supervised; None: all are.
+        """
         messages = _build_sentinel_messages(shape)
         rendered = self.render(messages, prompt)
         self._validate_rendering(messages, rendered)
-        starts = self._find_answer_starts(messages, rendered)
+        starts = self._find_answer_starts(messages, rendered, trained)
         return tuple(self._split_rendering(rendered, starts))
 
     def _validate_rendering(self, messages: list[dict], rendered: str) -> None:
@@ -255,34 +268,47 @@ class ChatTemplate:
                 f"{format_count(images, 'picture')}. Mend it, or give another: {TEMPLATE_REMEDY}."
             )
 
-    def _find_answer_starts(self, messages: list[dict], rendered: str) -> list[int]:
-        """Find the offset in `rendered` at which each answer of the assistant begins.
+    def _find_answer_starts(
+        self, messages: list[dict], rendered: str, trained: tuple[bool, ...] | None = None
+    ) -> list[tuple[int, bool]]:
+        """Find the offset in `rendered` at which each answer of the assistant begins, and whether it is supervised.
+
+        An answer that is not, and that the template rewrites once another turn follows, is left out: no mark is needed.
 
         The first `NUM_RENDERED_TURNS` answers and the last one are found by rendering the conversation up to each of
         them. An answer between them that follows the same header as the last answer begins where that header ends.
         Rendering up to each of hundreds of turns would take quadratic time.
         """
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        starts = {
-            i: self._find_answer_start(messages, rendered, i) for i in {*answers[:NUM_RENDERED_TURNS], *answers[-1:]}
-        }
         slots = {int(match[1]): match.start() for match in SENTINEL.finditer(rendered)}
         first_slot = {
             i: slots[_find_sentinel_number(messages[i])] for i in answers if _find_sentinel_number(messages[i]) in slots
         }
-        if answers and answers[-1] in first_slot:
+        is_trained = dict(zip(answers, trained or [True] * len(answers), strict=True))
+
+        def find(i: int) -> int | None:
+            return self._find_answer_start(messages, rendered, i, may_be_rewritten=not is_trained[i])
+
+        starts = {i: find(i) for i in {*answers[:NUM_RENDERED_TURNS], *answers[-1:]}}
+        last_start = starts[answers[-1]] if answers else None
+        if last_start is not None and answers[-1] in first_slot:
             last = answers[-1]
-            gap = first_slot[last] - starts[last]
+            gap = first_slot[last] - last_start
             header = rendered[max(0, first_slot[last] - HEADER_CHARS - gap) : first_slot[last]]
             for i in answers[NUM_RENDERED_TURNS:-1]:
                 if i in first_slot and rendered.endswith(header, 0, first_slot[i]):
                     starts[i] = first_slot[i] - gap
-        return [starts[i] if i in starts else self._find_answer_start(messages, rendered, i) for i in answers]
+        found = [(starts[i] if i in starts else find(i), is_trained[i]) for i in answers]
+        return [(start, is_supervised) for start, is_supervised in found if start is not None]
 
-    def _find_answer_start(self, messages: list[dict], rendered: str, message_index: int) -> int:
-        """Find the offset of one answer by rendering the conversation with and without it."""
+    def _find_answer_start(
+        self, messages: list[dict], rendered: str, message_index: int, may_be_rewritten: bool
+    ) -> int | None:
+        """Find the offset of one answer by rendering the conversation with and without it; None for a rewritten one."""
         turn = self.render(messages[: message_index + 1])
         if not rendered.startswith(turn.rstrip()):
+            if may_be_rewritten:
+                return None
             raise UserError(
                 f"The chat template of {self.origin} rewrites earlier turns (an answer reads "
                 "differently once another follows), so a conversation of several turns cannot be trained in one pass. Give a template "
@@ -301,7 +327,7 @@ class ChatTemplate:
             else len(turn)
         )
 
-    def _split_rendering(self, rendered: str, starts: list[int]):
+    def _split_rendering(self, rendered: str, starts: list[tuple[int, bool]]):
         """Split at sentinels, control tokens and answer starts; an answer ends with the first control token after its text."""
         marks = sorted(
             [(m.start(), m.end(), TextSlot(int(m[1]))) for m in SENTINEL.finditer(rendered)]
@@ -309,7 +335,7 @@ class ChatTemplate:
                 (m.start(), m.end(), SpecialToken(self.control_ids[m[0]]))
                 for m in self._control_pattern.finditer(rendered)
             ]
-            + [(start, start, SupervisionMark(True)) for start in starts],
+            + [(start, start, SupervisionMark(on)) for start, on in starts],
             key=lambda mark: mark[:2],
         )
         position, in_answer, has_text = 0, False, False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -172,9 +172,10 @@ class Processor:
 
     def _encode_answer(self, pair: PreferencePair, answer: Message, layouts: list[TileLayout]) -> TokenSequence:
         """Encode the prompt and one answer of a pair; only the answer is supervised."""
-        prompt = self._encode(pair, pair.prompt, layouts, prompt=True).num_tokens
-        encoded = self._encode(pair, (*pair.prompt, answer), layouts)
-        encoded.supervised[:prompt] = False  # earlier answers are part of the prompt
+        earlier = tuple(replace(message, supervised=False) for message in pair.prompt)  # they are part of the prompt
+        prompt = self._encode(pair, earlier, layouts, prompt=True).num_tokens
+        encoded = self._encode(pair, (*earlier, answer), layouts)
+        encoded.supervised[:prompt] = False
         return encoded
 
     def _compute_layouts(self, record: Record, sizes: list[tuple[int, int]]) -> list[TileLayout]:
@@ -192,6 +193,12 @@ class Processor:
                 record.origin,
                 f"{format_count(len(slots), 'image placeholder')} but {format_count(len(layouts), 'image')}; each image needs exactly one",
                 fault=Fault.placeholders,
+            )
+        if any(map(self.template.holds_thoughts, messages)):
+            raise RecordError(
+                record.origin,
+                "an answer begins with <think>, which as text is not the token of that name; the chat template writes thoughts itself",
+                "Take the thoughts out of the answers",
             )
         return self.template.encode(messages, [layouts[slot].num_tokens for slot in slots], prompt=prompt)
 

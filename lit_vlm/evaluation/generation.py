@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -56,7 +56,8 @@ class Completion:
 def make_prompt_sample(messages: Sequence[Message], images: Sequence[LazyImage]) -> Sample:
     """Make the sample of a conversation that ends with a question; its answer is at the place where the model generates."""
     answer = Message(Role.assistant, ("",))  # its text is not read
-    return Sample("", "chat", "chat", SampleKind.other, Language.auto, (*messages, answer), tuple(images))
+    earlier = (replace(message, supervised=False) for message in messages)  # a template may rewrite earlier answers
+    return Sample("", "chat", "chat", SampleKind.other, Language.auto, (*earlier, answer), tuple(images))
 
 
 def generate_answers(

@@ -46,31 +46,42 @@ FLATTEN_CONTENT_PARTS = (
 )
 
 
+# A template that can think (Qwen3, EXAONE 4) writes empty thoughts before an answer without thoughts. With this prefix its
+# generation prompt ends with them unless thoughts are asked for: training, answers here and the exported model agree.
+NO_THOUGHTS_BY_DEFAULT = "{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}"
+
+
 def add_special_tokens(
     tokenizer: PreTrainedTokenizerFast, tokens: list[str], placeholders: Sequence[str] = (IMAGE_TOKEN, VIDEO_TOKEN)
 ) -> list[str]:
     """Add the placeholders and the control tokens to the tokenizer; return the new ones.
 
+    A token that the vocabulary has keeps its id and its row, also where it was no added token.
+
     Raises:
         UserError: a token is not one id afterwards.
     """
-    known = tokenizer.get_added_vocab()
-    new = [token for token in (*placeholders, *tokens) if token not in known]
-    if new:
-        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    added, known = tokenizer.get_added_vocab(), tokenizer.get_vocab()
+    missing = [token for token in (*placeholders, *tokens) if token not in added]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     for token in (IMAGE_TOKEN, *tokens):
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
             raise UserError(
                 f"The special token {token} is not one id in this tokenizer. Remove it from model.special_tokens, or rename it."
             )
-    return new
+    return [token for token in missing if token not in known]
 
 
 def wrap_chat_template(template: str | None) -> str | None:
-    """Wrap a chat template so that it also takes contents as parts, with `<image>` and a newline for an image."""
+    """Wrap a chat template so that it also takes contents as parts, with `<image>` and a newline for an image.
+
+    A template that knows `enable_thinking` gets false as its default.
+    """
     if template is None or IMAGE_TOKEN in template:
         return template
-    return FLATTEN_CONTENT_PARTS + template
+    thoughts = NO_THOUGHTS_BY_DEFAULT if "enable_thinking" in template else ""
+    return thoughts + FLATTEN_CONTENT_PARTS + template
 
 
 def find_turn_end_token(tokenizer: PreTrainedTokenizerFast) -> int | None:

@@ -1,13 +1,17 @@
 """Supervision masks come from the model's own chat template, and text never becomes a control token."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from support import blueprint_of, sample
+from transformers import AddedToken
 
 from lit_vlm.data.chat_template import ChatTemplate
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.types import SPECIAL_TOKENS, ControlToken, ImagePlaceholder, Message, Role, UserError
+from lit_vlm.model.vocabulary import wrap_chat_template
+from lit_vlm.reports.preflight.samples import prepare_sample
+from lit_vlm.types import SPECIAL_TOKENS, ControlToken, ImagePlaceholder, Message, RecordError, Role, UserError
 
 # structure of the template of llava-hf's OneVision checkpoints: parts only, another header than in its prompt
 LLAVA_HF = (
@@ -30,6 +34,54 @@ QWEN25 = (  # a default system message, contents as strings, whitespace stripped
 )
 
 
+THOUGHTS = "<think>\n\n</think>\n\n"
+QWEN3 = (  # thoughts in the turn behind the last question only, none in the generation prompt
+    "{%- set last = namespace(question=0) -%}{%- for m in messages -%}{%- if m.role == 'user' -%}"
+    "{%- set last.question = loop.index0 -%}{%- endif -%}{%- endfor -%}{%- for m in messages -%}"
+    "{%- set words = m.content.split('</think>')[-1].lstrip('\n') -%}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{%- if m.role == 'assistant' and loop.index0 > last.question -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
+    "{{ words + '<|im_end|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}{%- endif -%}"
+)
+EXAONE4 = (  # thoughts in every turn, and in the generation prompt
+    "{%- for m in messages -%}{{ '[|' + m.role + '|]\n' }}{%- if m.role == 'assistant' -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
+    "{{ m.content.split('</think>')[-1] + '[|endofturn|]\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '[|assistant|]\n<think>\n\n</think>\n\n' }}{%- endif -%}"
+)
+LLAMA3 = (
+    "{{ '<|begin_of_text|>' }}{%- for m in messages -%}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim"
+    " + '<|eot_id|>' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
+)
+MISTRAL = (  # a space before an answer, which the generation prompt does not have
+    "{{ '<s>' }}{%- for m in messages -%}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}"
+    "{{ raise_exception('user and assistant must alternate') }}{%- endif -%}"
+    "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + '</s>' }}{%- endfor -%}"
+)
+GEMMA = (
+    "{{ '<bos>' }}{%- for m in messages -%}{%- if m.role == 'system' -%}{{ raise_exception('System role not supported') }}{%- endif -%}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+PHI3 = (
+    "{%- for m in messages -%}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- endif -%}"
+)
+GRANITE = (
+    "{%- for m in messages -%}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + '<|end_of_text|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif -%}"
+)
+# Templates in the manner of the families' own, their control tokens, and what closes an answer
+FAMILY_TEMPLATES = {
+    "qwen3": (QWEN3, "<think> </think>", "<|im_end|>"),
+    "exaone4": (EXAONE4, "[|user|] [|assistant|] [|endofturn|] <think> </think>", "[|endofturn|]"),
+    "llama3": (LLAMA3, "<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>", "<|eot_id|>"),
+    "mistral": (MISTRAL, "<s> </s> [INST] [/INST]", "</s>"),
+    "gemma": (GEMMA, "<bos> <start_of_turn> <end_of_turn>", "<end_of_turn>"),
+    "phi3": (PHI3, "<|user|> <|assistant|> <|end|>", "<|end|>"),
+    "granite": (GRANITE, "<|start_of_role|> <|end_of_role|> <|end_of_text|>", "<|end_of_text|>"),
+}
+
+
 def make_turns(*texts: str) -> tuple[Message, ...]:
     return tuple(Message(Role.user if i % 2 == 0 else Role.assistant, (text,)) for i, text in enumerate(texts))
 
@@ -42,12 +94,98 @@ def get_supervised_text(template: ChatTemplate, messages: tuple[Message, ...], i
 @pytest.fixture
 def template_factory(processor):
     def make(template: str) -> ChatTemplate:
-        from lit_vlm.model.vocabulary import wrap_chat_template
-
         processor.tokenizer.chat_template = wrap_chat_template(template)
         return ChatTemplate(processor.tokenizer)
 
     return make
+
+
+@pytest.fixture
+def make_family_template(processor):
+    def make(family: str) -> ChatTemplate:
+        text, tokens, _ = FAMILY_TEMPLATES[family]
+        # as in Qwen3: no special token, so that a decoder keeps it
+        processor.tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens.split()])
+        processor.tokenizer.chat_template = wrap_chat_template(text)
+        processor.template = ChatTemplate(processor.tokenizer)
+        return processor.template
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILY_TEMPLATES)
+def test_the_templates_of_families_supervise_what_an_answer_adds_to_its_generation_prompt(family, make_family_template):
+    template, end = make_family_template(family), FAMILY_TEMPLATES[family][2]
+    turns = make_turns("무엇인가요?", "빨간 원", "Really?", "yes")[: 2 if family == "qwen3" else 4]
+    encoded = template.encode(turns, [])
+    plain = [{"role": m.role.value, "content": m.content[0]} for m in turns]
+    whole = template.tokenizer.apply_chat_template(plain, tokenize=True)
+    assert encoded.input_ids.tolist() == list(whole["input_ids"] if hasattr(whole, "keys") else whole)
+    expected = {"qwen3": f"빨간 원{end}", "mistral": f" 빨간 원{end} yes{end}"}.get(family, f"빨간 원{end}yes{end}")
+    assert get_supervised_text(template, turns) == expected
+    for number in range(1, len(turns), 2):
+        prompt = template.encode(turns[:number], [], prompt=True).input_ids.tolist()
+        assert encoded.input_ids.tolist()[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("family", ["qwen3", "exaone4"])
+def test_a_generation_prompt_ends_with_the_empty_thoughts_unless_thoughts_are_asked_for(family, make_family_template):
+    """Here, and in the template that is exported, so that the model answers as it was trained."""
+    template = make_family_template(family)
+    plain = [{"role": "user", "content": "q"}]
+    prompts = [
+        template.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options)
+        for options in ({}, {"enable_thinking": False}, {"enable_thinking": True})
+    ]
+    assert prompts[0] == prompts[1] and prompts[0].endswith(THOUGHTS)
+    assert family == "exaone4" or prompts[2] == prompts[0].removesuffix(THOUGHTS)
+    encoded = template.encode(make_turns("q"), [], prompt=True)
+    assert template.tokenizer.decode(encoded.input_ids.tolist()) == prompts[0]
+
+
+def test_the_page_of_preflight_shows_the_empty_thoughts_and_that_they_are_not_supervised(
+    processor, make_family_template
+):
+    make_family_template("qwen3")
+    ((_, pieces),) = prepare_sample(sample("무엇?", "원"), processor).segments
+    assert "".join(piece.text for piece in pieces if piece.supervised) == "원<|im_end|>"
+    shown = "".join(piece.text for piece in pieces if not piece.supervised)
+    assert shown == f"<|im_start|>user\n무엇?<|im_end|>\n<|im_start|>assistant\n{THOUGHTS}\n"
+
+
+def test_thoughts_in_several_turns_of_qwen3_are_refused_with_the_fix(make_family_template):
+    with pytest.raises(UserError, match=r"rewrites earlier turns.*model\.chat_template=chatml"):
+        make_family_template("qwen3").encode(make_turns("q", "a", "q2", "a2"), [])
+
+
+def test_earlier_answers_of_qwen3_that_are_not_supervised_are_the_history_of_the_last_one(make_family_template):
+    """So a model is served in several turns, and a pair or a record whose last answer alone counts is trained."""
+    template, turns = make_family_template("qwen3"), make_turns("q", "a", "q2", "a2")
+    turns = tuple(replace(turn, supervised=number == 3) for number, turn in enumerate(turns))
+    plain = [{"role": m.role.value, "content": m.content[0]} for m in turns]
+    encoded = template.encode(turns, [])
+    assert template.tokenizer.decode(encoded.input_ids) == template.tokenizer.apply_chat_template(plain, tokenize=False)
+    assert get_supervised_text(template, turns) == "a2<|im_end|>"
+    prompt = template.encode(turns[:3], [], prompt=True).input_ids.tolist()
+    assert encoded.input_ids.tolist()[: len(prompt)] == prompt
+
+
+def test_an_answer_with_thoughts_as_text_is_a_bad_record_where_thoughts_are_tokens(processor, make_family_template):
+    thoughts = sample("q", "\n<think>because</think>yes")
+    assert processor.encode_sequences(thoughts)  # without such tokens it is a text like any other
+    make_family_template("qwen3")
+    with pytest.raises(RecordError, match=r"test:0: an answer begins with <think>.*Take the thoughts out"):
+        processor.encode_sequences(thoughts)
+    assert processor.encode_sequences(sample("<think>?", "<b> and </think>"))
+
+
+def test_a_role_that_a_template_does_not_know_is_refused_with_the_fix(make_family_template):
+    messages = (Message(Role.system, ("Be short.",)), *make_turns("q", "a"))
+    refusal = r"refuses a conversation of roles \[system, user, assistant\]: .*model\.chat_template=chatml"
+    for family, reason in (("gemma", "System role not supported"), ("mistral", "must alternate")):
+        with pytest.raises(UserError, match=refusal) as error:
+            make_family_template(family).encode(messages, [])
+        assert reason in str(error.value)
 
 
 def test_exactly_the_answers_and_their_ends_are_supervised(processor):

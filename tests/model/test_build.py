@@ -136,6 +136,19 @@ def test_special_tokens_have_one_id_each_and_start_as_the_mean_of_their_spelling
         torch.testing.assert_close(table[ids[0]], table[spelled].mean(0))
 
 
+def test_special_tokens_that_the_vocabulary_has_keep_their_ids_and_rows(small_parts, tmp_path):
+    """As reserved tokens of a vocabulary that no tokenizer file lists as added."""
+    folder = Path(make_language_folder(tmp_path / "language", Qwen2Config, vocab_size=len(make_tokenizer()) + 16))
+    state, reserved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), len(make_tokenizer())
+    state["model"]["vocab"]["<bbox>"] = reserved
+    (folder / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    blueprint = blueprint_of((small_parts[0], str(folder)))
+    assert blueprint.tokenizer.convert_tokens_to_ids("<bbox>") == reserved and "<bbox>" not in blueprint.new_tokens
+    assert blueprint.tokenizer.encode("a<bbox>b")[1] == reserved and "</bbox>" in blueprint.new_tokens
+    own = AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+    assert torch.equal(build_model(blueprint).get_input_embeddings().weight[reserved], own[reserved])
+
+
 def test_a_padded_embedding_table_keeps_its_size_and_a_full_one_grows(small_parts, tmp_path):
     roomy = build_model(blueprint_of(small_parts))
     assert roomy.get_input_embeddings().num_embeddings == len(make_tokenizer()) + 16
