@@ -67,7 +67,7 @@ def find_export_base(spec: ModelSpec) -> AdapterBase | None:
 
     A run that starts from an adapter has the merged model beside it as its base.
     """
-    name = spec.whole
+    name = None if spec.is_original else spec.whole  # transformers does not load LLaVA's own layout
     if spec.adapter is not None:
         merged = Path(spec.adapter.name).parent / "hf"
         name = str(merged) if (merged / CONFIG_FILE).is_file() else None
@@ -77,9 +77,7 @@ def find_export_base(spec: ModelSpec) -> AdapterBase | None:
 def find_adapter_obstacle(model: VisionLanguageModel) -> str | None:
     """Find the reason why a model with LoRA has no adapter folder; None: it has one."""
     if getattr(model, "adapter_base", None) is None:
-        return (
-            "no folder holds its base: this run built its model from parts, or from an adapter without the merged model"
-        )
+        return "no folder holds a base that PEFT could load (the model is made from parts, LLaVA's own layout or an adapter alone)"
     trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
     is_whole = any(
         get_part(name) is ModelPart.language_model and "lora_" not in name and not name.startswith("new_tokens.")

@@ -213,7 +213,7 @@ def test_an_adapter_of_a_kind_that_is_not_merged_here_is_refused_with_the_fix(sm
 def test_a_model_of_parts_and_a_whole_language_model_have_no_adapter_folder(small_parts, tmp_path):
     stage = SFTStage(blueprint_of(small_parts), parts=LORA)
     stage.configure_model()
-    assert "from parts" in find_adapter_obstacle(stage.model) and not can_export_adapter(stage.model)
+    assert "made from parts" in find_adapter_obstacle(stage.model) and not can_export_adapter(stage.model)
     base = write_base(tmp_path / "base", small_parts)
     whole = train_stage(base, parts={"vision_tower": {"lora": {"rank": 2}}})
     assert "trained as a whole" in find_adapter_obstacle(whole.model) and not can_export_adapter(whole.model)
