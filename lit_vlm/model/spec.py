@@ -340,8 +340,21 @@ def _load_config(name: str, setting: str, hub_options: dict[str, Any]) -> Any:
             raise UserError(format_adapter_error(setting, name, adapter.get("base_model_name_or_path"))) from None
         first = get_first_line(error)
         raise UserError(
-            f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json."
+            f"{setting}={name}: no model configuration could be read there ({first}). {_format_need(setting, name)}"
         ) from None
+
+
+def _format_need(setting: str, name: str) -> str:
+    """Format which folder and which files a setting needs, and how to get them."""
+    if Path(name).is_dir():
+        return "Give a folder with a config.json."
+    files = {"model.vision_tower": "preprocessor_config.json", "model.language_model": "tokenizer.json"}
+    more = files.get(setting, "tokenizer.json and preprocessor_config.json")
+    folder = f"models/{name.rpartition('/')[2]}"
+    return (
+        f"A folder is needed with config.json, {more} and model.safetensors, or its parts with their index: hf download {name} --local-dir "
+        f"{folder}, then {setting}={folder}."
+    )
 
 
 def _read_adapter_config(name: str, hub_options: dict[str, Any]) -> dict[str, Any] | None:

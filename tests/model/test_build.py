@@ -288,3 +288,16 @@ def test_one_mean_applies_to_all_three_colours(small_parts, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"image_mean": 0.25}), encoding="utf-8")
     images = load_model_spec(ModelConfig(vision_tower=str(tower), language_model=small_parts[1])).images
     assert images.mean == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("setting", "needed"),
+    [("vision_tower", "preprocessor_config.json"), ("language_model", "tokenizer.json")],
+)
+def test_a_base_model_that_is_not_there_is_named_with_its_files_and_the_way_to_get_them(small_parts, setting, needed):
+    parts = dict(zip(("vision_tower", "language_model"), small_parts, strict=True)) | {setting: "nobody/none"}
+    with pytest.raises(
+        UserError, match=rf"model\.{setting}=nobody/none: .*config\.json, {needed} and model\.safetensors"
+    ) as error:
+        load_model_spec(ModelConfig(**parts))
+    assert f"hf download nobody/none --local-dir models/none, then model.{setting}=models/none." in str(error.value)
