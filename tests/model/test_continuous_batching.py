@@ -4,7 +4,7 @@ import random
 
 import pytest
 from support import blueprint_of, sample
-from test_language_model_families import FAMILIES, make_family_folder
+from test_language_model_families import FAMILIES, WITH_EXPERTS, make_family_folder
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
@@ -144,7 +144,13 @@ def test_many_short_sequences_and_then_a_long_one_stay_within_the_limit_of_the_k
     assert [sequence.ids for sequence in sequences] == expected
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen2 tied"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *(family for family in FAMILIES if family != "qwen2 tied"),
+        *(pytest.param(family, marks=pytest.mark.slow) for family in WITH_EXPERTS),
+    ],
+)
 def test_other_families_have_the_answers_of_generate_too(family, small_parts, tmp_path):
     folder = make_family_folder(tmp_path / "language", family)
     blueprint = blueprint_of((small_parts[0], folder))
