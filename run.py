@@ -35,6 +35,7 @@ from lit_vlm.config.overrides import (
 )
 from lit_vlm.config.parse import collect_override_errors, ensure_no_typed_secrets, parse
 from lit_vlm.config.sweep_overrides import ensure_no_launcher, ensure_no_secrets, get_launcher, validate_multirun
+from lit_vlm.messages import find_choice, set_language, translate
 from lit_vlm.redaction import redact_terminal
 from lit_vlm.tasks import TASKS
 from lit_vlm.types import UserError
@@ -45,10 +46,11 @@ def main() -> None:
     handle_signals()
     redact_terminal()
     try:
+        set_language(find_choice(sys.argv[1:]))
         dispatch(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(str(error) or 1)  # an empty message on a rank whose error another rank reports
+        sys.exit(translate(str(error)) or 1)  # an empty message on a rank whose error another rank reports
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -64,6 +66,7 @@ def dispatch(arguments: list[str]) -> None:
         ensure_no_typed_secrets(overrides)
         ensure_no_launcher(parse_arguments(overrides))
         run = parse(overrides)
+        set_language(run.config.language.value)
         TASKS[run.config.task](run)
 
 
@@ -114,9 +117,10 @@ def run_job(_: object) -> None:
         run = parse(
             [*overrides.task, *(override for override in overrides.hydra if override.startswith("hydra.searchpath="))]
         )
+        set_language(run.config.language.value)
         TASKS[run.config.task](run)
     except UserError as error:
-        sys.exit(str(error) or 1)  # an exception would be shown with Hydra's traceback
+        sys.exit(translate(str(error)) or 1)  # an exception would be shown with Hydra's traceback
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise

@@ -6,6 +6,7 @@ import os
 import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", WANDB_SILENT="true")
+os.environ["LC_ALL"] = "C.UTF-8"  # pages and messages in English
 
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from support import blueprint_of, picture, sample
 
 from lit_vlm.data.processor import Processor
+from lit_vlm.messages import set_language
 from lit_vlm.model.build import build_model
 from lit_vlm.model.spec import ModelSpec
 from lit_vlm.model.tiny import make_language_model, make_tiny_parts, make_vision_tower
@@ -32,6 +34,7 @@ def _clean():
     yield
     sys.stdout, sys.stderr = streams  # main of run.py replaces them by streams that redact secrets
     GlobalHydra.instance().clear()
+    set_language("auto")
     torch.set_default_dtype(torch.float32)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

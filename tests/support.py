@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from html import unescape
+
 import numpy as np
 
 from lit_vlm.anyres import Tiling
@@ -35,3 +38,13 @@ def sample(question: str, answer: str, *sizes: tuple[int, int], seed: int = 0, n
 
 def builtin(*kinds: str, n: int = 64, language: Language = Language.ko, **options) -> list[BuiltinSource]:
     return [BuiltinSource(kind, kind, language=language, num_samples=n, **options) for kind in kinds]
+
+
+def list_english(page: str, *known: str) -> list[str]:
+    """List the English of a page: three words in a row that are no code, after the texts in `known` are taken away."""
+    text = re.sub(r"<(style|code|pre|title)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    labels = re.findall(r'(?:alt|aria-label|title|data-label)="([^"]*)"', text)
+    text = unescape("\n".join([re.sub(r"<[^>]+>", "\n", text), *labels]))
+    for each in known:
+        text = text.replace(each, "")
+    return re.findall(r"\b[A-Za-z][a-z']+ [a-z']{2,} [a-z']{2,}[^\n]*", text)

@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "anyres": set(),
     "compat": {"types"},
     "formatting": set(),
+    "messages": {"messages_ko"},
+    "messages_ko": set(),
     "redaction": {"secret_patterns"},
     "secret_patterns": set(),
     "files": {"types", "redaction"},
@@ -60,8 +62,8 @@ MAY_IMPORT = {
     "runs": {*BELOW_MODEL, "model", "data", "distributed", "checkpoint"},
     "fault_tolerance": {*BELOW_MODEL, "data", "cluster", "distributed", "checkpoint", "runs"},
     "loggers": {*BELOW_MODEL, "distributed", "runs", "fault_tolerance"},
-    "reports": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "runs"},
-    "sweep": {*BELOW_MODEL, "evaluation", "cluster", "runs", "fault_tolerance", "reports"},
+    "reports": {*BELOW_MODEL, "messages", "model", "data", "evaluation", "stages", "runs"},
+    "sweep": {*BELOW_MODEL, "messages", "evaluation", "cluster", "runs", "fault_tolerance", "reports"},
     "callbacks": {*BELOW_MODEL, *RUN_ROOMS, "model", "data", "evaluation", "stages"},
     "tasks": {
         *BELOW_MODEL,
@@ -78,7 +80,7 @@ MAY_IMPORT = {
         "sweep",
         "callbacks",
     },
-    "run": {"config", "fault_tolerance", "redaction", "tasks", "types"},
+    "run": {"config", "fault_tolerance", "messages", "redaction", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])
 MAY_IMPORT_HYDRA = {"compat", "config", "run"}

@@ -49,6 +49,7 @@ NON_IDENTITY_KEYS = (
     "run_dir",
     "run_name",
     "overwrite",
+    "language",
     "task",
     "recipe",
     "sync",

@@ -665,6 +665,9 @@ class RunConfig:
     run_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder below run_dir; null: the experiment and a hash of the changed settings
     overwrite: bool = False  # replace a finished run, or a different run, of the same name
+    language: Language = (
+        Language.auto
+    )  # language of pages, preflight's findings and common errors: ko, en; auto: by LC_ALL, LC_MESSAGES or LANG
     seed: int = ranged(0, SEED)  # seed of randomly initialised weights, data order and dropout
     debug: DebugMode | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)

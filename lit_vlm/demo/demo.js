@@ -41,7 +41,6 @@ function make(tag, properties = {}, ...children) {
 
 function setLanguage(language) {
   state.language = language;
-  localStorage.setItem("language", language);
   document.documentElement.lang = language;
   document.title = say("title");
   $("title").textContent = say("title");
@@ -624,7 +623,10 @@ function watch() {
   };
   $("stop").onclick = stopAll;
   $("reset").onclick = reset;
-  $("language").onclick = () => setLanguage(say("otherLanguage"));
+  $("language").onclick = () => {
+    localStorage.setItem("language", say("otherLanguage"));
+    setLanguage(say("otherLanguage"));
+  };
   $("modes").onchange = showMode;
   for (const id of ["x1", "y1", "x2", "y2"]) $(id).oninput = readBoxFields;
   $("clear-box").onclick = () => setBox(null);
@@ -662,5 +664,7 @@ function watch() {
 }
 
 watch();
-setLanguage(localStorage.getItem("language") ?? (navigator.language.startsWith("ko") ? "ko" : "en"));
+// The language that a person chose here, else that of the setting `language`, else the browser's.
+const wanted = [localStorage.getItem("language"), document.documentElement.dataset.language, navigator.language.slice(0, 2)];
+setLanguage(wanted.find((language) => language in MESSAGES) ?? "en");
 start();

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.datastructures import Headers, MutableHeaders
 
 from lit_vlm.data.lazy_images import BytesImage
@@ -22,9 +23,11 @@ from lit_vlm.serving.chat_request import RequestError
 from lit_vlm.types import SPECIAL_TOKENS, RecordError
 
 FOLDER = Path(__file__).parent
-PAGE = FOLDER / "page.html"
+PAGE = FOLDER / "demo.html"
+APP_STYLE = FOLDER / "app.css"  # of the demo and the viewer, after `BASE_STYLE`
 ASSETS = (
     TEMPLATE_FOLDER / BASE_STYLE,
+    APP_STYLE,
     *(FOLDER / name for name in ("demo.css", "demo.js", "markup.js", "messages.js")),
 )
 MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
@@ -73,7 +76,10 @@ class PageSecurity:
 
 
 def create_demo_app(
-    services: Sequence[ChatService], folders: Sequence[str], allowed_hosts: list[str] | None = None
+    services: Sequence[ChatService],
+    folders: Sequence[str],
+    allowed_hosts: list[str] | None = None,
+    language: str = "auto",
 ) -> FastAPI:
     """Create the application: the page, and below it the OpenAI-compatible endpoints of one or two models.
 
@@ -81,11 +87,12 @@ def create_demo_app(
         services: of each model; the endpoint of the first is /v1, of the second /second/v1.
         folders: the folder or hub id of each model, which the page shows.
         allowed_hosts: see `create_app`.
+        language: language in which the page opens, "ko" or "en"; "auto": that of the browser.
     """
     first = services[0]
     app = create_app(first, allowed_hosts)
     checking = asyncio.Semaphore(MAX_CHECKED)
-    add_files(app, PAGE, ASSETS)
+    add_files(app, PAGE, ASSETS, language)
 
     @app.get("/demo/settings")
     async def show_settings(request: Request) -> dict[str, Any]:
@@ -108,10 +115,11 @@ def create_demo_app(
     return app
 
 
-def add_files(app: FastAPI, page: Path, assets: Sequence[Path]) -> None:
-    """Add a page at `/` and its files below `/assets`; no other file can be asked for."""
+def add_files(app: FastAPI, page: Path, assets: Sequence[Path], language: str) -> None:
+    """Add a page at `/` and its files below `/assets`; no other file can be asked for. `page` extends `app.html`."""
     files = {path.name: path.read_bytes() for path in assets}
-    page_bytes = page.read_bytes()
+    templates = Environment(loader=FileSystemLoader([page.parent, FOLDER]), autoescape=True, undefined=StrictUndefined)
+    page_bytes = templates.get_template(page.name).render(language=language).encode()
 
     @app.get("/")
     async def show_page() -> Response:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
 
-from lit_vlm.formatting import format_count, format_tick
+from lit_vlm.formatting import format_tick
+from lit_vlm.messages import tell, tell_count, translate
 from lit_vlm.reports.preflight.facts import Histogram
 from lit_vlm.reports.run_record import Points
 
@@ -165,7 +166,8 @@ def _draw_axes(x: AxisScale, y: AxisScale) -> str:
         if x(value) < frame.right_end - 90:  # the corner is reserved for the last step
             parts.append(f'<text class="tick middle" x="{x(value)}" y="{frame.floor + 17}">{format_tick(value)}</text>')
     corner = f'x="{frame.right_end}" y="{frame.floor + 17}"'
-    parts.append(f'<text class="tick end" {corner}>{format_tick(x.high)} steps</text>')
+    steps = tell("{count} steps", count=format_tick(x.high))
+    parts.append(f'<text class="tick end" {corner}>{steps}</text>')
     return "".join(parts) + frame.draw_floor()
 
 
@@ -175,7 +177,8 @@ def _draw_line(line: ChartLine, x: Callable[[float], float], y: Callable[[float]
     svg = f'<polyline class="{line.style}" points="{path}"/>' if len(positions) > 1 else ""
     if line.dots or len(positions) == 1:
         for (left, top), (step, value) in zip(positions, line.points, strict=True):
-            title = f"<title>{escape(line.name)}, step {step + 1}: {value:.4g}</title>"
+            place = tell("step {number}", number=step + 1)
+            title = f"<title>{escape(line.name)}, {place}: {value:.4g}</title>"
             svg += f'<circle class="{line.style}" cx="{left}" cy="{top}" r="4">{title}</circle>'
     return svg
 
@@ -190,10 +193,11 @@ def draw_histogram(histogram: Histogram) -> str:
     totals = [sum(counts) for counts in zip(*histogram.series.values(), strict=True)]
     y = AxisScale(0, max(max(totals, default=0), 1), frame.floor, frame.top)
     body = _draw_histogram_axes(x, y, histogram.unit) + _draw_bars(histogram, x, y)
-    body += _draw_mark(x(histogram.spread.median), "median", "median")
+    body += _draw_mark(x(histogram.spread.median), "median", tell("median"))
     if cap is not None:
-        body += _draw_mark(x(cap), "cap", "cap", end=True)
-    label = f"{histogram.title}: median {histogram.spread.median:g}, at most {histogram.spread.most:g}"
+        body += _draw_mark(x(cap), "cap", tell("cap"), end=True)
+    spread = {"median": f"{histogram.spread.median:g}", "most": f"{histogram.spread.most:g}"}
+    label = tell("{title}: median {median}, at most {most}", title=translate(histogram.title), **spread)
     return frame.draw(body, label)
 
 
@@ -207,7 +211,7 @@ def _draw_bars(histogram: Histogram, x: Callable[[float], float], y: Callable[[f
             left, right = x(histogram.edges[number]), x(histogram.edges[number + 1])
             upper, lower = y(base[number] + count), y(base[number])
             span = _format_bin(histogram, number)
-            title = f"<title>{escape(name)}, {span}: {format_count(count, 'sample')}</title>"
+            title = f"<title>{escape(name)}, {span}: {tell_count(count, 'sample')}</title>"
             width = max(right - left - 0.8, 0.6)
             parts.append(
                 f'<rect class="{style}" x="{left + 0.4:.1f}" y="{upper}" width="{width:.1f}" height="{max(lower - upper, 0.5):.1f}">{title}</rect>'
@@ -219,7 +223,12 @@ def _draw_bars(histogram: Histogram, x: Callable[[float], float], y: Callable[[f
 def _format_bin(histogram: Histogram, bin_index: int) -> str:
     low, high = histogram.edges[bin_index], histogram.edges[bin_index + 1]
     first, last = math.ceil(low), math.ceil(high) - 1
-    return f"{first:,} {histogram.unit}" if first == last else f"{first:,} to {last:,} {histogram.unit}"
+    unit = tell(histogram.unit)
+    return (
+        f"{first:,} {unit}"
+        if first == last
+        else tell("{low} to {high} {unit}", low=f"{first:,}", high=f"{last:,}", unit=unit)
+    )
 
 
 def _draw_mark(position: float, style: str, text: str, *, end: bool = False) -> str:
@@ -238,5 +247,5 @@ def _draw_histogram_axes(x: AxisScale, y: AxisScale, unit: str) -> str:
         if value == int(value) and frame.left - 1 <= x(value) <= frame.right_end - 4:
             parts.append(f'<text class="tick middle" x="{x(value)}" y="{frame.floor + 16}">{format_tick(value)}</text>')
     corner = f'x="{frame.right_end}" y="{frame.floor + 34}"'
-    parts.append(f'<text class="tick end" {corner}>{unit}{", log" if x.log else ""}</text>')
+    parts.append(f'<text class="tick end" {corner}>{tell(unit)}{tell(", log") if x.log else ""}</text>')
     return "".join(parts) + frame.draw_floor()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lit_vlm.messages import translate
 from lit_vlm.reports.preflight.samples import encode_data_url
 from lit_vlm.reports.templates import PageTemplate, write_page
 from lit_vlm.types import LazyImage, RecordError
@@ -80,4 +81,4 @@ def show_record(title: str, origin: str, text: str, images: Sequence[LazyImage])
 
 def write_curation_page(path: Path, page: CurationPage) -> None:
     """Write the page as one HTML file."""
-    write_page(path, PageTemplate("curation.html").render(title=page.title, page=page))
+    write_page(path, PageTemplate("curation.html").render(title=translate(page.title), page=page))

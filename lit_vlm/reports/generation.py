@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lit_vlm.messages import translate
 from lit_vlm.reports.curation import CurationExample
 from lit_vlm.reports.templates import PageTemplate, write_page
 
@@ -34,4 +35,4 @@ class GenerationPage:
 
 def write_generation_page(path: Path, page: GenerationPage) -> None:
     """Write the page as one HTML file."""
-    write_page(path, PageTemplate("generation.html").render(title=page.title, page=page))
+    write_page(path, PageTemplate("generation.html").render(title=translate(page.title), page=page))

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from lit_vlm.evaluation.exam import ALL_CELL
 from lit_vlm.evaluation.metrics import METRICS
-from lit_vlm.formatting import format_change, format_count, format_duration, format_short
+from lit_vlm.formatting import format_change, format_duration, format_short
+from lit_vlm.messages import tell, tell_count
 from lit_vlm.reports.changed_answers import collect_changed_answers
 from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
 from lit_vlm.reports.exam import collect_exam, list_exams
@@ -113,11 +114,15 @@ def _format_totals(records: list[RunRecord]) -> str:
     def sum_figure(name: str) -> float:
         return sum(record.figures.get(name) or 0 for record in records)
 
-    stages = f"{len(records)} stages, " if len(records) > 1 else ""
     if not sum_figure("tokens"):
         return ""
-    amount = f"{stages}{format_short(sum_figure('samples'))} samples, {format_short(sum_figure('tokens'))} tokens"
-    return f"{amount}, {format_duration(sum_figure('seconds'))} of training"
+    amounts = {name: format_short(sum_figure(name)) for name in ("samples", "tokens")}
+    amounts["time"] = format_duration(sum_figure("seconds"))
+    if len(records) == 1:
+        return tell("{samples} samples, {tokens} tokens, {time} of training", **amounts)
+    return tell(
+        "{stages} stages, {samples} samples, {tokens} tokens, {time} of training", stages=len(records), **amounts
+    )
 
 
 def _collect_origin(records: list[RunRecord]) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def _collect_origin(records: list[RunRecord]) -> dict[str, Any]:
     git = manifest.get("git") or {}
     starts = [record.manifest["started"] for record in records if record.manifest.get("started")]
     return {
-        "commit": (git.get("commit") or "")[:12] + (", with local changes" if git.get("dirty") else ""),
+        "commit": (git.get("commit") or "")[:12] + (tell(", with local changes") if git.get("dirty") else ""),
         "started": _format_time(min(starts)) if starts else "",
         "finished": _format_time(manifest.get("finished") or ""),
         "versions": manifest.get("versions") or {},
@@ -173,36 +178,45 @@ def _collect_facts(record: RunRecord) -> list[tuple[str, str]]:
         ("peak memory", f"{memory / 2**30:.2f} GiB" if memory else ""),
         ("starts from", str(parent.get("path") or "")),
     ]
-    return [(name, value) for name, value in facts if value]
+    return [(tell(name), value) for name, value in facts if value]
 
 
 def _format_batch_size(plan: dict[str, Any]) -> str:
     for key, what in (("global_batch_size", "sample"), ("global_batch_tokens", "token")):
         if plan.get(key):
-            return format_count(plan[key], what)
+            return tell_count(plan[key], what)
     return ""
 
 
 def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
     metrics, figures = record.metrics, record.figures
     loss, held_out = metrics.get("train/loss", []), metrics.get("val/loss", [])
-    lines = [ChartLine("training loss", loss, "raw"), ChartLine("training loss, smoothed", smooth(loss), "main")]
-    lines.append(ChartLine("held-out loss", held_out, "second", dots=len(held_out) <= MAX_DOTS))
-    svg = draw_line_chart(lines, label=f"loss of {record.name} by step", allow_log=True)
-    charts = [_make_chart("Loss", svg, lines, _format_loss_note(record))]
+    name = tell("training loss")
+    lines = [ChartLine(name, loss, "raw"), ChartLine(name, smooth(loss), "main")]
+    lines.append(ChartLine(tell("held-out loss"), held_out, "second", dots=len(held_out) <= MAX_DOTS))
+    svg = draw_line_chart(lines, label=tell("loss of {name} by step", name=record.name), allow_log=True)
+    charts = [_make_chart(tell("Loss"), svg, lines, _format_loss_note(record))]
     accuracy, margin = metrics.get("train/rewards/accuracies", []), metrics.get("train/rewards/margins", [])
     held_out = metrics.get("val/rewards/accuracies", [])
-    name = "of training pairs"
-    lines = [ChartLine(name, accuracy, "raw"), ChartLine(f"{name}, smoothed", smooth(accuracy), "main")]
-    lines.append(ChartLine("of held-out pairs", held_out, "second", dots=len(held_out) <= MAX_DOTS))
-    svg = draw_line_chart(lines, label=f"reward accuracy of {record.name} by step", low=0.0, high=1.0)
-    note = f"margin of the rewards {format_change(margin[0][1], margin[-1][1], '.3f')}" if margin else ""
-    charts.append(_make_chart("Reward accuracy", svg, lines, note))
+    name = tell("of training pairs")
+    lines = [ChartLine(name, accuracy, "raw"), ChartLine(name, smooth(accuracy), "main")]
+    lines.append(ChartLine(tell("of held-out pairs"), held_out, "second", dots=len(held_out) <= MAX_DOTS))
+    svg = draw_line_chart(lines, label=tell("reward accuracy of {name} by step", name=record.name), low=0.0, high=1.0)
+    note = (
+        tell("margin of the rewards {change}", change=format_change(margin[0][1], margin[-1][1], ".3f"))
+        if margin
+        else ""
+    )
+    charts.append(_make_chart(tell("Reward accuracy"), svg, lines, note))
     scores = metrics.get(f"exam/{ALL_CELL}", [])
-    lines = [ChartLine("mean score", scores, "main", dots=len(scores) <= MAX_DOTS)]
-    svg = draw_line_chart(lines, label=f"exam of {record.name} by step", low=0.0, high=1.0)
+    lines = [ChartLine(tell("mean score"), scores, "main", dots=len(scores) <= MAX_DOTS)]
+    svg = draw_line_chart(lines, label=tell("exam of {name} by step", name=record.name), low=0.0, high=1.0)
     share = (figures.get("exam") or {}).get("time_share")
-    charts.append(_make_chart("Exam", svg, lines, f"{share:.0%} of the training time" if share else ""))
+    charts.append(
+        _make_chart(
+            tell("Exam"), svg, lines, tell("{share} of the training time", share=f"{share:.0%}") if share else ""
+        )
+    )
     charts += _draw_benchmark_charts(record)
     return [chart for chart in charts if chart["svg"] or chart["rows"]]
 
@@ -213,10 +227,10 @@ def _draw_benchmark_charts(record: RunRecord) -> list[dict[str, Any]]:
     charts = []
     for metric in figures.get("last") or {}:
         scores, name = record.metrics.get(metric, []), metric.partition("/")[2]
-        lines = [ChartLine(f"score of {name}", scores, "main", dots=len(scores) <= MAX_DOTS)]
-        svg = draw_line_chart(lines, label=f"{name} of {record.name} by step", low=0.0)
-        note = f"a slice; all benchmarks took {figures['time_share']:.0%} of the training time"
-        charts.append(_make_chart(f"Benchmark {name}", svg, lines, note))
+        lines = [ChartLine(tell("score of {name}", name=name), scores, "main", dots=len(scores) <= MAX_DOTS)]
+        svg = draw_line_chart(lines, label=tell("{metric} of {name} by step", metric=name, name=record.name), low=0.0)
+        note = tell("a slice; all benchmarks took {share} of the training time", share=f"{figures['time_share']:.0%}")
+        charts.append(_make_chart(tell("Benchmark {name}", name=name), svg, lines, note))
     return charts
 
 
@@ -228,7 +242,7 @@ def _make_chart(title: str, svg: str, lines: list[ChartLine], note: str) -> dict
     steps = sorted({step for line in shown for step, _ in line.points})
     rows = [
         (
-            line.name.removesuffix(", smoothed"),
+            line.name,
             [f"{dict(line.points)[step]:.4g}" if step in dict(line.points) else "" for step in steps],
         )
         for line in shown
@@ -238,7 +252,7 @@ def _make_chart(title: str, svg: str, lines: list[ChartLine], note: str) -> dict
 
 def _make_legend(lines: list[ChartLine]) -> list[tuple[str, str]]:
     """Make the legend. A raw curve shares the entry of its smoothed curve."""
-    return [(line.style, line.name.removesuffix(", smoothed")) for line in lines if line.points and line.style != "raw"]
+    return [(line.style, line.name) for line in lines if line.points and line.style != "raw"]
 
 
 def _format_loss_note(record: RunRecord) -> str:
@@ -246,7 +260,8 @@ def _format_loss_note(record: RunRecord) -> str:
     if "val/loss" not in last:
         return ""
     languages = [f"{name} {last[f'val/loss_{name}']:.3g}" for name in ("ko", "en") if f"val/loss_{name}" in last]
-    return f"held-out at the end {last['val/loss']:.3g}" + (f" ({', '.join(languages)})" if languages else "")
+    found = tell("held-out at the end {loss}", loss=f"{last['val/loss']:.3g}")
+    return found + (f" ({', '.join(languages)})" if languages else "")
 
 
 def _collect_scores(record: RunRecord) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from html import escape
 from typing import Any
 
 from lit_vlm.config.overrides import quote_value
+from lit_vlm.messages import tell
 from lit_vlm.reports.charts import AxisScale, ChartFrame, compute_log_ticks, compute_ticks
 from lit_vlm.sweep.results import TrialRecord, compute_ranks, find_best_trial, find_varying_keys, is_numeric
 from lit_vlm.sweep.sweep_file import Goal, SweepFile
@@ -81,7 +82,8 @@ def draw_parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) 
     lines = "".join(
         _draw_trial(record, axes, metric_axis, relative_ranks.get(record.number), record is best) for record in order
     )
-    label = f"{len(records)} trials by {', '.join(keys)} and {metric_axis.key}"
+    values = {"count": len(records), "keys": ", ".join(keys), "metric": metric_axis.key}
+    label = tell("{count} trials by {keys} and {metric}", **values)
     return PARALLEL_FRAME.draw(lines + "".join(map(_draw_axis, [*axes, metric_axis])), label, "parallel")
 
 
@@ -106,19 +108,19 @@ def draw_metric_by_trial(records: Sequence[TrialRecord], goal: Goal, metric: str
         for n in compute_ticks(0, x.high)
         if n == int(n)
     ]
-    parts.append(f'<text class="end" x="{frame.right_end}" y="{frame.height - 3}">trial</text>')
+    parts.append(f'<text class="end" x="{frame.right_end}" y="{frame.height - 3}">{tell("trial")}</text>')
     parts.append(f'<polyline class="main" points="{_compute_best_so_far(plottable, goal, x, y)}"/>')
     for record in plottable:
-        title = f"<title>{escape(f'trial {record.number}: {metric} {record.value:.5g}, {record.state}')}</title>"
+        name = tell("trial {number}", number=record.number)
+        title = f"<title>{escape(f'{name}: {metric} {record.value:.5g}, {tell(record.state)}')}</title>"
         parts.append(
             f'<circle class="{record.state}" cx="{x(record.number)}" cy="{y(record.logged_value)}" r="4">{title}</circle>'
         )
     for record in records:
         if record.state == "failed" and not _has_plottable_value(record):
-            parts.append(
-                f'<text class="cross middle" x="{x(record.number)}" y="{frame.top + 4}">×<title>trial {record.number} failed</title></text>'
-            )
-    return frame.draw("".join(parts), f"{metric} of each trial", "trials")
+            title = f"<title>{tell('trial {number} failed', number=record.number)}</title>"
+            parts.append(f'<text class="cross middle" x="{x(record.number)}" y="{frame.top + 4}">×{title}</text>')
+    return frame.draw("".join(parts), tell("{metric} of each trial", metric=metric), "trials")
 
 
 def compute_relative_ranks(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
@@ -203,7 +205,8 @@ def _draw_trial(
         points.append((metric_axis.x, metric_axis.get_position(record.value)))
     value = f"{metric_axis.key} {record.value:.5g}, " if record.value is not None else ""
     parameters = ", ".join(f"{axis.key}={format_category(record.parameters[axis.key])}" for axis in axes)
-    title = f"<title>{escape(f'trial {record.number}, {record.state}: {value}{parameters}')}</title>"
+    name = tell("trial {number}", number=record.number)
+    title = f"<title>{escape(f'{name}, {tell(record.state)}: {value}{parameters}')}</title>"
     style = f' style="--rank:{100 * share:.0f}%"' if share is not None else ""
     path = " ".join(f"{x},{y}" for x, y in points)
     kind = "best" if is_best else record.state
@@ -219,7 +222,7 @@ def _draw_axis(axis: ParallelAxis) -> str:
     prefix = clip_label(prefix.rpartition(".")[2])
     title = f"<title>{escape(axis.key)}</title>"
     parts.append(f'<text class="middle" x="{axis.x}" y="18">{escape(prefix)}{title}</text>')
-    scale = " (log)" if axis.is_log else ""
+    scale = tell(" (log)") if axis.is_log else ""
     parts.append(f'<text class="name middle" x="{axis.x}" y="36">{escape(clip_label(word))}{scale}{title}</text>')
     return "".join(parts)
 

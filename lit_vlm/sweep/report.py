@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_vlm.formatting import format_duration
+from lit_vlm.messages import tell, translate
 from lit_vlm.reports import templates
 from lit_vlm.sweep.charts import compute_axis_range, draw_metric_by_trial, draw_parallel_coordinates, format_category
 from lit_vlm.sweep.results import (
@@ -140,6 +141,12 @@ def format_counts(report: SweepReport) -> str:
     return f"{len(report.records)}{total} trials: {states or 'none yet'}"
 
 
+def tell_counts(report: SweepReport) -> str:
+    """Format the counts, as `format_counts`, in the language of this process."""
+    total, _, states = format_counts(report).partition(": ")
+    return f"{translate(total)}: {', '.join(map(translate, states.split(', ')))}"
+
+
 def format_cell(value: Any) -> str:
     """Format a parameter's value for a table cell."""
     return f"{value:g}" if isinstance(value, float) else format_category(value)
@@ -162,7 +169,7 @@ def _build_context(report: SweepReport) -> dict[str, Any]:
         "page": report,
         "title": report.sweep.name,
         "lead": report.sweep.description or "",
-        "counts": format_counts(report),
+        "counts": tell_counts(report),
         "facts": _list_facts(report),
         "parallel": Markup(draw_parallel_coordinates(report.records, report.sweep)),
         "far": _get_axis_limit(report),
@@ -190,14 +197,24 @@ def _list_facts(report: SweepReport) -> list[tuple[str, str]]:
     seconds = [record.seconds for record in report.records if record.seconds]
     facts = [
         ("method", report.sweep.method.value),
-        ("metric", f"{report.metric}, {'lower' if report.goal is Goal.minimize else 'higher'} is better"),
+        (
+            "metric",
+            tell(
+                "{metric}, lower is better" if report.goal is Goal.minimize else "{metric}, higher is better",
+                metric=report.metric,
+            ),
+        ),
         (
             "stopped early",
-            f"by hyperband: first after {hyperband.rungs[0] + 1} values, the best 1/{hyperband.eta:g} continue"
+            tell(
+                "by hyperband: first after {count} values, the best 1/{eta} continue",
+                count=hyperband.rungs[0] + 1,
+                eta=f"{hyperband.eta:g}",
+            )
             if hyperband
-            else "never",
+            else tell("never"),
         ),
         ("time of all trials", format_duration(sum(seconds)) if seconds else ""),
         ("file", report.sweep.location),
     ]
-    return [(name, value) for name, value in facts if value]
+    return [(tell(name), value) for name, value in facts if value]

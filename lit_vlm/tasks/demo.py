@@ -38,6 +38,7 @@ def show_demo(run: Run) -> None:
             make_service(folder, replace(settings, model_name=name), config.model, token, **options)
             for folder, name in zip(folders, (settings.model_name, None), strict=False)
         ]
-        app = create_demo_app(services, folders, list_loopback_names(settings.host) if token is None else None)
+        hosts = list_loopback_names(settings.host) if token is None else None
+        app = create_demo_app(services, folders, hosts, config.language.value)
         names = " and ".join(service.reader.model_name for service in services)
         run_server(app, services, listening, f"{names}: open {format_url(listening)} in a browser. Ctrl-C ends it.")

@@ -58,7 +58,8 @@ def view_data(run: Run) -> None:
         parts = {"training": indexes.training, "held_out": indexes.held_out}
         flags = RecordFlags(Path(config.run_dir) / "view" / run.name, open_flagged_sources(data, place, config.seed))
         table = SampleTable(parts, stage_data.training_data.processor, flags)
-        app = create_view_app(table, run.name, token, list_loopback_names(settings.host) if token is None else None)
+        hosts = list_loopback_names(settings.host) if token is None else None
+        app = create_view_app(table, run.name, token, hosts, config.language.value)
         num_samples = sum(map(len, parts.values()))
         text = f"{run.name}: {num_samples:,} samples; open {format_url(listening)} in a browser. Ctrl-C ends it."
         run_server(app, [], listening, text)

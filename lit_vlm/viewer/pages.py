@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from lit_vlm.demo.pages import APP_STYLE, PageSecurity, add_files
 from lit_vlm.demo.pages import FOLDER as DEMO_FOLDER
-from lit_vlm.demo.pages import PageSecurity, add_files
 from lit_vlm.reports.templates import BASE_STYLE, TEMPLATE_FOLDER
 from lit_vlm.serving.app import check_token
 from lit_vlm.serving.chat_request import RequestError
@@ -22,7 +22,7 @@ from lit_vlm.viewer.samples import SampleFilter, SampleTable
 
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "view.html"
-ASSETS = (TEMPLATE_FOLDER / BASE_STYLE, DEMO_FOLDER / "markup.js", FOLDER / "view.css", FOLDER / "view.js")
+ASSETS = (TEMPLATE_FOLDER / BASE_STYLE, APP_STYLE, DEMO_FOLDER / "markup.js", FOLDER / "view.css", FOLDER / "view.js")
 MAX_ROWS = 200  # of one answer
 
 Part = Literal["training", "held_out"]
@@ -39,7 +39,11 @@ class Flag(BaseModel):
 
 
 def create_view_app(
-    table: SampleTable, title: str, token: str | None = None, allowed_hosts: list[str] | None = None
+    table: SampleTable,
+    title: str,
+    token: str | None = None,
+    allowed_hosts: list[str] | None = None,
+    language: str = "auto",
 ) -> FastAPI:
     """Create the application of the viewer.
 
@@ -47,12 +51,13 @@ def create_view_app(
         title: shown above the list, such as the name of the run.
         token: clients must send it as `Authorization: Bearer`; None: it is not needed.
         allowed_hosts: names by which browsers may address the server; None: any.
+        language: language in which the page opens, "ko" or "en"; "auto": that of the browser.
     """
     app = FastAPI(openapi_url=None)
     if allowed_hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)
     app.add_middleware(PageSecurity)
-    add_files(app, PAGE, ASSETS)
+    add_files(app, PAGE, ASSETS, language)
     _add_error_answers(app)
     _add_pictures(app, table, token)
 

@@ -90,7 +90,6 @@ async function attempt(action) {
 
 function setLanguage(language) {
   state.language = language;
-  localStorage.setItem("language", language);
   document.documentElement.lang = language;
   $("language").textContent = say("other");
   $("language").lang = say("otherLanguage");
@@ -250,7 +249,10 @@ function makeBox(box, phrase, name) {
   return element;
 }
 
-$("language").onclick = () => setLanguage(say("otherLanguage"));
+$("language").onclick = () => {
+  localStorage.setItem("language", say("otherLanguage"));
+  setLanguage(say("otherLanguage"));
+};
 $("filters").onsubmit = (event) => event.preventDefault();
 $("filters").onchange = () => attempt(async () => {
   showFilters();
@@ -265,5 +267,7 @@ $("gate").onsubmit = (event) => {
   sessionStorage.setItem("token", state.token);
   attempt(start);
 };
-setLanguage(localStorage.getItem("language") ?? (navigator.language.startsWith("ko") ? "ko" : "en"));
+// The language that a person chose here, else that of the setting `language`, else the browser's.
+const wanted = [localStorage.getItem("language"), document.documentElement.dataset.language, navigator.language.slice(0, 2)];
+setLanguage(wanted.find((language) => language in MESSAGES) ?? "en");
 attempt(start);

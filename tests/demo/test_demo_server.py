@@ -23,7 +23,7 @@ def test_the_page_loads_only_its_own_files_and_weighs_less_than_100_kb(start_dem
     demo = start_demo()
     page = httpx2.get(demo.url)
     names = re.findall(r'(?:href|src)="(assets/[^"]+)"', page.text)
-    assert len(names) == 3
+    assert len(names) == 4
     for match in re.findall(r'(?:href|src)="([^"]+)"', page.text):
         assert match.startswith("assets/") or match == "data:,"
     responses = [httpx2.get(demo.url + f"assets/{path.name}") for path in pages.ASSETS]

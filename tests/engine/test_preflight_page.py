@@ -2,18 +2,21 @@
 
 import io
 import re
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
 import pytest
 from rich.console import Console
-from support import builtin, picture, sample
+from support import builtin, list_english, picture, sample
 
 from lit_vlm.config import parse
+from lit_vlm.config.choices import OnBadRecord, OnOverlong
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.markup import build_object_mention
 from lit_vlm.formatting import format_bytes, format_count, format_estimated_time, format_number, format_percent
+from lit_vlm.messages import set_language
 from lit_vlm.reports.preflight.checks import collect_findings
 from lit_vlm.reports.preflight.facts import Finding, PreflightFacts, Severity, SourceRow
 from lit_vlm.reports.preflight.report import print_preflight, render_preflight_page, write_preflight_page
@@ -271,3 +274,29 @@ def test_numbers_are_formatted_for_readers():
         and format_estimated_time(86400 * 3) == "3.0 days"
         and format_estimated_time(120) == "2 minutes"
     )
+
+
+def test_the_page_and_every_finding_are_korean(facts):
+    set_language("ko")
+    facts.samples, facts.findings = [], list(collect_all_findings(facts))
+    page = render_preflight_page(facts)
+    assert len(facts.findings) > 10 and '<html lang="ko">' in page and "데이터 혼합" in page
+    assert list_english(page) == []
+
+
+def collect_all_findings(facts):
+    """Yield findings of most kinds, from sources and plans with every problem."""
+    stop, set_aside = (
+        parse(["experiment=tiny/2_sft", "init_from=null"]).config,
+        parse(["experiment=tiny/2_sft", "init_from=null"]).config,
+    )
+    set_aside.data.on_bad_record, set_aside.data.on_overlong = OnBadRecord.quarantine, OnOverlong.quarantine
+    row = SourceRow("mine", 100, 100, usable=90, expected=120, duplicates=3, passes=9.0, normalised=4, fewer_tiles=2)
+    row.quarantined = {"missing": 2, "overlong": 1}
+    other = replace(row, name="other", fewer_tiles=0, fewer_turns=1, looked_at=50)
+    plan = replace(facts.plan, world_size=8, samples_per_step=300.0, blank=0.2, balance_ranks=0.8)
+    bad = replace(facts, sources=[row, other], held_out=0, plan=plan)
+    for config in (stop, set_aside):
+        for limit in (0.001, 0.5):
+            config.data.max_quarantined = limit
+            yield from collect_findings(bad, config.data, config.stage, "bf16-mixed")

@@ -4,7 +4,9 @@ import gzip
 import json
 
 import pytest
+from support import list_english
 
+from lit_vlm.messages import set_language
 from lit_vlm.reports.profile.page import collect_profile_findings, render_profile_page
 from lit_vlm.reports.profile.summary import summarize_trace
 from lit_vlm.reports.profile.trace import read_trace
@@ -125,6 +127,10 @@ def test_float32_products_of_a_half_precision_run_are_reported(tmp_path):
         ("forward", "language model"),
     )
     assert trace.summarize(tmp_path, precision="32-true").float32_products == []
+    set_language("ko")
+    page = render_profile_page(trace.summarize(tmp_path))
+    assert list_english(page) == [] and "float32 행렬 곱이 1번" in page and "순전파: language model" in page
+    set_language("en")
     page = render_profile_page(trace.summarize(tmp_path))
     assert "1 float32 product a step in a bf16-mixed run, 3.0 % of its\ntime" in page.replace("its time", "its\ntime")
     assert "a &lt;run&gt;" in page and "<script" not in page and "http" not in page

@@ -7,8 +7,10 @@ import re
 import pytest
 from PIL import Image
 from rich.console import Console
+from support import list_english
 
 from lit_vlm.formatting import format_duration, format_short
+from lit_vlm.messages import set_language
 from lit_vlm.reports.charts import ChartLine, compute_log_ticks, compute_ticks, draw_line_chart, reduce_points, smooth
 from lit_vlm.reports.report import make_summary_table, write_report
 from lit_vlm.reports.run_record import read_run, split_group
@@ -217,3 +219,10 @@ def test_numbers_are_formatted_for_readers(tmp_path):
     assert [format_duration(s) for s in (3.54, 61, 3_720, None)] == ["3.5 s", "1 min 1 s", "1 h 2 min", ""]
     assert split_group("multi_image_ko") == ("multi_image", "ko")
     assert read_run(tmp_path / "none").name == "none"
+
+
+def test_the_page_is_korean_but_for_what_models_and_data_say(folder, tmp_path):
+    set_language("ko")
+    page = render_page(folder)
+    assert '<html lang="ko">' in page and "검증 샘플의 답변" in page and "학습 손실" in page
+    assert list_english(page, INJECTION) == []

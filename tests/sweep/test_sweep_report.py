@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support import list_english
 
+from lit_vlm.messages import set_language
 from lit_vlm.sweep.charts import compute_axis_range, compute_relative_ranks, draw_parallel_coordinates
 from lit_vlm.sweep.report import SweepReport, make_parameter_table, make_trial_table, write_sweep_report
 from lit_vlm.sweep.results import (
@@ -188,3 +190,11 @@ def test_the_terminal_shows_the_same_as_the_page(tmp_path):
     )
     assert "12 of 12 trials: 12 finished" in text and "stage.learning_rate: " in text and "hint at the order" in text
     assert "0.0001 to 0.1, logarithmic" in print_to_text(make_parameter_table(make_sweep()))
+
+
+def test_the_page_is_korean(tmp_path):
+    set_language("ko")
+    records = [*map(make_bowl_record, range(12)), make_record(12, None, "failed"), make_record(13, 0.9, "stopped")]
+    page = render_page(tmp_path, records, total=20)
+    assert '<html lang="ko">' in page and "트라이얼 20개 중 14개: 완료 12개, 조기 종료 1개, 실패 1개" in page
+    assert list_english(page) == []

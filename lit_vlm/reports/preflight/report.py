@@ -20,6 +20,7 @@ from lit_vlm.formatting import (
     format_short,
     format_speed,
 )
+from lit_vlm.messages import tell, tell_count, translate
 from lit_vlm.reports.charts import HISTOGRAM_STYLES, draw_histogram
 from lit_vlm.reports.preflight.facts import Histogram, MemoryFacts, PreflightFacts, Severity, SourceRow, StrategyFacts
 from lit_vlm.reports.templates import PageTemplate, escape_text, write_page
@@ -63,9 +64,11 @@ def format_verdict(facts: PreflightFacts) -> str:
     """Format the verdict: would run or would fail, with the number of findings."""
     failures = len(facts.get_findings(Severity.failure))
     if failures:
-        return f"would fail: {format_count(failures, 'problem')}"
+        return tell("would fail: {problems}", problems=tell_count(failures, "problem"))
     warnings = len(facts.get_findings(Severity.warning))
-    return "would run" + (f", with {format_count(warnings, 'warning')}" if warnings else "")
+    if not warnings:
+        return tell("would run")
+    return tell("would run, with {warnings}", warnings=tell_count(warnings, "warning"))
 
 
 def format_run_summary(facts: PreflightFacts) -> str:
@@ -73,15 +76,21 @@ def format_run_summary(facts: PreflightFacts) -> str:
     parts = []
     if facts.plan:
         plan = facts.plan
-        batch = format_count(round(plan.samples_per_step), "sample")
-        parts.append(f"{format_count(plan.steps, 'step')} of {batch} on {format_count(plan.world_size, 'device')}")
-        parts.append(f"{format_short(plan.tokens)} tokens")
+        counts = {
+            "steps": tell_count(plan.steps, "step"),
+            "samples": tell_count(round(plan.samples_per_step), "sample"),
+            "devices": tell_count(plan.world_size, "device"),
+        }
+        parts.append(tell("{steps} of {samples} on {devices}", **counts))
+        parts.append(tell("{count} tokens", count=format_short(plan.tokens)))
     if facts.time:
-        parts.append(f"about {format_estimated_time(facts.time.seconds)} on {facts.time.device}")
+        time = tell_time(facts.time.seconds)
+        parts.append(tell("about {time} on {device}", time=time, device=translate(facts.time.device)))
     if facts.memory:
         chosen = next((row for row in facts.memory.rows if row.chosen), None)
         if chosen:
-            parts.append(f"{format_bytes(chosen.total)} of {format_bytes(facts.memory.capacity)} memory")
+            needed, capacity = format_bytes(chosen.total), format_bytes(facts.memory.capacity)
+            parts.append(tell("{needed} of {capacity} memory", needed=needed, capacity=capacity))
     return ", ".join(parts)
 
 
@@ -100,12 +109,22 @@ def describe_strategy(strategy: StrategyFacts) -> list[str]:
 
 def describe_communication(strategy: StrategyFacts) -> str:
     """Describe the simulated communication of one step."""
-    outside = f", {format_bytes(strategy.outside)} into each node" if strategy.outside else ""
-    waits = f"{strategy.communication:.2g} s of sending beside {strategy.step - strategy.exposed:.2g} s of computing"
-    return (
-        f"a step brings {format_bytes(strategy.inside)} to each device from its node{outside} ({strategy.network}): {waits}, "
-        f"{format_percent(1 - strategy.share)} of the time is waiting"
+    outside = tell(", {bytes} into each node", bytes=format_bytes(strategy.outside)) if strategy.outside else ""
+    return tell(
+        "a step brings {bytes} to each device from its node{outside} ({network}): "
+        "{sending} s of sending beside {computing} s of computing, {share} of the time is waiting",
+        bytes=format_bytes(strategy.inside),
+        outside=outside,
+        network=translate(strategy.network),
+        sending=f"{strategy.communication:.2g}",
+        computing=f"{strategy.step - strategy.exposed:.2g}",
+        share=format_percent(1 - strategy.share),
     )
+
+
+def tell_time(seconds: float) -> str:
+    """Format an estimated time, as `format_estimated_time`, in the language of this process."""
+    return translate(format_estimated_time(seconds))
 
 
 def _prepare_source(row: SourceRow) -> dict[str, Any]:
@@ -151,7 +170,7 @@ _PAGE = PageTemplate(
     short=format_short,
     percent=format_percent,
     gigabytes=format_bytes,
-    hours=format_estimated_time,
+    hours=tell_time,
     speed=format_speed,
     count=format_number,
 )
@@ -176,8 +195,10 @@ def print_preflight(facts: PreflightFacts, page_path: Path, console: Console) ->
     _print_lines(console, *_format_machine(facts))
     for level in Severity:
         for finding in facts.get_findings(level):
-            line = Text(f"{level}: ", style=TERMINAL_STYLES[level]).append(_format_plain(finding.what), style="default")
-            console.print(line.append(f" {_format_plain(finding.remedy)}" if finding.remedy else "", style="dim"))
+            line = Text(f"{translate(level)}: ", style=TERMINAL_STYLES[level])
+            line.append(_format_plain(translate(finding.what)), style="default")
+            remedy = f" {_format_plain(translate(finding.remedy))}" if finding.remedy else ""
+            console.print(line.append(remedy, style="dim"))
     console.print(Text(format_verdict(facts), style="bold green" if facts.would_run else "bold red"))
     _print_lines(console, format_run_summary(facts), f"page: {page_path}")
 
