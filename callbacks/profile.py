@@ -18,6 +18,7 @@ from lit_vlm.formatting import format_count
 from lit_vlm.reports.profile.page import write_profile_page
 from lit_vlm.reports.profile.summary import summarize_trace
 from lit_vlm.reports.profile.trace import DATA, PART_PREFIX, PHASE_PREFIX, VALIDATION, read_trace
+from lit_vlm.runs.run_folder import get_command_line
 from lit_vlm.types import Batch
 
 WARMUP_STEPS, PROFILED_STEPS = 3, 3
@@ -124,6 +125,7 @@ class Profile(L.Callback):
             precision=str(trainer.precision),
             tokens=self._tokens / steps,
             tiles=self._tiles / steps,
+            command=get_command_line(),
         )
         write_profile_page(self.run_dir / PAGE_FILE, facts)
 

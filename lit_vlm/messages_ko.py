@@ -55,6 +55,8 @@ TEXTS = {
     "after": "학습 후",
     "better": "좋아짐",
     "Boxes:": "바운딩 박스:",
+    "Made by": "만든 명령:",
+    "Figures of this stage made by": "이 단계의 그림과 표를 만든 명령:",
     "step {number}": "{number}스텝",
     "{count} steps": "{count}스텝",
     "{low} to {high} {unit}": "{low}~{high} {unit}",

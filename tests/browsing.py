@@ -46,3 +46,43 @@ def open_page(browser):
     for context in contexts:
         context.close()
     assert errors == []
+
+
+def find_page_faults(browser, path) -> list[str]:
+    """Find what a page of one file lacks on a phone, in the dark, on paper and for screen readers; [] for none.
+
+    Nothing may be wider than a phone or a sheet, load anything, or have no name; paper is white with dark text.
+    """
+    faults, requests = [], []
+    for name, width, settings in (("phone", 390, {"color_scheme": "dark"}), ("paper", 700, {"color_scheme": "dark"})):
+        context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, **settings)
+        page = context.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(path.as_uri())
+        page.emulate_media(media="print" if name == "paper" else "screen", color_scheme="dark")
+        page.evaluate("document.querySelectorAll('details').forEach((each) => (each.open = true))")
+        found = page.evaluate(MEASURE_PAGE)
+        if found["width"] > width:
+            faults.append(f"{name}: {found['width']} pixels wide instead of {width}")
+        faults += [f"{name}: {each}" for each in [*found["nameless"], *(found["paper"] if name == "paper" else [])]]
+        context.close()
+    return faults + [f"loads {url[:80]}" for url in requests if not url.startswith(("file:", "data:"))]
+
+
+MEASURE_PAGE = """() => {
+  const all = [...document.querySelectorAll("main *")].map((each) => [each, getComputedStyle(each)]);
+  const level = (color) => color.match(/[\\d.]+/g).slice(0, 3).reduce((sum, part) => sum + Number(part), 0) / 3;
+  const list = (what, test) => all.filter(test).map(([each]) => `${what}: ${each.outerHTML.slice(0, 80)}`);
+  const isNamed = (each) => each.getAttribute("aria-label") || each.getAttribute("alt");
+  const isCut = (each, style) => style.overflowX !== "visible" || each.scrollWidth > each.clientWidth + 1;
+  return {
+    width: document.documentElement.scrollWidth,
+    nameless: list("no name", ([each]) => each.matches("img, svg, [role=img]") && !isNamed(each)),
+    paper: [
+      ...(level(getComputedStyle(document.body).backgroundColor) < 250 ? ["the page is not white"] : []),
+      ...list("sticks", ([, style]) => style.position === "sticky" || style.position === "fixed"),
+      ...list("pale", ([each, style]) => each.matches("td, th, p, h1, h2, dd") && level(style.color) > 130),
+      ...list("cut", ([each, style]) => each.matches(".scroll, .rendered, pre") && isCut(each, style)),
+    ],
+  };
+}"""

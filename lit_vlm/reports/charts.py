@@ -1,4 +1,6 @@
-"""Charts as SVG: scales, ticks, line charts and histograms. The style sheets of the pages set the colours."""
+"""Charts of all pages as SVG: line charts, histograms, parallel coordinates and scatter charts. The style sheets set the colours,
+so that charts follow light and dark mode.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import accumulate
+from typing import Any
 
 from lit_vlm.formatting import format_tick
 from lit_vlm.messages import tell, tell_count, translate
@@ -249,3 +252,147 @@ def _draw_histogram_axes(x: AxisScale, y: AxisScale, unit: str) -> str:
     corner = f'x="{frame.right_end}" y="{frame.floor + 34}"'
     parts.append(f'<text class="tick end" {corner}>{tell(unit)}{tell(", log") if x.log else ""}</text>')
     return "".join(parts) + frame.draw_floor()
+
+
+PARALLEL_FRAME = ChartFrame(1040, 380, left=92, right=46, top=58, bottom=18)
+MAX_LABEL_LETTERS = 16  # of a category, or of a name above its axis
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelAxis:
+    """Vertical axis of the parallel coordinates: position of each value, and the ticks.
+
+    Attributes:
+        scale: of numbers; None: the axis has categories.
+        categories: from the bottom to the top.
+    """
+
+    key: str
+    x: float
+    scale: AxisScale | None
+    categories: tuple[str, ...] = ()
+    is_log: bool = False
+
+    def get_position(self, value: Any) -> float:
+        """Return the y position of a value, in SVG units."""
+        if self.scale is not None:
+            return self.scale(float(value))
+        return self._get_row_position(self.categories.index(value))
+
+    def list_ticks(self) -> list[tuple[float, str]]:
+        """List the ticks: y position and label."""
+        if self.scale is None:
+            return [(self._get_row_position(row), clip_label(name)) for row, name in enumerate(self.categories)]
+        low, high = self.scale.low, self.scale.high
+        values = compute_log_ticks(low, high) if self.is_log else compute_ticks(low, high)
+        if len(values) < 2:
+            values = [low, high]
+        return [(self.scale(value), f"{value:.4g}") for value in values]
+
+    def _get_row_position(self, row: int) -> float:
+        share = (row + 0.5) / len(self.categories)
+        return round(PARALLEL_FRAME.floor - share * (PARALLEL_FRAME.floor - PARALLEL_FRAME.top), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLine:
+    """Line of parallel coordinates.
+
+    Attributes:
+        values: of the axes from the left; fewer than axes: the line ends before.
+        rank: relative rank, 0 to 1, as `--rank` in percent; None: without.
+    """
+
+    values: Sequence[Any]
+    style: str
+    title: str
+    rank: float | None = None
+
+
+def draw_parallel_coordinates(axes: Sequence[ParallelAxis], lines: Sequence[ParallelLine], label: str) -> str:
+    """Draw parallel coordinates as an <svg>: vertical axes, and one line for each of `lines`, the last on top."""
+    parts = []
+    for line in lines:
+        points = [(axis.x, axis.get_position(value)) for axis, value in zip(axes, line.values, strict=False)]
+        path = " ".join(f"{x},{y}" for x, y in points)
+        rank = f' style="--rank:{100 * line.rank:.0f}%"' if line.rank is not None else ""
+        title = f"<title>{escape(line.title)}</title>"
+        parts.append(f'<polyline class="{line.style}"{rank} points="{path}">{title}</polyline>')
+    return PARALLEL_FRAME.draw("".join([*parts, *map(_draw_axis, axes)]), label, "parallel")
+
+
+def clip_label(text: str) -> str:
+    """Clip a label to `MAX_LABEL_LETTERS` letters."""
+    return text if len(text) <= MAX_LABEL_LETTERS else f"{text[: MAX_LABEL_LETTERS - 1]}…"
+
+
+def pad_range(values: Sequence[float], log: bool = False) -> tuple[float, float]:
+    """Return the ends of an axis with some padding; a single value gets padding on both sides."""
+    low, high = float(min(values)), float(max(values))
+    if low < high:
+        padding = 0.0 if log else 0.04 * (high - low)
+        return low - padding, high + padding
+    return low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1
+
+
+def _draw_axis(axis: ParallelAxis) -> str:
+    parts = [f'<line class="axis" x1="{axis.x}" x2="{axis.x}" y1="{PARALLEL_FRAME.top}" y2="{PARALLEL_FRAME.floor}"/>']
+    for y, text in axis.list_ticks():
+        parts.append(f'<line class="axis" x1="{axis.x - 4}" x2="{axis.x}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="mark end" x="{axis.x - 8}" y="{y + 4}">{escape(text)}</text>')
+    prefix, _, word = axis.key.rpartition("." if "." in axis.key else "/")
+    prefix = clip_label(prefix.rpartition(".")[2])
+    title = f"<title>{escape(axis.key)}</title>"
+    parts.append(f'<text class="middle" x="{axis.x}" y="18">{escape(prefix)}{title}</text>')
+    scale = tell(" (log)") if axis.is_log else ""
+    parts.append(f'<text class="name middle" x="{axis.x}" y="36">{escape(clip_label(word))}{scale}{title}</text>')
+    return "".join(parts)
+
+
+TRIAL_FRAME = ChartFrame(480, 250, left=44, right=14, top=12, bottom=36)
+
+
+@dataclass(frozen=True, slots=True)
+class ChartPoint:
+    """Point of a scatter chart with its style and title. `y` None: a cross at the top."""
+
+    x: int
+    y: float | None
+    style: str
+    title: str
+
+
+def draw_scatter(
+    points: Sequence[ChartPoint],
+    line: Sequence[tuple[float, float]],
+    ends: tuple[float, float],
+    *,
+    x_end: int,
+    is_log: bool,
+    unit: str,
+    label: str,
+) -> str:
+    """Draw points over whole numbers as an <svg>, with a line through other points.
+
+    Args:
+        ends: of the vertical scale.
+        x_end: end of the horizontal scale, which begins at 0; `unit` stands below it.
+    """
+    frame, (low, high) = TRIAL_FRAME, ends
+    y = AxisScale(low, high, frame.floor, frame.top, is_log)
+    x = AxisScale(0, x_end, frame.left + 10, frame.right_end - 6)
+    ticks = compute_log_ticks(low, high) if is_log else compute_ticks(low, high)
+    parts = [frame.draw_grid_line(y(value), f"{value:.4g}", "end") for value in ticks]
+    for n in compute_ticks(0, x.high):
+        if n == int(n):
+            parts.append(f'<text class="middle" x="{x(n)}" y="{frame.height - 18}">{n:g}</text>')
+    parts.append(f'<text class="end" x="{frame.right_end}" y="{frame.height - 3}">{unit}</text>')
+    path = " ".join(f"{x(left)},{y(value)}" for left, value in line)
+    parts.append(f'<polyline class="main" points="{path}"/>')
+    for point in points:
+        title = f"<title>{escape(point.title)}</title>"
+        if point.y is None:
+            parts.append(f'<text class="cross middle" x="{x(point.x)}" y="{frame.top + 4}">×{title}</text>')
+        else:
+            parts.append(f'<circle class="{point.style}" cx="{x(point.x)}" cy="{y(point.y)}" r="4">{title}</circle>')
+    return frame.draw("".join(parts), label, "trials")

@@ -56,6 +56,7 @@ class CurationPage:
         counts: (what, number) of the results.
         left_out, kept: examples of records that were left out, and of similar ones that stay.
         notes: sentences about what was not done.
+        command: command line that made the page.
     """
 
     title: str
@@ -65,6 +66,7 @@ class CurationPage:
     kept: Sequence[CurationExample]
     settings: Sequence[tuple[str, str]]
     notes: Sequence[str] = field(default=())
+    command: str = ""
 
 
 def show_record(title: str, origin: str, text: str, images: Sequence[LazyImage]) -> ShownRecord:

@@ -18,6 +18,7 @@ class GenerationPage:
     Attributes:
         counts: kind -> status -> number of texts.
         accepted, rejected: examples.
+        command: command line that made the page.
     """
 
     title: str
@@ -25,6 +26,7 @@ class GenerationPage:
     settings: Sequence[tuple[str, str]]
     accepted: Sequence[CurationExample]
     rejected: Sequence[CurationExample]
+    command: str = ""
 
     @property
     def statuses(self) -> list[str]:

@@ -148,6 +148,7 @@ def _collect_stage(record: RunRecord, num_samples: int) -> dict[str, Any]:
     return {
         "name": record.name,
         "stage": record.stage,
+        "command": record.manifest.get("command") or "",
         "unfinished": bool(record.manifest)
         and record.manifest.get("status") != "finished"
         and not record.manifest.get("finished"),

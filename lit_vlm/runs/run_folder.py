@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -142,8 +143,8 @@ def open_run_folder(
 
 
 def get_command_line() -> str:
-    """Return the command line of this process, with secrets redacted."""
-    return " ".join(["python", Path(sys.argv[0]).name, *redact_arguments(sys.argv[1:])])
+    """Return the command line of this process as one types it in a shell, with secrets redacted."""
+    return shlex.join(["python", Path(sys.argv[0]).name, *redact_arguments(sys.argv[1:])])
 
 
 def require_writable(path: Path) -> None:

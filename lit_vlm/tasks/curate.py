@@ -50,7 +50,7 @@ from lit_vlm.reports.curation import (
     show_record,
     write_curation_page,
 )
-from lit_vlm.runs.run_folder import to_plain
+from lit_vlm.runs.run_folder import get_command_line, to_plain
 from lit_vlm.tasks.terminal import console, say, show_progress
 from lit_vlm.types import Source, UserError
 
@@ -437,6 +437,7 @@ def write_results(
         result.examples_kept,
         [(name, str(value)) for name, value in request["curate"].items()],
         result.notes,
+        get_command_line(),
     )
     write_curation_page(output / PAGE_FILE, page)
     write_json(

@@ -37,6 +37,7 @@ from lit_vlm.formatting import format_count
 from lit_vlm.redaction import redact, redact_text
 from lit_vlm.reports.curation import CurationExample, ShownRecord, show_record
 from lit_vlm.reports.generation import GenerationPage, write_generation_page
+from lit_vlm.runs.run_folder import get_command_line
 from lit_vlm.tasks.judge import make_wait_reporter
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import Language, RecordError, Sample, Source, UserError
@@ -278,6 +279,7 @@ def write_results(
             ],
             choose_examples(sources, session.outcomes, settings.num_shown, accepted=True),
             choose_examples(sources, session.outcomes, settings.num_shown, accepted=False),
+            get_command_line(),
         ),
     )
     has_failed = any(one.status is ReplyStatus.failed for one in session.outcomes)

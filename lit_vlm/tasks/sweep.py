@@ -26,7 +26,7 @@ from lit_vlm.fault_tolerance.signals import StopRequest
 from lit_vlm.files import CorruptFileError, read_json, write_json
 from lit_vlm.formatting import format_count
 from lit_vlm.redaction import find_secret_errors
-from lit_vlm.runs.run_folder import require_writable
+from lit_vlm.runs.run_folder import get_command_line, require_writable
 from lit_vlm.sweep.report import SweepReport, make_parameter_table, make_trial_table, write_sweep_report
 from lit_vlm.sweep.results import TrialRecord, find_best_trial
 from lit_vlm.sweep.search import Search
@@ -348,6 +348,7 @@ def make_report(sweep: Sweep, search: Search) -> SweepReport:
         total=search.max_trials,
         command=format_trial_command(sweep.file, best.parameters, sweep.overrides) if best else "",
         carried=format_carry_to_command(sweep, best) if best else "",
+        own_command=get_command_line(),
     )
 
 

@@ -5,12 +5,20 @@ import re
 from pathlib import Path
 
 import pytest
+from browsing import browser, find_page_faults  # noqa: F401
 from rich.console import Console
 from support import list_english
 
 from lit_vlm.messages import set_language
-from lit_vlm.sweep.charts import compute_axis_range, compute_relative_ranks, draw_parallel_coordinates
-from lit_vlm.sweep.report import SweepReport, make_parameter_table, make_trial_table, write_sweep_report
+from lit_vlm.sweep.report import (
+    SweepReport,
+    compute_axis_range,
+    compute_relative_ranks,
+    draw_trials,
+    make_parameter_table,
+    make_trial_table,
+    write_sweep_report,
+)
 from lit_vlm.sweep.results import (
     TrialRecord,
     compute_importance,
@@ -118,7 +126,7 @@ def test_lines_of_the_chart_are_at_their_values():
         make_record(1, 3.0, **{"stage.learning_rate": 1e-1}),
     ]
     records.append(make_record(2, 2.0, **{"stage.learning_rate": math.sqrt(1e-5)}))
-    svg = draw_parallel_coordinates(records, make_sweep())
+    svg = draw_trials(records, make_sweep())
     points = {
         int(n): [tuple(map(float, p.split(","))) for p in path.split()]
         for path, n in re.findall(r'points="([^"]+)"><title>trial (\d)', svg)
@@ -198,3 +206,13 @@ def test_the_page_is_korean(tmp_path):
     page = render_page(tmp_path, records, total=20)
     assert '<html lang="ko">' in page and "트라이얼 20개 중 14개: 완료 12개, 조기 종료 1개, 실패 1개" in page
     assert list_english(page) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_the_page_fits_phone_and_paper(language, tmp_path, browser):  # noqa: F811
+    set_language(language)
+    records = [*map(make_bowl_record, range(12)), make_record(12, None, "failed"), make_record(13, 0.9, "stopped")]
+    command = "python run.py task=sweep sweep=sweeps/x.yaml"
+    assert f"<code>{command}</code>" in render_page(tmp_path, records, total=20, own_command=command)
+    assert find_page_faults(browser, tmp_path / "sweep.html") == []

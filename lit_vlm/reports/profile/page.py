@@ -100,7 +100,6 @@ def format_calls(number: float) -> str:
 
 _PAGE = PageTemplate(
     "profile/page.html",
-    "preflight/page.css",
     "profile/page.css",
     percent=format_percent,
     ms=format_milliseconds,

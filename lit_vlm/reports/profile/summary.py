@@ -228,6 +228,7 @@ class ProfileFacts:
     rows: list[PhaseTime]
     products: list[MatrixProduct]  # the most expensive first
     others: list[tuple[str, float, float]]  # operation, calls, milliseconds: other operations, the most expensive first
+    command: str = ""  # command line of the run
 
     @property
     def data(self) -> float:
