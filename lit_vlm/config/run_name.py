@@ -39,6 +39,7 @@ NON_IDENTITY_KEYS = (
     "generate",
     "serve",
     "demo",
+    "view",
     "benchmarks",
     "evaluate",
     "judge",

@@ -548,6 +548,15 @@ class DemoConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ViewConfig:
+    """Settings of task=view, the page in the browser; its address is that of serve.*."""
+
+    curated: list[str] = field(
+        default_factory=list
+    )  # folders that task=curate wrote, whose lists are filters; []: those of run_dir/curate that fit the data
+
+
+@dataclass(kw_only=True, slots=True)
 class EvaluateConfig:
     """Evaluation of a model: the fixed exam of synthetic questions, and benchmarks with task=evaluate."""
 
@@ -675,6 +684,7 @@ class RunConfig:
     curate: CurateConfig = field(default_factory=CurateConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     demo: DemoConfig = field(default_factory=DemoConfig)
+    view: ViewConfig = field(default_factory=ViewConfig)
     benchmarks: list[str] = field(
         default_factory=list
     )  # task=evaluate: benchmarks, or tasks of lmms-eval; training with evaluate.every_steps: benchmarks without a judge; task=curate

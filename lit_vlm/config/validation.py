@@ -71,6 +71,7 @@ def find_other_task_errors(config: RunConfig) -> Iterator[str]:
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
         ("submit.dry_run", config.submit.dry_run, Task.submit),
         ("demo.compare_with", config.demo.compare_with, Task.demo),
+        ("view.curated", config.view.curated, Task.view),
         ("judge.answers", config.judge.answers, Task.judge),
         ("judge.dry_run", config.judge.dry_run, Task.judge),
         ("generate.dry_run", config.generate.dry_run, Task.generate),

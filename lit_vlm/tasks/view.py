@@ -7,9 +7,11 @@ from pathlib import Path
 
 from lit_vlm.config import Run
 from lit_vlm.config.schema import DataConfig
-from lit_vlm.data.selection import read_selection
+from lit_vlm.data.selection import SELECTION_SUFFIX, check_selection, read_selection
 from lit_vlm.data.sources import choose_all_records, open_source
+from lit_vlm.files import read_json, read_json_lines
 from lit_vlm.model.spec import load_model_spec
+from lit_vlm.tasks.curate import LEFT_OUT_FILE, SUMMARY_FILE
 from lit_vlm.tasks.open_run import RunPlace, open_sources
 from lit_vlm.tasks.prepare import resolve_init_from
 from lit_vlm.tasks.prepare_data import build_indexes, build_stage_data, make_training_data, resolve_tiny_parts
@@ -21,7 +23,9 @@ from lit_vlm.tasks.serve import (
     require_server_packages,
     run_server,
 )
-from lit_vlm.tasks.terminal import show_progress
+from lit_vlm.tasks.terminal import say, show_progress
+from lit_vlm.types import Source, UserError
+from lit_vlm.viewer.curated import CuratedList
 from lit_vlm.viewer.flags import FlaggedSource, RecordFlags
 from lit_vlm.viewer.samples import SampleTable
 
@@ -57,12 +61,45 @@ def view_data(run: Run) -> None:
             indexes = build_indexes(stage_data.training_data, on_progress=on_progress)
         parts = {"training": indexes.training, "held_out": indexes.held_out}
         flags = RecordFlags(Path(config.run_dir) / "view" / run.name, open_flagged_sources(data, place, config.seed))
-        table = SampleTable(parts, stage_data.training_data.processor, flags)
+        curated = read_curated_lists(config.view.curated, Path(config.run_dir) / "curate", flags.get_sources())
+        table = SampleTable(parts, stage_data.training_data.processor, flags, curated)
         hosts = list_loopback_names(settings.host) if token is None else None
         app = create_view_app(table, run.name, token, hosts, config.language.value)
         num_samples = sum(map(len, parts.values()))
         text = f"{run.name}: {num_samples:,} samples; open {format_url(listening)} in a browser. Ctrl-C ends it."
         run_server(app, [], listening, text)
+
+
+def read_curated_lists(folders: list[str], default: Path, sources: dict[str, Source]) -> dict[str, CuratedList]:
+    """Read the lists of task=curate, by method.
+
+    Args:
+        folders: folders that are named; without any, those below `default` whose records are these.
+        sources: all records of each source, by name.
+
+    Raises:
+        UserError: a folder that is named has no list, or its list is of other records.
+    """
+    lists: dict[str, CuratedList] = {}
+    for folder in map(Path, folders or sorted(str(path.parent) for path in default.glob(f"*/{SUMMARY_FILE}"))):
+        summary = read_json(folder / SUMMARY_FILE, "Make it again with task=curate.")
+        if summary is None:
+            raise UserError(f"view.curated={folder}: has no {SUMMARY_FILE}; give a folder that task=curate wrote.")
+        name = str(summary["request"]["curate"]["method"])
+        try:
+            for source in sources.values():
+                selection = folder / f"{source.name}{SELECTION_SUFFIX}"
+                if selection.is_file():
+                    check_selection(read_selection(selection, "view.curated"), source, f"view.curated={folder}")
+        except UserError as error:
+            if folders:
+                raise
+            say(f"{folder} is not shown: {error}")
+            continue
+        lists[name if name not in lists else str(folder)] = CuratedList.from_lines(
+            read_json_lines(folder / LEFT_OUT_FILE)
+        )
+    return lists
 
 
 def open_flagged_sources(data: DataConfig, place: RunPlace, seed: int) -> dict[str, FlaggedSource]:

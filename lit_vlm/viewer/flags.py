@@ -67,6 +67,10 @@ class RecordFlags:
         """Return True if records of this source can be flagged: a source with this name and these records."""
         return name in self._sources and _get_files_digest(self._sources[name].whole) == _get_files_digest(whole)
 
+    def get_sources(self) -> dict[str, Source]:
+        """Return all records of each source, by name."""
+        return {name: source.whole for name, source in self._sources.items()}
+
     def is_flagged(self, name: str, position: int) -> bool:
         """Return True if a record is flagged."""
         return position in self._sources[name].flagged

@@ -77,11 +77,12 @@ def create_view_app(
         max_tokens: int | None = None,
         duplicates: bool = False,
         flagged: bool = False,
+        curated: str | None = None,
         offset: Number = 0,
         limit: Limit = 50,
     ) -> dict[str, Any]:
         check_token(request, token)
-        wanted = SampleFilter(part, source, kind, language, min_tokens, max_tokens, duplicates, flagged)
+        wanted = SampleFilter(part, source, kind, language, min_tokens, max_tokens, duplicates, flagged, curated)
         total, rows = await asyncio.to_thread(table.list_samples, wanted, offset, limit)
         return {"total": total, "rows": rows}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ from lit_vlm.data.index.sample_index import KINDS, LANGUAGES, SampleIndex
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.subsets import find_in_whole
 from lit_vlm.types import PreferencePair, Record, Sample
+from lit_vlm.viewer.curated import CuratedList
 from lit_vlm.viewer.flags import RecordFlags
 
 MAX_SIDE_PX = 1024  # of a picture that is shown; tiles are shown as they are
@@ -34,6 +35,7 @@ class SampleFilter:
         min_tokens, max_tokens: both included.
         duplicates: only samples whose text and images are those of another sample.
         flagged: only flagged samples.
+        curated: only samples in this list of task=curate.
     """
 
     part: str = "training"
@@ -44,6 +46,7 @@ class SampleFilter:
     max_tokens: int | None = None
     duplicates: bool = False
     flagged: bool = False
+    curated: str | None = None
 
 
 class SampleTable:
@@ -52,10 +55,17 @@ class SampleTable:
     Args:
         parts: index of each part, by "training" and "held_out".
         flags: flags of the records; None: no record can be flagged.
+        curated: lists of task=curate over the sources of `flags`, by name.
     """
 
-    def __init__(self, parts: dict[str, SampleIndex], processor: Processor, flags: RecordFlags | None = None) -> None:
-        self.parts, self.processor, self.flags = parts, processor, flags
+    def __init__(
+        self,
+        parts: dict[str, SampleIndex],
+        processor: Processor,
+        flags: RecordFlags | None = None,
+        curated: Mapping[str, CuratedList] | None = None,
+    ) -> None:
+        self.parts, self.processor, self.flags, self.curated = parts, processor, flags, dict(curated or {})
         self._find = lru_cache(NUM_CACHED_FILTERS)(self._find_samples)
         self._load_tiles = lru_cache(NUM_CACHED_TILES)(self._load_all_tiles)
 
@@ -74,6 +84,9 @@ class SampleTable:
             "sources": count(index.source_ids, [source.name for source in index.sources]),
             "kinds": count(index.kind, KINDS),
             "languages": count(index.language, LANGUAGES),
+            "curated": {
+                name: len(self._find_in_sources(index, found.get_positions)) for name, found in self.curated.items()
+            },
             "faults": dict(Counter(error.fault.value for _, error in index.errors)),
         }
 
@@ -81,8 +94,9 @@ class SampleTable:
         """List samples that pass a filter, from `offset` on. Returns their number and one row for each of the listed."""
         index = self.parts[wanted.part]
         found = self._find(replace(wanted, flagged=False))  # flags change, so they are not cached
-        if wanted.flagged:
-            found = np.intersect1d(found, self._find_flagged(index), assume_unique=True)
+        if wanted.flagged and self.flags is not None:
+            flagged = self._find_in_sources(index, self.flags.get_flagged)
+            found = np.intersect1d(found, flagged, assume_unique=True)
         return len(found), [self._describe_row(index, int(sample)) for sample in found[offset : offset + limit]]
 
     def _find_samples(self, wanted: SampleFilter) -> np.ndarray | range:
@@ -101,6 +115,11 @@ class SampleTable:
             masks.append(index.tokens >= wanted.min_tokens)
         if wanted.max_tokens is not None:
             masks.append(index.tokens <= wanted.max_tokens)
+        if wanted.curated is not None:
+            is_found = np.zeros(len(index), dtype=bool)
+            if wanted.curated in self.curated:
+                is_found[self._find_in_sources(index, self.curated[wanted.curated].get_positions)] = True
+            masks.append(is_found)
         if wanted.duplicates:
             masks.append(find_duplicates(index.columns["digest"]))
         return np.flatnonzero(np.logical_and.reduce(masks)) if masks else range(len(index))
@@ -152,14 +171,14 @@ class SampleTable:
         is_flaggable = self.flags is not None and self.flags.has_source(source.name, whole)
         return (source.name, int(positions[0])) if is_flaggable else None
 
-    def _find_flagged(self, index: SampleIndex) -> np.ndarray:
-        """Find the flagged samples, [n] ascending, without a look at each of the others."""
+    def _find_in_sources(self, index: SampleIndex, get_positions: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Find the samples at positions of the sources, [n] ascending, without a look at each of the others."""
         found = [np.zeros(0, dtype=np.int64)]
         for source_id, source in enumerate(index.sources):
             own = np.flatnonzero(index.source_ids == source_id)
             whole, positions = find_in_whole(source, index.columns["position"][own])
             if self.flags is not None and self.flags.has_source(source.name, whole):
-                found.append(own[np.isin(positions, self.flags.get_flagged(source.name))])
+                found.append(own[np.isin(positions, get_positions(source.name))])
         return np.sort(np.concatenate(found))
 
     def has_sample(self, part: str, sample: int) -> bool:
@@ -170,7 +189,14 @@ class SampleTable:
         """Describe a record as the model will see it. RecordError if it cannot be read any more."""
         index = self.parts[part]
         record = index.get_record(sample)
-        return self._describe_row(index, sample) | describe_record(self.processor, record)
+        found = {"curated": self._describe_curated(index, sample)}
+        return self._describe_row(index, sample) | describe_record(self.processor, record) | found
+
+    def _describe_curated(self, index: SampleIndex, sample: int) -> dict[str, list[str]]:
+        """Describe why the lists of task=curate have a sample, by list; without the lists that do not."""
+        place = self._find_flaggable(index, sample)
+        found = {name: each.describe(*place) for name, each in self.curated.items()} if place else {}
+        return {name: lines for name, lines in found.items() if lines}
 
     def load_image(self, part: str, sample: int, image: int) -> bytes:
         """Load a picture of a record as PNG, at most `MAX_SIDE_PX` pixels long. RecordError if it cannot be decoded."""

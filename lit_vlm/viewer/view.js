@@ -8,7 +8,7 @@ const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const MESSAGES = {
   en: {
     other: "한국어", otherLanguage: "ko", samples: "Samples", list: "List of samples", record: "Record", part: "Part", source: "Source", kind: "Kind", language: "Language",
-    minTokens: "From tokens", maxTokens: "to", duplicates: "Duplicates only", unusable: "Unusable", previous: "Previous", next: "Next", pages: "Pages of the list",
+    minTokens: "From tokens", maxTokens: "to", duplicates: "Duplicates only", curated: "Found by curation", unusable: "Unusable", previous: "Previous", next: "Next", pages: "Pages of the list",
     all: "all", none: "no (usable samples)", training: "training", held_out: "held out", enter: "Enter", tokenNeeded: "This server needs its token (LIT_VLM_TOKEN):",
     wrongToken: "The server does not accept this token.", dead: "The server does not answer. It may have ended; start it again.", refused: (text) => `The server says: ${text}`,
     count: (number) => `${number} found`, range: (first, last) => `${first} to ${last}`, empty: "Nothing passes these filters.",
@@ -21,7 +21,7 @@ const MESSAGES = {
   },
   ko: {
     other: "English", otherLanguage: "en", samples: "샘플", list: "샘플 목록", record: "레코드", part: "구분", source: "소스", kind: "종류", language: "언어",
-    minTokens: "토큰 수", maxTokens: "~", duplicates: "중복만", unusable: "사용 불가", previous: "이전", next: "다음", pages: "목록 페이지",
+    minTokens: "토큰 수", maxTokens: "~", duplicates: "중복만", curated: "정제에서 찾음", unusable: "사용 불가", previous: "이전", next: "다음", pages: "목록 페이지",
     all: "전체", none: "아니요(사용 가능한 샘플)", training: "학습", held_out: "검증", enter: "들어가기", tokenNeeded: "이 서버에는 토큰(LIT_VLM_TOKEN)이 필요합니다:",
     wrongToken: "서버가 이 토큰을 받지 않습니다.", dead: "서버가 응답하지 않습니다. 종료되었다면 다시 시작하세요.", refused: (text) => `서버 메시지: ${text}`,
     count: (number) => `${number}개`, range: (first, last) => `${first}~${last}`, empty: "이 조건에 맞는 샘플이 없습니다.",
@@ -131,7 +131,7 @@ async function setFlag() {
 
 function showFilters() {
   const part = $("part").value || "training";
-  const found = state.parts[part] ?? { sources: {}, kinds: {}, languages: {}, faults: {} };
+  const found = state.parts[part] ?? { sources: {}, kinds: {}, languages: {}, curated: {}, faults: {} };
   const fill = (id, counts, first) => {
     const value = $(id).value;
     const options = Object.entries(counts).map(([name, count]) => make("option", { value: name, textContent: `${name} (${format(count)})` }));
@@ -144,6 +144,8 @@ function showFilters() {
   fill("source", found.sources, say("all"));
   fill("kind", found.kinds, say("all"));
   fill("sample-language", found.languages, say("all"));
+  fill("curated", found.curated ?? {}, say("all"));
+  $("curated-line").hidden = !Object.keys(found.curated ?? {}).length;
   fill("fault", found.faults, say("none"));
 }
 
@@ -160,6 +162,7 @@ async function showPage(offset) {
     max_tokens: $("max-tokens").value,
     duplicates: $("duplicates").checked,
     flagged: $("flagged").checked,
+    curated: $("curated").value,
   };
   const response = fault ? await load("errors", { ...page, fault }) : await load("samples", { ...page, ...filters });
   const { total, rows } = await response.json();
@@ -200,6 +203,9 @@ async function showRecord(place) {
   for (const button of document.querySelectorAll("#rows button")) button.setAttribute("aria-current", String(Number(button.dataset.sample) === place.sample));
   $("flag-line").hidden = record.flagged === null; // no selection can leave it out
   $("flag").setAttribute("aria-pressed", String(record.flagged === true));
+  const found = Object.entries(record.curated).flatMap(([name, lines]) => lines.map((line) => make("li", { textContent: `${name}: ${line}` })));
+  $("found").replaceChildren(...found);
+  $("found").hidden = !found.length;
   $("origin").textContent = `${record.origin} · ${record.kind}, ${record.language} · ${say("numbers", record)}`;
   const figures = record.pictures.map((picture, number) => makeFigure(record, picture, number, place));
   const texts = record.sequences.flatMap((sequence) => [

@@ -1,9 +1,18 @@
 """The viewer's page in Chromium. Without Chromium these tests are skipped."""
 
+from collections import namedtuple
+
 import pytest
+from served import run_app, stop_servers
 from waiting import until
 
+from lit_vlm.tasks.serve import list_loopback_names
+from lit_vlm.viewer.curated import CuratedList
+from lit_vlm.viewer.pages import create_view_app
+from lit_vlm.viewer.samples import SampleTable
+
 pytestmark = pytest.mark.slow
+Served = namedtuple("Served", "url")
 
 
 def open_record(page, source):
@@ -76,3 +85,29 @@ def test_the_viewer_has_no_accessibility_error_on_a_desktop_and_a_phone(viewer, 
         found = [(each["id"], each["nodes"][0]["html"], each["nodes"][0]["failureSummary"]) for each in violations]
         assert found == [], (scheme, width)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_page_opens_in_the_language_that_is_set_until_a_person_chooses_another(table, open_page):
+    running = []
+    app = create_view_app(table, "tiny/2_sft", None, list_loopback_names("127.0.0.1"), language="ko")
+    page = open_page(Served(run_app(app, [], running).url + "/"), language="en-US")
+    assert page.locator("html").get_attribute("lang") == "ko" and page.locator("#next").inner_text() == "다음"
+    page.click("#language")
+    page.reload()
+    until(lambda: page.locator("#next").inner_text() == "Next")
+    assert page.locator("html").get_attribute("lang") == "en"
+    stop_servers(running)
+
+
+def test_records_of_a_curated_list_are_chosen_and_explained(table, open_page):
+    running = []
+    line = {"source": "mine", "position": 1, "evidence": "same_pixels", "same_as": {"origin": "mine.json[0]"}}
+    shown = SampleTable(table.parts, table.processor, table.flags, {"duplicates": CuratedList.from_lines([line])})
+    app = create_view_app(shown, "tiny/2_sft", None, list_loopback_names("127.0.0.1"))
+    page = open_page(Served(run_app(app, [], running).url + "/"))
+    page.select_option("#curated", "duplicates")
+    until(lambda: page.locator("#count").inner_text() == "1 found")
+    page.locator("#rows button").first.click()
+    page.wait_for_selector("#found li")
+    assert page.locator("#found").inner_text() == "duplicates: evidence same pixels, same as mine.json[0]"
+    stop_servers(running)

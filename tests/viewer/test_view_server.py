@@ -1,16 +1,20 @@
 """The viewer without a browser: filters, records with tiles and mask, pairs, bad records, and what cannot be asked for."""
 
 import io
+import json
 from dataclasses import replace
 
 import httpx2
 import numpy as np
+import pytest
 from PIL import Image
 
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.sample_index import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
+from lit_vlm.data.selection import identify_rows, write_selection
 from lit_vlm.data.sources import open_source
-from lit_vlm.types import Language, RecordError, SampleKind
+from lit_vlm.tasks.view import read_curated_lists
+from lit_vlm.types import Language, RecordError, SampleKind, UserError
 from lit_vlm.viewer.flags import FlaggedSource, RecordFlags
 from lit_vlm.viewer.samples import SampleFilter, SampleTable, find_duplicates
 
@@ -186,3 +190,51 @@ def test_duplicates_are_all_entries_that_are_not_unique():
     digests = np.array([5, 1, 5, 2, 9, 1, 5], dtype=np.uint64)
     assert find_duplicates(digests).tolist() == [True, True, True, False, False, True, True]
     assert not find_duplicates(np.zeros(0, dtype=np.uint64)).any()
+
+
+def test_records_that_curation_found_are_a_filter_and_say_why(table, tmp_path):
+    whole = table.flags.get_sources()["mine"]
+    line = {"source": "mine", "position": 1, "origin": "mine.json[1]", "evidence": "same_pixels", "similarity": 0.93}
+    line["same_as"] = {"source": "mine", "position": 0, "origin": "mine.json[0]"}
+    folder = write_curated(tmp_path / "curate" / "duplicates", whole, [1], "duplicates", [line])
+    other = {
+        "source": "ocr_ko",
+        "position": 5,
+        "origin": "x",
+        "certainty": "likely",
+        "picture": None,
+        "left_out": False,
+    }
+    write_curated(tmp_path / "curate" / "contamination", whole, [], "contamination", [other])
+    lists = read_curated_lists([], tmp_path / "curate", table.flags.get_sources())
+    shown = SampleTable(table.parts, table.processor, table.flags, lists)
+    assert shown.describe()["training"]["curated"] == {"contamination": 1, "duplicates": 1}
+    total, (row,) = shown.list_samples(SampleFilter(curated="duplicates"), 0, 50)
+    assert total == 1 and (row["source"], row["position"]) == ("mine", 1)
+    reasons = shown.describe_sample("training", row["sample"])["curated"]
+    assert reasons == {"duplicates": ["evidence same pixels, similarity 0.93, same as mine.json[0]"]}
+    total, (row,) = shown.list_samples(SampleFilter(curated="contamination", language="ko"), 0, 50)
+    assert total == 1 and (row["source"], row["position"]) == ("ocr_ko", 5)
+    assert shown.list_samples(SampleFilter(curated="none such"), 0, 50) == (0, [])
+    # lists of other records: refused by name, and left out where they were only lying there
+    rows = json.loads((tmp_path / "mine.json").read_text(encoding="utf-8"))
+    (tmp_path / "mine.json").write_text(json.dumps(rows[:3]), encoding="utf-8")
+    config, options = (
+        SourceConfig(path=str(tmp_path / "mine.json"), format="llava"),
+        {"max_image_pixels": 10**8, "seed": 0, "cache": tmp_path / "cache2"},
+    )
+    changed = {"mine": open_source("mine", config, **options)}
+    with pytest.raises(UserError, match="it was made of 4 records"):
+        read_curated_lists([str(folder)], tmp_path / "curate", changed)
+    assert read_curated_lists([], tmp_path / "curate", changed) == {}
+    with pytest.raises(UserError, match="give a folder that task=curate wrote"):
+        read_curated_lists([str(tmp_path)], tmp_path / "curate", changed)
+
+
+def write_curated(folder, source, left_out, method, lines):
+    """Write what task=curate writes of one source."""
+    folder.mkdir(parents=True)
+    write_selection(folder / "mine.selection.json", source, identify_rows(source), np.array(left_out), [method])
+    (folder / "left_out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps({"request": {"curate": {"method": method}}}), encoding="utf-8")
+    return folder
