@@ -144,12 +144,12 @@ def test_many_short_sequences_and_then_a_long_one_stay_within_the_limit_of_the_k
     assert [sequence.ids for sequence in sequences] == expected
 
 
+FAST = ("qwen3", "mistral", "hyperclovax", "exaone4", "gemma3")  # each way of windows, positions and scales
+
+
 @pytest.mark.parametrize(
     "family",
-    [
-        *(family for family in FAMILIES if family != "qwen2 tied"),
-        *(pytest.param(family, marks=pytest.mark.slow) for family in WITH_EXPERTS),
-    ],
+    [pytest.param(family, marks=[] if family in FAST else pytest.mark.slow) for family in [*FAMILIES, *WITH_EXPERTS]],
 )
 def test_other_families_have_the_answers_of_generate_too(family, small_parts, tmp_path):
     folder = make_family_folder(tmp_path / "language", family)
