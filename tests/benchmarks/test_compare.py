@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import classes, gpu
 from benchmarks.compare import page, report
 from benchmarks.compare.__main__ import RESULTS, Arguments, compare_peers, measure_ablations
 from benchmarks.compare.cases import HF_TUNED, OURS, OURS_CACHED, TRL_SHIPPED, TRL_TUNED, make_case, resize_case
@@ -18,6 +18,7 @@ from benchmarks.compare.memory import measure_peak_memory
 from benchmarks.compare.sizes import save_model
 from benchmarks.compare.switches import ABLATIONS
 from benchmarks.flops_bound import Recipe, RecordSize, compute_ratio_bound, compute_step_flops
+from lit_vlm.anyres import ModelClass
 from lit_vlm.cost.model_shape import ModelShape, TextShape, VisionShape
 from lit_vlm.types import UserError
 
@@ -306,3 +307,10 @@ def test_a_bar_below_the_target_is_a_share_of_its_bound():
         for bar in json.loads(path.read_text()).get("bars", []):
             assert bar["bar"] == (bar["asked"] if bar["bound"] >= bar["asked"] else pytest.approx(0.85 * bar["bound"]))
             assert bar["reached"] == (bar["cpu"] is not None and bar["cpu"] >= bar["bar"])
+
+
+def test_the_page_of_benchmarks_has_the_table_of_the_three_classes():
+    result = json.loads(classes.RESULT.read_text(encoding="utf-8"))
+    text = (page.PAGE.parent / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"<!-- table of benchmarks/results/classes.json -->\n{classes.make_table(result)}\n" in text
+    assert result["date"] in text and set(result["classes"]) == set(ModelClass)
