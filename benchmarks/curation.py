@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def draw_texture(rng: np.random.Generator, width: int = 320, height: int = 240) 
     return image
 
 
-def iterate_photo_parts() -> Iterator[Image.Image]:
-    """Iterate over parts of photographs. Two parts of one photograph differ by at least 15 % of their side."""
+def iterate_photo_parts() -> Iterator[Callable[[], Image.Image]]:
+    """Iterate over functions that cut a part of a photograph. Two parts of one differ by at least 15 % of their side."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -122,9 +123,11 @@ def iterate_photo_parts() -> Iterator[Image.Image]:
             width, height = int(photo.width * share), int(photo.height * share)
             for top in range(0, photo.height - height, max(1, int(0.15 * height))):
                 for left in range(0, photo.width - width, max(1, int(0.15 * width))):
-                    yield photo.crop((left, top, left + width, top + height)).resize(
-                        (320, 240), Image.Resampling.BICUBIC
-                    )
+                    yield partial(cut_part, photo, (left, top, left + width, top + height))
+
+
+def cut_part(photo: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return photo.crop(box).resize((320, 240), Image.Resampling.BICUBIC)
 
 
 def iterate_base_rows(seed: int) -> Iterator[tuple[str, Image.Image, list[str]]]:
@@ -143,7 +146,7 @@ def iterate_base_rows(seed: int) -> Iterator[tuple[str, Image.Image, list[str]]]
             sample = sources[number % len(sources)][number]
             kind, image, turns = "built-in", sample.images[0].load(), [message.text for message in sample.messages]
         elif draw < 0.7 and parts:
-            kind, image = "photo", parts.pop()
+            kind, image = "photo", parts.pop()()
         else:
             kind, image = "texture", draw_texture(rng)
         digest = hash_picture(image).pixels.tobytes()

@@ -102,7 +102,8 @@ def confirm_views(features: Features, first: np.ndarray, second: np.ndarray) -> 
     kept: list[np.ndarray] = [np.zeros(0, bool)]
     for start in range(0, len(first), 1 << 14):
         part = slice(start, start + (1 << 14))
-        kept.append(find_same_views(features.read_thumbnails(first[part]), features.read_thumbnails(second[part])))
+        numbers, places = np.unique(np.concatenate([first[part], second[part]]), return_inverse=True)
+        kept.append(find_same_views(features.read_thumbnails(numbers), *np.split(places, 2)))
     same = np.concatenate(kept)
     return first[same], second[same]
 

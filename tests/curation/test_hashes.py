@@ -41,7 +41,9 @@ def is_found(first: Image.Image, second: Image.Image) -> bool:
     one, other = hash_picture(first), hash_picture(second)
     brightness = np.array([one.thumbnail.mean(), other.thumbnail.mean()])
     pairs = match_pictures(np.stack([one.views, other.views]), brightness)
-    return bool(len(pairs.first)) and bool(find_same_views(one.thumbnail[None], other.thumbnail[None])[0])
+    return bool(len(pairs.first)) and bool(
+        find_same_views(np.stack([one.thumbnail, other.thumbnail]), np.array([0]), np.array([1]))[0]
+    )
 
 
 @pytest.mark.parametrize(
