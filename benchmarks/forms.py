@@ -1,11 +1,13 @@
 """Benchmark of the forms of data: records read and rows per CPU second, against the same file read with `datasets` or pandas.
 
-    python -m benchmarks.forms [--records 20000]
+    python -m benchmarks.forms [--records 20000] [--repeats 3]
 
 Each form is written once, with a few small images that all records share, and opened with `format=auto`. Measured is the CPU
 time of this process from opening the file to the last record, without decoding an image: offsets, parsing, all checks, and the
 texts in parts. The other library reads the same file and gives each row as a dict, without any check: in order, and (with
-`datasets`) by position, as training reads records. The result goes to benchmarks/results/forms.json with versions.
+`datasets`) by position, as training reads records. Both begin without a cache, so both convert a parquet file to Arrow; by
+position `datasets` reads the Arrow file that it wrote before. Medians of several repeats, this project and the other library in
+turn. The result goes to benchmarks/results/forms.json with versions.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
@@ -43,11 +46,11 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
-        datasets.config.HF_DATASETS_CACHE = Path(name, "cache")
-        rows = [measure_form(form, Path(name, form), arguments.records) for form in FORMS]
+        rows = [measure_form(form, Path(name, form), arguments.records, arguments.repeats) for form in FORMS]
     result = {"forms": rows, "machine": describe_machine(), "versions": get_package_versions()}
     out = Path(__file__).parent / "results" / "forms.json"
     out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
@@ -66,8 +69,8 @@ def main() -> None:
         )
 
 
-def measure_form(form: str, folder: Path, num_records: int) -> dict[str, Any]:
-    """Measure one form: this project first, so that no cache of the other library helps it."""
+def measure_form(form: str, folder: Path, num_records: int, repeats: int) -> dict[str, Any]:
+    """Measure one form with this project and with the other library."""
     folder.mkdir()
     Image.new("RGB", (64, 48), "red").save(folder / "a.jpg")
     path, settings = FORMS[form](folder, num_records)
@@ -79,11 +82,18 @@ def measure_form(form: str, folder: Path, num_records: int) -> dict[str, Any]:
             source[index]
         return len(source)
 
-    library, read_there = choose_library(path)
-    seconds, records = measure_cpu_seconds(read_here)
-    in_order, num_read = measure_cpu_seconds(read_there)
-    assert records == num_read == num_records, (form, records, num_read)
-    by_position = measure_cpu_seconds(lambda: read_there(by_position=True))[0] if library == "datasets" else None
+    library, read_there = choose_library(path, "datasets" if form.endswith("datasets") else "pandas")
+    times: dict[str, list[float]] = {"here": [], "in order": [], "by position": []}
+    for repeat in range(repeats):
+        for name, read in (("here", read_here), ("in order", read_there)):
+            datasets.config.HF_DATASETS_CACHE = folder.parent / "cache" / f"{form} {name} {repeat}"
+            seconds, num_read = measure_cpu_seconds(read)
+            assert num_read == num_records, (form, name, num_read)
+            times[name].append(seconds)
+        if library == "datasets":
+            times["by position"].append(measure_cpu_seconds(lambda: read_there(by_position=True))[0])
+    records, seconds, in_order = num_records, median(times["here"]), median(times["in order"])
+    by_position = median(times["by position"]) if times["by position"] else None
     return {
         "form": form,
         "records": records,
@@ -95,9 +105,9 @@ def measure_form(form: str, folder: Path, num_records: int) -> dict[str, Any]:
     }
 
 
-def choose_library(path: Path) -> tuple[str, Callable[..., int]]:
+def choose_library(path: Path, csv_library: str) -> tuple[str, Callable[..., int]]:
     """Choose how the file is read without this project: every row becomes a dict, images stay encoded."""
-    if path.suffix == ".csv":
+    if path.suffix == ".csv" and csv_library == "pandas":
         return "pandas", lambda: len(pandas.read_csv(path).to_dict("records"))
 
     def read_dataset(by_position: bool = False) -> int:
@@ -108,6 +118,8 @@ def choose_library(path: Path) -> tuple[str, Callable[..., int]]:
             dataset = datasets.load_dataset(builder, data_files=pattern, split="train")
         elif path.suffix == ".parquet":
             dataset = datasets.Dataset.from_parquet(str(path))
+        elif path.suffix == ".csv":
+            dataset = datasets.Dataset.from_csv(str(path))
         else:
             dataset = datasets.Dataset.from_json(str(path))
         for column, feature in dataset.features.items():
@@ -213,6 +225,7 @@ FORMS: dict[str, Callable[[Path, int], tuple[Path, Row]]] = {
     "MiniCPM-V": write_lines(lambda q, a: {"image": "a.jpg", "conversations": make_chat(q, a)}),
     "messages": write_lines(lambda q, a: {"messages": make_chat(f"<image>{q}", a), **IMAGES}),
     "CSV of path, question, answer": write_csv,
+    "the same CSV, beside datasets": write_csv,
     "question and answer, JSONL": write_lines(lambda q, a: {"image": "a.jpg", "question": q, "answer": a}),
     "columns of other names, JSONL": write_columns,
     "parquet of image, question, answer": write_parquet,

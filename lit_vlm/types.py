@@ -181,6 +181,8 @@ class Message:
     @property
     def text(self) -> str:
         """The content as plain text: control tokens spelled out, images left out."""
+        if len(self.content) == 1 and isinstance(self.content[0], str):
+            return self.content[0]
         return "".join(
             piece if isinstance(piece, str) else piece.token
             for piece in self.content

@@ -218,7 +218,7 @@ def format_untrusted(value: object, max_chars: int = 120) -> str:
 
 def validate_image_path(path: str, origin: str) -> None:
     """Validate an image path: raise RecordError for an URL, and for a name that no file can have."""
-    if _URL.match(path):
+    if ":" in path and _URL.match(path):  # every URL has one, and nearly no path
         remedy = "Download the image beforehand and give its path inside the image root"
         reason = f"image {format_untrusted(path)} is an URL; URLs are never fetched while training"
         raise RecordError(origin, reason, remedy, Fault.url)
@@ -227,6 +227,8 @@ def validate_image_path(path: str, origin: str) -> None:
 
 
 def _is_encodable(path: str) -> bool:
+    if path.isascii():
+        return True
     try:
         os.fsencode(path)  # half of a surrogate pair cannot be encoded
     except UnicodeEncodeError:

@@ -35,7 +35,7 @@ from lit_vlm.data.readers.record_files import (
     resolve_source_path,
 )
 from lit_vlm.data.readers.rows import Rows
-from lit_vlm.data.readers.rows.base import get_file_identity
+from lit_vlm.data.readers.rows.base import list_file_identities
 from lit_vlm.data.selection import apply_selection
 from lit_vlm.data.subsets import EnlargedSource, SourceSubset, TileLimitedSource
 from lit_vlm.formatting import format_count
@@ -210,7 +210,7 @@ def _open_files(
         source_format = "webdataset" if archive else detect_format(name, rows, columns)
     settings = _build_settings(name, config, kind, max_image_pixels, source_format, root, split)
     limit = config.num_samples if config.fraction is None else None  # else it limits the selected records
-    identities = list(map(get_file_identity, list_identity_files(files)))
+    identities = list_file_identities(list_identity_files(files))
     digest = _compute_digest(identities, settings, limit)
     files_digest = hashlib.sha256(json.dumps(identities).encode()).hexdigest()
     return FileSource(name, rows, READERS[source_format], settings, limit, digest, files_digest)

@@ -27,8 +27,6 @@ from lit_vlm.types import (
 )
 
 _MAX_KEY_CHARS = 60  # characters of a key in the counts of unread keys
-# One line break before or after the marker belongs to it.
-_IMAGE_MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
 # Placeholder marks that stand for something else in other formats -> the thing they stand for.
 _MARK_PATTERNS = {
@@ -50,6 +48,7 @@ IMAGE_KEYS = (
     *("path", "jpg", "png", "webp"),
 )
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".avif", ".tif", ".tiff")
+_IMAGE_COLUMNS = {prefix: (f"{prefix}images", f"{prefix}image") for prefix in ("", "rejected_")}
 _ADDED_SETTINGS = ("more_image_roots", "columns")  # at their defaults they are no part of a digest
 
 
@@ -136,11 +135,9 @@ class RecordContext:
         """
         if not isinstance(value, str):
             raise self.make_error(f"{location} is {describe_type(value)}; it must be text")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            found = ascii(value[error.start])
-            raise self.make_error(f"{location} holds {found}, half of a surrogate pair, which is no text") from None
+        if (place := find_surrogate(value)) is not None:
+            found = ascii(value[place])
+            raise self.make_error(f"{location} holds {found}, half of a surrogate pair, which is no text")
         return value
 
     def parse_text(self, text: str) -> tuple[ContentPart, ...]:
@@ -151,7 +148,7 @@ class RecordContext:
         Raises:
             RecordError: the text holds a placeholder mark of another format, and `marks_are_text` is off.
         """
-        if not self.settings.marks_are_text and (mark := find_mark(text)):
+        if "<" in text and not self.settings.marks_are_text and (mark := find_mark(text)):
             mark_text, meaning = mark
             raise RecordError(
                 self.origin,
@@ -159,7 +156,7 @@ class RecordContext:
                 f"Take it out, or say data.sources.{self.settings.source}.marks=text where such words are text",
                 Fault.placeholders,
             )
-        if not unicodedata.is_normalized("NFC", text):
+        if not text.isascii() and not unicodedata.is_normalized("NFC", text):
             text, self.normalised = unicodedata.normalize("NFC", text), True
         if not self.settings.markup:
             if self.settings.counts_markup and "</bbox>" in text:
@@ -171,10 +168,12 @@ class RecordContext:
 
     def parse_text_with_images(self, text: str, slots: Iterator[int]) -> tuple[ContentPart, ...]:
         """Parse a text in which each '<image>' becomes an `ImageSlot` with the next index of `slots`."""
-        head, *rest = _IMAGE_MARKER.split(text)
-        content = self.parse_text(head)
+        if IMAGE_TOKEN not in text:
+            return self.parse_text(text)
+        head, *rest = split_at_markers(text)
+        content = self.parse_text(head) if head else ()
         for piece in rest:
-            content += (ImagePlaceholder(next(slots)), *self.parse_text(piece))
+            content += (ImagePlaceholder(next(slots)), *(self.parse_text(piece) if piece else ()))
         return content
 
     def make_image(self, value: Any) -> LazyImage:
@@ -184,7 +183,7 @@ class RecordContext:
         `EmbeddedImage` of an archive. Nothing is decoded yet.
         """
         max_pixels = self.settings.max_pixels
-        if isinstance(value, Mapping):
+        if not isinstance(value, str) and isinstance(value, Mapping):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if isinstance(value, bytes):
             return BytesImage(value, self.origin, max_pixels)
@@ -206,17 +205,18 @@ class RecordContext:
         """Return the images of the column `images` or `image`, which holds a list or one image.
 
         Args:
-            prefix: goes before the column's name, e.g. `rejected_`.
+            prefix: goes before the column's name: empty, or `rejected_`.
             other_keys: columns that may hold the images instead, as `find_image_keys` returns them.
         """
-        columns = [key for key in (f"{prefix}images", f"{prefix}image") if row.get(key) is not None]
-        columns = columns or list(other_keys)
+        columns = [key for key in _IMAGE_COLUMNS[prefix] if row.get(key) is not None] or list(other_keys)
         if len(columns) > 1:
             remedy = f"or say which with data.sources.{self.settings.source}.columns.image" if other_keys else ""
             must_go = f"both '{columns[0]}' and '{columns[1]}' are given; one of them must go"
             raise self.make_error(f"{must_go}, {remedy}" if remedy else must_go)
-        value = row[columns[0]] if columns else []
-        return tuple(self.make_image(item) for item in (value if isinstance(value, list) else [value]))
+        if not columns:
+            return ()
+        value = row[columns[0]]
+        return tuple(map(self.make_image, value)) if isinstance(value, list) else (self.make_image(value),)
 
     def _decode_data_url(self, url: str) -> bytes:
         head, _, payload = url.partition(",")
@@ -248,6 +248,36 @@ def _is_image_value(value: Any) -> bool:
     return isinstance(value, bytes | EmbeddedImage) or (
         isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None)
     )
+
+
+def is_object(value: Any) -> bool:
+    """Return True for an object of the record. The type is compared first: it is nearly always dict, and ABCs are slow."""
+    return type(value) is dict or isinstance(value, Mapping)
+
+
+def find_surrogate(text: str) -> int | None:
+    """Find the place of the first half of a surrogate pair, which UTF-8 cannot encode; None: there is none."""
+    if text.isascii():  # a flag of the string: nothing is searched
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def split_at_markers(text: str) -> list[str]:
+    """Split a text at each '<image>'. One line break before the marker belongs to it, or else one behind it."""
+    head, *rest = text.split(IMAGE_TOKEN)
+    pieces = [head]
+    for piece in rest:
+        before = pieces[-1]
+        if before.endswith("\n"):
+            pieces[-1] = before[: -2 if before.endswith("\r\n") else -1]
+        elif piece.startswith(("\n", "\r\n")):
+            piece = piece[2 if piece.startswith("\r") else 1 :]
+        pieces.append(piece)
+    return pieces
 
 
 def describe_type(value: Any) -> str:

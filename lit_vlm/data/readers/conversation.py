@@ -14,6 +14,7 @@ from lit_vlm.data.readers.unsupported_keys import read_system_text
 from lit_vlm.formatting import format_count
 from lit_vlm.types import (
     IMAGE_TOKEN,
+    ContentPart,
     ControlToken,
     Fault,
     ImagePlaceholder,
@@ -27,7 +28,11 @@ from lit_vlm.types import (
 
 __all__ = ["ReaderSettings", "RecordContext", "describe_type", "iter_slot_indices", "make_sample"]
 
+_TURN_ORDER = (Role.user, Role.assistant)
 _HANGUL = re.compile(r"[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
+
+
+_KIND_BY_TOKEN = {"<ocr>": SampleKind.ocr, "<gro>": SampleKind.grounding, "<bbox>": SampleKind.referring}
 
 
 def make_sample(
@@ -78,6 +83,8 @@ def find_last_trained_turn(messages: Sequence[Message], context: RecordContext) 
     Raises:
         RecordError: no answer is trained on.
     """
+    if messages[-1].role is Role.assistant and messages[-1].supervised:
+        return len(messages)
     answers = [number for number, message in enumerate(messages, 1) if message.role is Role.assistant]
     trained = [number for number in answers if messages[number - 1].supervised]
     if not trained:
@@ -129,12 +136,12 @@ def check_turns(messages: Sequence[Message], context: RecordContext) -> None:
     """
     first = 1 if messages[0].role is Role.system else 0
     for number, message in enumerate(messages[first:], first):
-        expected_role = (Role.user, Role.assistant)[(number - first) % 2]
+        expected_role = _TURN_ORDER[(number - first) % 2]
         if message.role is not expected_role:
             raise context.make_error(
                 f"message {number + 1} is the {message.role}'s; user and assistant must take turns, user first"
             )
-        if message.role is Role.assistant and not message.text.strip():
+        if expected_role is Role.assistant and not _has_text(message.content):
             reason = f"message {number + 1}, the assistant's, is empty; it leaves the loss without a token"
             raise context.make_error(reason, Fault.no_answer)
     if messages[-1].role is not Role.assistant:
@@ -184,23 +191,26 @@ def detect_language(messages: Sequence[Message], settings: ReaderSettings) -> La
     """Return the source's language; for `auto`, Korean if any message holds Hangul, else English."""
     if settings.language is not Language.auto:
         return settings.language
-    return Language.ko if any(_HANGUL.search(message.text) for message in messages) else Language.en
+    for message in messages:
+        for piece in message.content:
+            if isinstance(piece, str) and not piece.isascii() and _HANGUL.search(piece):
+                return Language.ko
+    return Language.en
 
 
 def infer_kind(messages: Sequence[Message], num_images: int, settings: ReaderSettings) -> SampleKind:
     """Return the source's kind; if it has none, infer it from the number of images and the question."""
-    user_messages = [message for message in messages if message.role is Role.user]
-    tokens = {piece.token for message in user_messages for piece in message.content if isinstance(piece, ControlToken)}
-    by_token = {"<ocr>": SampleKind.ocr, "<gro>": SampleKind.grounding, "<bbox>": SampleKind.referring}
     if settings.kind is not None:
         return settings.kind
     if num_images == 0:
         return SampleKind.text
     if num_images > 1:
         return SampleKind.multi_image
-    if not any(message.text.strip() for message in user_messages):
+    pieces = [piece for message in messages if message.role is Role.user for piece in message.content]
+    if not _has_text(pieces):
         return SampleKind.image_only
-    return next((kind for token, kind in by_token.items() if token in tokens), SampleKind.instruction)
+    tokens = {piece.token for piece in pieces if isinstance(piece, ControlToken)}
+    return next((kind for token, kind in _KIND_BY_TOKEN.items() if token in tokens), SampleKind.instruction)
 
 
 def _infer_sample_kind(
@@ -213,4 +223,15 @@ def _infer_sample_kind(
 
 def _is_image_without_question(message: Message) -> bool:
     has_image = any(isinstance(piece, ImagePlaceholder) for piece in message.content)
-    return message.role is Role.user and has_image and not message.text.strip()
+    return message.role is Role.user and has_image and not _has_text(message.content)
+
+
+def _has_text(content: Sequence[ContentPart]) -> bool:
+    """Return True if a content is not blank. A control token is text."""
+    for piece in content:
+        if isinstance(piece, str):
+            if piece and not piece.isspace():
+                return True
+        elif isinstance(piece, ControlToken):
+            return True
+    return False

@@ -7,7 +7,7 @@ from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
 from lit_vlm.data.readers.coco import CAPTIONS, OBJECTS, read_coco
-from lit_vlm.data.readers.context import RecordContext, describe_type, find_image_keys, iter_slot_indices
+from lit_vlm.data.readers.context import RecordContext, describe_type, find_image_keys, is_object, iter_slot_indices
 from lit_vlm.data.readers.conversation import check_num_images, count_image_slots, make_sample
 from lit_vlm.data.readers.messages import place_named_images, read_messages, read_speaker, read_turns
 from lit_vlm.data.readers.preference import read_preference
@@ -31,7 +31,7 @@ def read_caption(row: Mapping[str, Any], context: RecordContext) -> Sample:
     if row.get(key) is None:
         context.require_keys(row, "caption")
     image_keys = find_image_keys(row)
-    check_record(row, context, ("id", "image", "images", *image_keys, key, *SYSTEM_KEYS))
+    check_record(row, context, {"id", "image", "images", *image_keys, key, *SYSTEM_KEYS})
     images = context.collect_images(row, other_keys=image_keys)
     if not images:
         raise context.make_error(f"{key!r} has no image beside it", Fault.placeholders)
@@ -40,7 +40,8 @@ def read_caption(row: Mapping[str, Any], context: RecordContext) -> Sample:
     return make_sample(row, (question, answer), images, context)
 
 
-_READ_KEYS = ("id", "image", "images", "conversations", *SYSTEM_KEYS)
+_READ_KEYS = frozenset(("id", "image", "images", "conversations", *SYSTEM_KEYS))
+_TURN_KEYS = frozenset(("from", "value"))
 
 
 def read_llava(row: Mapping[str, Any], context: RecordContext) -> Sample:
@@ -51,7 +52,7 @@ def read_llava(row: Mapping[str, Any], context: RecordContext) -> Sample:
     context.require_keys(row, "conversations")
     check_record(row, context, _READ_KEYS)
     turns = context.require_list(row["conversations"], "conversations")
-    if all(isinstance(turn, Mapping) and turn.get("role") is not None and turn.get("from") is None for turn in turns):
+    if all(is_object(turn) and turn.get("role") is not None and turn.get("from") is None for turn in turns):
         return _read_minicpm(row, turns, context)
     slots = iter_slot_indices()
     messages = [_read_message(turn, f"conversations[{number}]", slots, context) for number, turn in enumerate(turns)]
@@ -72,7 +73,7 @@ def _read_minicpm(row: Mapping[str, Any], turns: list[Any], context: RecordConte
 
 
 def _read_message(turn: Any, location: str, slots: Iterator[int], context: RecordContext) -> Message:
-    if not isinstance(turn, Mapping):
+    if not is_object(turn):
         raise context.make_error(f"{location} is {describe_type(turn)}; it must be an object with 'from' and 'value'")
     if "role" in turn and "from" not in turn:
         raise context.make_error(
@@ -80,7 +81,7 @@ def _read_message(turn: Any, location: str, slots: Iterator[int], context: Recor
         )
     role = read_speaker(turn.get("from"), f"{location}.from", context)
     text = context.require_text(turn.get("value"), f"{location}.value")
-    trained = check_turn(turn, role, context, location, ("from", "value"))
+    trained = check_turn(turn, role, context, location, _TURN_KEYS)
     return Message(
         role, context.parse_text_with_images(text, slots) if role is Role.user else context.parse_text(text), trained
     )

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
-from lit_vlm.data.readers.context import RecordContext, describe_type
+from lit_vlm.data.readers.context import RecordContext, describe_type, find_surrogate, is_object
 from lit_vlm.data.readers.conversation import check_num_images, make_sample
 from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_part, check_record, check_turn
 from lit_vlm.formatting import format_count
 from lit_vlm.types import (
+    IMAGE_TOKEN,
     SPECIAL_TOKENS,
     ContentPart,
     ControlToken,
@@ -37,7 +38,11 @@ _IMAGE_TYPES = ("image", "image_url", "input_image")
 _CONTROL_TYPE = "control"
 _PART_TYPES = "'text', 'image', 'image_url' or 'control'"
 _IMAGE_KEYS = ("image", "path", "url")  # keys that name the image in a part of type image
-_READ_KEYS = ("id", "image", "images", "messages", *SYSTEM_KEYS)
+_READ_KEYS = frozenset(("id", "image", "images", "messages", *SYSTEM_KEYS))
+_TURN_KEYS = frozenset(("role", "content"))
+_TEXT_KEYS, _CONTROL_KEYS = frozenset(("type", "text")), frozenset(("type", "token"))
+_URL_KEYS, _IMAGE_PART_KEYS = frozenset(("type", "image_url", "detail")), frozenset(("type", "index", *_IMAGE_KEYS))
+_ROLES = dict(Role.__members__)
 
 # an image that the part names itself, the index of one of the column `images`, or None: the next one of that column
 ImageReference = LazyImage | int | None
@@ -68,7 +73,9 @@ def read_turns(
     has_markers = not has_parts and not context.settings.marks_are_text
     images: list[ImageReference] = []
     messages = [
-        _read_message(turn, images, has_markers, context, f"{location}[{number}]") for number, turn in enumerate(turns)
+        _read_plain_message(turn, images, has_markers, context)
+        or _read_message(turn, images, has_markers, context, f"{location}[{number}]")
+        for number, turn in enumerate(turns)
     ]
     if image_column and not images and all(isinstance(turn["content"], str) for turn in turns):
         messages, images = _put_images_first(messages, len(image_column)), [None] * len(image_column)
@@ -82,6 +89,7 @@ _SPEAKERS = {
     "gpt": Role.assistant,
     "assistant": Role.assistant,
 }
+_CONVERTED_KEYS = ("from", "value", "role", "content")
 _TOOL_ROLES = ("function_call", "function_response", "observation", "function", "tool", "tool_call")
 
 
@@ -99,15 +107,15 @@ def read_speaker(speaker: Any, location: str, context: RecordContext) -> Role:
 
 def convert_turns(turns: Any, location: str, context: RecordContext) -> list[Any]:
     """Convert turns, or one turn, with `from` and `value` to `role` and `content`; others are left as they are."""
-    turns = [turns] if isinstance(turns, Mapping) else context.require_list(turns, location)
+    turns = [turns] if is_object(turns) else context.require_list(turns, location)
     return [_convert_turn(turn, f"{location}[{number}]", context) for number, turn in enumerate(turns)]
 
 
 def _convert_turn(turn: Any, location: str, context: RecordContext) -> Any:
-    if not isinstance(turn, Mapping) or turn.get("role") is not None or turn.get("from") is None:
+    if not is_object(turn) or turn.get("role") is not None or turn.get("from") is None:
         return turn
     role = read_speaker(turn["from"], f"{location}.from", context)
-    rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    rest = {} if len(turn) == 2 else {key: value for key, value in turn.items() if key not in _CONVERTED_KEYS}
     return {**rest, "role": role.value, "content": context.require_text(turn.get("value"), f"{location}.value")}
 
 
@@ -136,9 +144,11 @@ def place_named_images(turns: list[Any], names: Sequence[str]) -> list[Any]:
 
 
 def _has_image_parts(turn: Any) -> bool:
-    content = turn.get("content") if isinstance(turn, Mapping) else None
-    return isinstance(content, list) and any(
-        isinstance(part, Mapping) and part.get("type") in _IMAGE_TYPES for part in content
+    content = turn.get("content") if is_object(turn) else None
+    return (
+        not isinstance(content, str)
+        and isinstance(content, list)
+        and any(isinstance(part, Mapping) and part.get("type") in _IMAGE_TYPES for part in content)
     )
 
 
@@ -150,6 +160,8 @@ def _resolve_images(
     Raises:
         RecordError: an image of the column is not shown, or slots and images without an index differ in number.
     """
+    if not has_parts and len(images) == len(image_column):
+        return tuple(image_column)
     indices = [image for image in images if isinstance(image, int)]
     if indices:
         _check_image_indices(indices, images.count(None), len(image_column), context)
@@ -186,18 +198,31 @@ def _check_image_indices(
         raise context.make_error(reason, Fault.placeholders)
 
 
+def _read_plain_message(
+    turn: Any, images: list[ImageReference], has_markers: bool, context: RecordContext
+) -> Message | None:
+    """Read a turn that is a role and a text and nothing else, as nearly all are; None: `_read_message` has to read it."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    name, text = turn.get("role"), turn.get("content")
+    if not isinstance(name, str) or not isinstance(text, str) or name not in _ROLES or find_surrogate(text) is not None:
+        return None
+    if has_markers and name == "user" and IMAGE_TOKEN in text:
+        return Message(Role.user, context.parse_text_with_images(text, _append_slots(images)))
+    return Message(_ROLES[name], context.parse_text(text))
+
+
 def _read_message(
     turn: Any, images: list[ImageReference], has_markers: bool, context: RecordContext, location: str
 ) -> Message:
-    if not isinstance(turn, Mapping):
+    if not is_object(turn):
         raise context.make_error(f"{location} is {describe_type(turn)}; it must be an object with 'role' and 'content'")
-    role_name = context.require_text(turn.get("role"), f"{location}.role")
-    if role_name not in Role.__members__:
+    role = _ROLES.get(context.require_text(turn.get("role"), f"{location}.role"))
+    if role is None:
         raise context.make_error(
-            f"{location}.role is {format_untrusted(role_name)}; it must be 'system', 'user' or 'assistant'"
+            f"{location}.role is {format_untrusted(turn['role'])}; it must be 'system', 'user' or 'assistant'"
         )
-    role = Role(role_name)
-    trained = check_turn(turn, role, context, location, ("role", "content"))
+    trained = check_turn(turn, role, context, location, _TURN_KEYS)
     slots = _append_slots(images) if has_markers and role is Role.user else None
     content, location = turn.get("content"), f"{location}.content"
     if not isinstance(content, list):
@@ -229,10 +254,10 @@ def _read_part(
 ) -> tuple[ContentPart, ...]:
     part_type = part.get("type") if isinstance(part, Mapping) else None
     if part_type in _TEXT_TYPES:
-        check_part(part, context, location, ("type", "text"))
+        check_part(part, context, location, _TEXT_KEYS)
         return _parse_text(context.require_text(part.get("text"), f"{location}.text"), slots, context)
     if part_type == _CONTROL_TYPE:
-        check_part(part, context, location, ("type", "token"))
+        check_part(part, context, location, _CONTROL_KEYS)
         return (_read_control(part.get("token"), context, location),)
     if part_type not in _IMAGE_TYPES:
         found = f"of type {format_untrusted(part_type, 40)}" if isinstance(part, Mapping) else describe_type(part)
@@ -254,13 +279,13 @@ def _read_control(token: Any, context: RecordContext, location: str) -> ControlT
 def _read_image_part(part: Mapping[str, Any], context: RecordContext, location: str) -> ImageReference:
     """Read which image a part names. In columnar files the keys that other parts use are nulls."""
     if part["type"] != "image":
-        check_part(part, context, location, ("type", "image_url", "detail"))
+        check_part(part, context, location, _URL_KEYS)
         value = part.get("image_url")
         value = value.get("url") if isinstance(value, Mapping) else value
         if value is None:
             raise context.make_error(f"{location} has no image_url.url")
         return context.make_image(value)
-    check_part(part, context, location, ("type", "index", *_IMAGE_KEYS))
+    check_part(part, context, location, _IMAGE_PART_KEYS)
     given_keys = [key for key in (*_IMAGE_KEYS, "index") if part.get(key) is not None]
     if len(given_keys) > 1:
         raise context.make_error(f"{location} has both {given_keys[0]!r} and {given_keys[1]!r}; one of them must go")
@@ -277,9 +302,9 @@ def _read_image_part(part: Mapping[str, Any], context: RecordContext, location: 
 
 
 def _put_images_first(messages: list[Message], num_images: int) -> list[Message]:
-    first = next((number for number, message in enumerate(messages) if message.role is Role.user), None)
-    if first is None:  # `check_turns` refuses the roles later, with its own message
-        return messages
-    slots = tuple(ImagePlaceholder(index) for index in range(num_images))
-    with_images = Message(Role.user, slots + messages[first].content, messages[first].supervised)
-    return [*messages[:first], with_images, *messages[first + 1 :]]
+    for number, message in enumerate(messages):
+        if message.role is Role.user:
+            slots = tuple(map(ImagePlaceholder, range(num_images)))
+            with_images = Message(Role.user, slots + message.content, message.supervised)
+            return [*messages[:number], with_images, *messages[number + 1 :]]
+    return messages  # `check_turns` refuses the roles later, with its own message

@@ -36,22 +36,14 @@ from lit_vlm.types import Fault, ImagePlaceholder, LazyImage, Message, Preferenc
 _SWIFT_KEYS = ("rejected_messages", "rejected_response")
 _PROMPT_KEYS = ("conversations", "messages", "instruction", "question", "query")  # one of them, if there is no `prompt`
 _KEYS_BESIDE_PROMPT = {"instruction": ("input", "history"), "question": ("history",), "query": ("history",)}
-_READ_KEYS = (
-    "id",
-    "image",
-    "images",
-    "rejected_image",
-    "rejected_images",
-    "kind",
-    *SYSTEM_KEYS,
-)
+_READ_KEYS = frozenset(("id", "image", "images", "rejected_image", "rejected_images", "kind", *SYSTEM_KEYS))
 
 
 def read_preference(row: Mapping[str, Any], context: RecordContext) -> PreferencePair:
     """Read a preference pair; raise a RecordError if it cannot be used."""
     row, read_keys = _convert_row(row, context)
     image_keys = find_image_keys(row)
-    check_record(row, context, (*_READ_KEYS, *read_keys, *image_keys))
+    check_record(row, context, _READ_KEYS.union(read_keys, image_keys))
     row = {**row, **{key: _convert_answer(row[key], key, context) for key in ("chosen", "rejected")}}
     image_column = context.collect_images(row, other_keys=image_keys)
     if row.get("prompt") is None:

@@ -104,12 +104,35 @@ def find_record_files(name: str, path: Path, split: str | None, *, only_tars: bo
         return path, sorted(path.glob("*.arrow"))
     files = _list_record_files(setting, path)
     files = ([file for file in files if file.suffix.lower() == ".tar"] if only_tars else []) or files
-    names = [str(file.relative_to(path)) for file in files]
-    splits = [infer_split(file, folders_only=is_image_name(file)) for file in names]
+    names = _list_relative_names(files, path)
+    splits = _infer_splits(names)
     chosen = select_split(setting, names, splits, split)
     files = [file for file, is_chosen in zip(files, chosen, strict=True) if is_chosen]
     _require_one_ending(setting, "the folder", files)
     return path, files
+
+
+def _list_relative_names(files: list[Path], folder: Path) -> list[str]:
+    """List the files' paths relative to their folder. They are compared as strings: a folder may have millions of pictures."""
+    start = "" if str(folder) == "." else os.path.join(folder, "")
+    return [
+        name[len(start) :] if (name := str(file)).startswith(start) else str(file.relative_to(folder)) for file in files
+    ]
+
+
+def _infer_splits(names: list[str]) -> list[str | None]:
+    """Infer the split of each file. The name of a picture says none, so that of its folder is inferred once."""
+    by_folder: dict[str, str | None] = {}
+    splits = []
+    for name in names:
+        folder = name.rpartition("/")[0]
+        if not is_image_name(name):
+            splits.append(infer_split(name))
+            continue
+        if folder not in by_folder:
+            by_folder[folder] = infer_split(name, folders_only=True)
+        splits.append(by_folder[folder])
+    return splits
 
 
 def _require_record_file(setting: str, path: Path) -> Path:
@@ -270,7 +293,7 @@ def open_row_files(name: str, path: Path, files: list[Path], cache_dir: Path | N
         if path.is_dir() and (path / "state.json").exists():
             return arrow_files.open_saved_dataset(path)
         if is_image_name(files[0].name if files else ""):
-            return ImageTextRows(path, [str(file.relative_to(path)) for file in files])
+            return ImageTextRows(path, _list_relative_names(files, path))
         if suffix == ".parquet" and not any(file.stem == _METADATA_STEM for file in files):
             return arrow_files.open_parquet(files)
         if suffix == ".arrow":
@@ -296,7 +319,8 @@ def list_identity_files(files: list[Path]) -> list[Path]:
     """List the files whose size and time tell that a source has changed: the texts of pictures, else the files themselves."""
     if not (files and is_image_name(files[0].name)):
         return files
-    return [text if (text := file.with_suffix(".txt")).is_file() else file for file in files]
+    texts = [f"{os.path.splitext(file)[0]}.txt" for file in files]
+    return [Path(text) if os.path.isfile(text) else file for text, file in zip(texts, files, strict=True)]
 
 
 def load_hub_rows(name: str, config: SourceConfig) -> tuple[Rows, list[Path]]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
-from lit_vlm.data.readers.context import RecordContext, describe_type, find_image_keys
+from lit_vlm.data.readers.context import RecordContext, describe_type, find_image_keys, is_object
 from lit_vlm.data.readers.conversation import make_sample
 from lit_vlm.data.readers.messages import convert_turns, read_turns
 from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record
@@ -24,7 +24,7 @@ from lit_vlm.types import Role, Sample
 
 Turn = dict[str, Any]  # {role, content}
 
-_COMMON_KEYS = ("id", "image", "images", *SYSTEM_KEYS)
+_COMMON_KEYS = frozenset(("id", "image", "images", *SYSTEM_KEYS))
 # Columns that hold a part of the question -> what they are.
 _PARTS_OF_A_QUESTION = {
     **dict.fromkeys(("choices", "options", "candidates"), "the options of a question"),
@@ -35,7 +35,7 @@ _PARTS_OF_A_QUESTION = {
 def read_question_answer(row: Mapping[str, Any], context: RecordContext) -> Sample:
     """Read a row with a question and its answer."""
     context.require_keys(row, "question", "answer")
-    for key, what in _PARTS_OF_A_QUESTION.items():
+    for key, what in () if row.keys().isdisjoint(_PARTS_OF_A_QUESTION) else _PARTS_OF_A_QUESTION.items():
         if row.get(key) not in (None, "", [], {}):
             raise context.make_error(f"it has {key!r}, {what}, which is not read; write it into the question")
     answer = _require_one_text(row["answer"], "answer", context)
@@ -65,7 +65,7 @@ def read_prompt_completion(row: Mapping[str, Any], context: RecordContext) -> Sa
     prompt, completion = row["prompt"], row["completion"]
     prompt = [make_turn(Role.user, prompt, "prompt", context)] if isinstance(prompt, str) else prompt
     turns = [
-        {**turn, "loss": False} if isinstance(turn, Mapping) and turn.get("role") == "assistant" else turn
+        {**turn, "loss": False} if is_object(turn) and turn.get("role") == "assistant" else turn
         for turn in convert_turns(prompt, "prompt", context)
     ]
     if isinstance(completion, str):
@@ -85,7 +85,7 @@ def read_cauldron(row: Mapping[str, Any], context: RecordContext) -> Sample:
     turns: list[Turn] = []
     for number, pair in enumerate(context.require_list(row[key], key)):
         where = f"{key}[{number}]"
-        if not isinstance(pair, Mapping):
+        if not is_object(pair):
             found = describe_type(pair)
             raise context.make_error(f"{where} is {found}; it must be an object with {speaker!r} and 'assistant'")
         for name in (name for name in pair if name not in (speaker, "assistant")):
@@ -114,7 +114,7 @@ def read_alpaca_prompt(row: Mapping[str, Any], context: RecordContext) -> list[T
 def read_history(row: Mapping[str, Any], context: RecordContext) -> list[Turn]:
     """Read the column `history`, a list of [question, answer], as turns."""
     history = row.get("history")
-    if history in (None, "", []):
+    if history is None or history in ("", []):
         return []
     turns: list[Turn] = []
     for number, pair in enumerate(context.require_list(history, "history")):
@@ -129,7 +129,7 @@ def read_history(row: Mapping[str, Any], context: RecordContext) -> list[Turn]:
 
 def _read_sample(row: Mapping[str, Any], turns: list[Turn], used_keys: Sequence[str], context: RecordContext) -> Sample:
     image_keys = find_image_keys(row)
-    check_record(row, context, (*_COMMON_KEYS, *image_keys, *used_keys))
+    check_record(row, context, _COMMON_KEYS.union(image_keys, used_keys))
     images = context.collect_images(row, other_keys=image_keys)
     messages, images = read_turns(turns, images, context, used_keys[0])
     return make_sample(row, messages, images, context)

@@ -7,12 +7,13 @@ unused keys are counted (`RecordContext.unread`). docs/formats.md has the table.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
-from lit_vlm.data.readers.context import RecordContext
+from lit_vlm.data.readers.context import RecordContext, is_object
 from lit_vlm.data.readers.splits import is_same_split, normalize_split
 from lit_vlm.types import RecordError, Role
 
@@ -63,7 +64,7 @@ _CONTENT_KEYS = ("text", "image", "path", "url", "image_url", "bytes", "data", "
 SYSTEM_KEYS = ("system", "system_prompt")
 
 
-def check_record(row: Mapping[str, Any], context: RecordContext, read_keys: Collection[str]) -> None:
+def check_record(row: Mapping[str, Any], context: RecordContext, read_keys: AbstractSet[str]) -> None:
     """Check the keys that the reader does not use: refuse those that change what is trained, count all others.
 
     A record may declare itself that marks in its texts are text, with `"marks": "text"`, as those of `task=prefer` do.
@@ -74,8 +75,10 @@ def check_record(row: Mapping[str, Any], context: RecordContext, read_keys: Coll
     Raises:
         RecordError: names the refused key.
     """
+    if row.keys() <= read_keys:
+        return
     if row.get("marks") == "text":
-        context.settings, read_keys = replace(context.settings, marks_are_text=True), (*read_keys, "marks")
+        context.settings, read_keys = replace(context.settings, marks_are_text=True), {*read_keys, "marks"}
     for key in [key for key in row if key not in read_keys and not _is_empty(row[key])]:
         value = row[key]
         if key in _REFUSED_RECORD_KEYS and value is not False and not _is_harmless(key, value):
@@ -96,9 +99,11 @@ def check_record(row: Mapping[str, Any], context: RecordContext, read_keys: Coll
 
 
 def check_turn(
-    turn: Mapping[str, Any], role: Role, context: RecordContext, location: str, read_keys: Collection[str]
+    turn: Mapping[str, Any], role: Role, context: RecordContext, location: str, read_keys: AbstractSet[str]
 ) -> bool:
     """Check a turn's keys as `check_record` does, and return whether they let the turn count in the loss."""
+    if turn.keys() <= read_keys:
+        return True
     trained = True
     for key in [key for key in turn if key not in read_keys and not _is_empty(turn[key])]:
         value = turn[key]
@@ -111,7 +116,7 @@ def check_turn(
     return trained
 
 
-def check_part(part: Mapping[str, Any], context: RecordContext, location: str, read_keys: Collection[str]) -> None:
+def check_part(part: Mapping[str, Any], context: RecordContext, location: str, read_keys: AbstractSet[str]) -> None:
     """Check the unused keys of a content part: raise a RecordError for those that change what is trained."""
     for key in [key for key in part if key not in read_keys and not _is_empty(part[key])]:
         value = part[key]
@@ -130,6 +135,8 @@ def check_part(part: Mapping[str, Any], context: RecordContext, location: str, r
 
 def read_system_text(row: Mapping[str, Any], context: RecordContext) -> str | None:
     """Return the text of the record's column `system` or `system_prompt`, as in ShareGPT and ms-swift, or None."""
+    if row.keys().isdisjoint(SYSTEM_KEYS):
+        return None
     given = [key for key in SYSTEM_KEYS if not (row.get(key) is None or row[key] == "")]
     if len(given) > 1:
         raise context.make_error(f"both {given[0]!r} and {given[1]!r} are given; one of them must go")
@@ -166,7 +173,7 @@ def _is_empty(value: Any) -> bool:
     stack = [value]  # no recursion: a record may be nested deeper than Python's stack
     while stack:
         value = stack.pop()
-        if isinstance(value, Mapping):
+        if is_object(value):
             stack.extend(value.values())
         elif isinstance(value, list):
             stack.extend(value)

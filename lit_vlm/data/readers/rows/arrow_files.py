@@ -14,9 +14,13 @@ from lit_vlm.data.lazy_images import REMEDY
 from lit_vlm.data.readers.rows.base import DuplicateKeyError, Hasher, JoinedRows, Rows, get_file_identity, split_range
 from lit_vlm.types import RecordError, UserError
 
+_MAX_BLOCK_ROWS, _MAX_BLOCK_BYTES = 64, 1 << 20  # of rows that follow each other and are converted together
+
 
 class ArrowRows:
     """Rows of a `datasets.Dataset`, with images left encoded.
+
+    Rows that are read in order are converted in blocks, which double up to 64 rows or 1 MiB; others one by one.
 
     Args:
         names: name of each file, for error messages.
@@ -25,10 +29,14 @@ class ArrowRows:
     """
 
     def __init__(self, dataset: Any, names: Sequence[str], counts: Sequence[int], files: Sequence[Path] = ()) -> None:
+        from datasets.features.features import require_decoding
+
         self._dataset, self._names = dataset.with_format("arrow"), list(names)
         self._ends = list(itertools.accumulate(counts))
         self._files = list(files) or [Path(file["filename"]) for file in dataset.cache_files]
         self._features = type(dataset.features)(_disable_decoding(dict(dataset.features)))
+        self._needs_decoding = require_decoding(dict(self._features))  # a column of JSON
+        self._block: tuple[int, int, list[dict[str, Any]]] = (0, 0, [])  # first row, place of the next one, rows
 
     @property
     def files(self) -> list[Path]:
@@ -49,10 +57,29 @@ class ArrowRows:
         return f"{self._names[part]}[{index - (self._ends[part - 1] if part else 0)}]"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._read_row(index)
+        if not self._needs_decoding:
+            return row
         try:
-            return self._features.decode_example(self._dataset[index].to_pylist()[0])
+            return self._features.decode_example(row)
         except DuplicateKeyError as error:
             raise RecordError(self.get_origin(index), str(error), REMEDY) from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_block": (0, 0, [])}
+
+    def _read_row(self, index: int) -> dict[str, Any]:
+        first, place, rows = self._block
+        if index != first + place:  # not the next one in order
+            self._block = (index, 1, [{}])
+            return self._dataset[index].to_pylist()[0]
+        if place == len(rows):
+            table = self._dataset[index : min(index + min(max(1, 2 * len(rows)), _MAX_BLOCK_ROWS), len(self))]
+            num_rows = max(1, min(len(table), _MAX_BLOCK_BYTES * len(table) // max(1, table.nbytes)))
+            first, place, rows = index, 0, table.slice(0, num_rows).to_pylist()
+        row, rows[place] = rows[place], {}  # a row is given once: the caller may change it
+        self._block = (first, place + 1, rows)
+        return row
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with file identities and row numbers: an unchanged file has unchanged rows."""

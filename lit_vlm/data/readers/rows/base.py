@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +92,22 @@ def split_range(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[in
             return
         if ends[part] > part_start:
             yield part, max(start, part_start) - part_start, min(stop, ends[part]) - part_start
+
+
+def list_file_identities(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """List the identities of files, as `get_file_identity`. The links of a folder's path are resolved once for all its files."""
+    folders: dict[str, str] = {}
+    identities = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode) or name in ("", ".."):
+            identities.append(get_file_identity(path))
+            continue
+        if folder not in folders:
+            folders[folder] = str(resolve_original_path(Path(folder).resolve()))
+        identities.append((os.path.join(folders[folder], name), status.st_size, status.st_mtime_ns))
+    return identities
 
 
 def get_file_identity(path: Path) -> tuple[str, int, int]:

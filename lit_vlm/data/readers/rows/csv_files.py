@@ -18,7 +18,7 @@ import numpy as np
 
 from lit_vlm.data.lazy_images import REMEDY, format_untrusted
 from lit_vlm.data.readers.rows.base import Hasher, get_file_identity
-from lit_vlm.data.readers.rows.json_files import BOM, MAX_ROW_BYTES, read_span
+from lit_vlm.data.readers.rows.json_files import BOM, MAX_ROW_BYTES, SpanReader
 from lit_vlm.data.readers.rows.offset_cache import StoredArray, load_or_scan
 from lit_vlm.formatting import format_count
 from lit_vlm.types import RecordError, UserError
@@ -41,6 +41,7 @@ class CsvRows:
 
     def __init__(self, path: Path, table: StoredArray) -> None:
         self.path, self._table = path, table
+        self._reader, self._last = SpanReader(path), (-2, 0, 0, "")  # the last row that was located
         delimiter, encoding, _ = table.array[0].tolist()
         self._delimiter, self._encoding = chr(delimiter), _ENCODINGS[encoding]
         self._names = self._name_columns(self._read_fields(-1))
@@ -49,7 +50,7 @@ class CsvRows:
         return len(self._table.array) - 2
 
     def get_origin(self, index: int) -> str:
-        return f"{self.path.name}:{self._table.array[index + 2, 2]}"
+        return self._locate(index)[3]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         values = self._read_fields(index)
@@ -64,9 +65,11 @@ class CsvRows:
         hasher.update(repr((get_file_identity(self.path), start, stop)).encode())
 
     def _read_fields(self, index: int) -> list[str]:
-        start, end, _ = self._table.array[index + 2].tolist()
-        origin = self.get_origin(index)
-        text = read_span(self.path, start, end, origin).decode(self._encoding)
+        _, start, end, origin = self._locate(index)
+        text = self._reader.read(start, end, origin).decode(self._encoding)
+        body = text.rstrip("\r\n")
+        if '"' not in body and "\r" not in body and "\n" not in body:
+            return body.split(self._delimiter)
         num_lines = text.count("\n", 0, -1) + 1
         lines = (
             [text] if num_lines == 1 else io.StringIO(text, newline="\n")
@@ -76,6 +79,13 @@ class CsvRows:
         except csv.Error as error:
             where = f" (the row reaches over {num_lines:,} lines)" if num_lines > 1 else ""
             raise RecordError(origin, f"not readable as CSV: {_explain(error)}{where}", REMEDY) from None
+
+    def _locate(self, index: int) -> tuple[int, int, int, str]:
+        """Return number, first byte, end and origin of a row; -1 is the header."""
+        if self._last[0] != index:
+            start, end, line = self._table.array[index + 2].tolist()
+            self._last = index, start, end, f"{self.path.name}:{line}"
+        return self._last
 
     def _name_columns(self, names: list[str]) -> list[str]:
         names = [name.strip() or f"column {number}" for number, name in enumerate(names, 1)]
@@ -121,6 +131,10 @@ def _iter_spans(path: Path, stream: BinaryIO, offset: int, delimiter: str) -> It
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         start, line = lines.end, lines.number + 1
+        if (plain := lines.read_plain()) is not None:
+            if plain:
+                yield start, lines.end, line
+            continue
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -139,18 +153,34 @@ class _CountedLines:
 
     def __init__(self, stream: BinaryIO, offset: int) -> None:
         self._stream, self.end, self.number, self.is_finished = stream, offset, 0, False
+        self._next: bytes | None = None  # a line that was looked at
 
     def __iter__(self) -> _CountedLines:
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline()
+        line, self._next = self._stream.readline() if self._next is None else self._next, None
         if not line:
             self.is_finished = True
             raise StopIteration
         self.end += len(line)
         self.number += 1
         return line.decode("latin-1")
+
+    def read_plain(self) -> bytes | None:
+        """Read a line without quotes, which is a row of its own; return it without its line break.
+
+        None: the next line has a quote or a carriage return inside, or there is none. It is left for `next`.
+        """
+        line = self._stream.readline() if self._next is None else self._next
+        body = line.rstrip(b"\r\n")
+        if not line or b'"' in body or b"\r" in body:
+            self._next = line
+            return None
+        self._next = None
+        self.end += len(line)
+        self.number += 1
+        return body
 
 
 def _find_encoding(path: Path, stream: BinaryIO) -> int:

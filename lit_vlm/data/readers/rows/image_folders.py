@@ -14,7 +14,7 @@ from lit_vlm.data.readers.rows.base import Hasher, Rows, get_file_identity
 from lit_vlm.data.readers.rows.tar_headers import IMAGE_SUFFIXES
 from lit_vlm.types import Fault, RecordError
 
-MAX_TEXT_BYTES = 1 << 24
+MAX_TEXT_BYTES, _TEXT_BLOCK_BYTES = 1 << 24, 1 << 14
 
 
 class ImageTextRows:
@@ -26,7 +26,7 @@ class ImageTextRows:
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self._folder = folder
+        self._folder, self._last = folder, (-1, "")  # number and name of the last row
         encoded = [
             name.encode("utf-8", "surrogateescape") for name in names
         ]  # one array: pickled fast, 1 byte a letter
@@ -40,22 +40,23 @@ class ImageTextRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         name = self._get_name(index)
-        text = Path(f"{self._folder}/{os.path.splitext(name)[0]}.txt")
+        stem = os.path.splitext(name)[0]
         try:
-            with open(text, "rb") as stream:
-                data = stream.read(MAX_TEXT_BYTES)
+            data = _read_text_file(f"{self._folder}/{stem}.txt")
             caption = data.decode().removeprefix("\ufeff").strip("\r\n")
         except FileNotFoundError:
             raise RecordError(
-                name, f"a picture without a text {text.name} beside it", REMEDY, Fault.no_answer
+                name, f"a picture without a text {os.path.basename(stem)}.txt beside it", REMEDY, Fault.no_answer
             ) from None
         except UnicodeDecodeError as error:
-            raise RecordError(name, f"{text.name} is not UTF-8 at byte {error.start + 1}", REMEDY) from None
+            raise RecordError(
+                name, f"{os.path.basename(stem)}.txt is not UTF-8 at byte {error.start + 1}", REMEDY
+            ) from None
         except OSError as error:
             raise RecordError(
-                name, f"{text.name} cannot be read: {error.strerror}", REMEDY, Fault.unreadable
+                name, f"{os.path.basename(stem)}.txt cannot be read: {error.strerror}", REMEDY, Fault.unreadable
             ) from error
-        return {"id": os.path.splitext(name)[0], "image": name, "caption": caption}
+        return {"id": stem, "image": name, "caption": caption}
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the name, size and time of each text."""
@@ -67,8 +68,23 @@ class ImageTextRows:
             )
 
     def _get_name(self, index: int) -> str:
-        start = int(self._ends[index - 1]) if index else 0
-        return self._names[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
+        if self._last[0] != index:
+            start = int(self._ends[index - 1]) if index else 0
+            name = self._names[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
+            self._last = index, name
+        return self._last[1]
+
+
+def _read_text_file(path: str) -> bytes:
+    """Read a file, up to 16 MiB. A buffer of that size is not made for a caption of a few bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        parts = [os.read(descriptor, _TEXT_BLOCK_BYTES)]
+        while len(parts[-1]) == _TEXT_BLOCK_BYTES and len(parts) * _TEXT_BLOCK_BYTES < MAX_TEXT_BYTES:
+            parts.append(os.read(descriptor, _TEXT_BLOCK_BYTES))
+    finally:
+        os.close(descriptor)
+    return b"".join(parts)
 
 
 class MetadataRows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,13 +142,47 @@ def _find_line_and_column(stream: BinaryIO, offset: int) -> tuple[int, int]:
 
 _BLOCK_BYTES = 1 << 22  # bytes of one read while scanning and hashing
 _NEWLINE = 10
+_MAX_GAP_BYTES = 64  # between ranges that follow each other: a comma, blank lines
 _DECODER = json.JSONDecoder(object_pairs_hook=build_unique_dict)  # made once: json.loads would make one for each record
 _IS_BLANK = np.zeros(256, bool)
 _IS_BLANK[list(b" \t\n\r\x0b\x0c")] = True
 
 
+_MAX_BLOCK_BYTES = 1 << 16
+_BLOCK_SECONDS = 0.1
+
+
+class SpanReader:
+    """Reader of byte ranges of a file. The file is opened for each read, so forked processes share nothing.
+
+    Ranges that follow each other are served from a block that is read ahead; it doubles up to 64 KiB, and it is read again
+    after a tenth of a second, so that a changed file is noticed. Ranges in any order are read one by one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._block = (0, b"", 0, 0.0)  # first byte, data, end of the last range, time of reading
+
+    def read(self, start: int, end: int, origin: str) -> bytes:
+        """Read a range; raise a RecordError as `read_span`."""
+        first, data, last_end, read_at = self._block  # first <= last_end
+        stop = first + len(data)
+        if last_end <= start and end <= stop and time.monotonic() - read_at < _BLOCK_SECONDS:
+            # The file's last range frees the block
+            self._block = (first, data, end, read_at) if end < stop else (end, b"", end, 0.0)
+            return data[start - first : end - first]
+        follows = 0 <= start - last_end <= _MAX_GAP_BYTES and last_end > 0
+        size = min(2 * max(len(data), end - start), _MAX_BLOCK_BYTES) if follows else 0
+        data = read_span(self.path, start, end, origin, ahead=max(0, size - (end - start)))
+        self._block = (start, data, end, time.monotonic())
+        return data if len(data) == end - start else data[: end - start]
+
+    def __reduce__(self):
+        return SpanReader, (self.path,)
+
+
 class JsonRows:
-    """Rows of one JSON or JSONL file. The file is opened for each row, so forked processes share nothing.
+    """Rows of one JSON or JSONL file.
 
     Args:
         spans: [rows, 2] bytes from and to, or [rows, 3] with line numbers.
@@ -155,18 +190,25 @@ class JsonRows:
 
     def __init__(self, path: Path, spans: StoredArray) -> None:
         self.path, self._spans = path, spans
+        self._name, self._reader = path.name, SpanReader(path)
+        self._last = (-1, 0, 0, "")  # the last row that was located: its callers need place and origin together
 
     def __len__(self) -> int:
         return len(self._spans.array)
 
     def get_origin(self, index: int) -> str:
-        row = self._spans.array[index]
-        return f"{self.path.name}[{index}]" if len(row) == 2 else f"{self.path.name}:{row[2]}"
+        return self._locate(index)[3]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, end = self._spans.array[index, :2].tolist()
-        origin = self.get_origin(index)
-        return parse_record(read_span(self.path, start, end, origin), origin)
+        _, start, end, origin = self._locate(index)
+        return parse_record(self._reader.read(start, end, origin), origin)
+
+    def _locate(self, index: int) -> tuple[int, int, int, str]:
+        """Return number, first byte, end and origin of a row."""
+        if self._last[0] != index:
+            start, end, *line = self._spans.array[index].tolist()
+            self._last = index, start, end, f"{self._name}:{line[0]}" if line else f"{self._name}[{index}]"
+        return self._last
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the bytes from the first row to the last. Their offset in the file does not count."""
@@ -192,7 +234,9 @@ def parse_record(data: bytes, origin: str) -> dict[str, Any]:
     """Parse the bytes of one record as a JSON object; raise a RecordError if they are anything else."""
     try:
         text = data.decode("utf-8").rstrip()  # after a line break json would count columns from 1 again
-        row = _DECODER.decode(text)
+        row, end = _DECODER.raw_decode(text) if text[:1] == "{" else (None, -1)
+        if end != len(text):  # white space before the object, another value, or text behind it
+            row = _DECODER.decode(text)
     except DuplicateKeyError as error:
         raise RecordError(origin, str(error), REMEDY) from None
     except UnicodeDecodeError as error:
@@ -206,20 +250,24 @@ def parse_record(data: bytes, origin: str) -> dict[str, Any]:
     return row
 
 
-def read_span(path: Path, start: int, end: int, origin: str) -> bytes:
-    """Read a range of bytes of a file; raise a RecordError if it cannot be read or the file has become shorter."""
+def read_span(path: Path, start: int, end: int, origin: str, ahead: int = 0) -> bytes:
+    """Read a range of bytes of a file, and up to `ahead` bytes behind it.
+
+    Raises:
+        RecordError: the range cannot be read, or the file has become shorter.
+    """
     if end - start > MAX_ROW_BYTES:
         reason = f"has {end - start:,} bytes, at most {MAX_ROW_BYTES:,} are read"
         raise RecordError(origin, reason, REMEDY, Fault.too_large)
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            data = os.pread(descriptor, end - start, start)
+            data = os.pread(descriptor, end - start + ahead, start)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise RecordError(origin, f"{path} cannot be read: {error.strerror}", REMEDY, Fault.unreadable) from error
-    if len(data) != end - start:
+    if len(data) < end - start:
         reason = f"{path} has become shorter since it was opened"
         raise RecordError(origin, reason, "Start again when nothing writes to it any more", Fault.changed)
     return data

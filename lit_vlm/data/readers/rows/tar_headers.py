@@ -200,7 +200,9 @@ def _check_entry(header: _TarHeader, entry: TarEntry, long_name: bytes | None, a
         return replace(entry, size=0, is_folder=True, flaw=flaw or _find_name_flaw(entry.name))
     if header.type in _TYPES_WITHOUT_DATA:
         return replace(entry, size=0, flaw=TarEntryFlaw(_TYPE_REASONS[header.type]))
-    entry = replace(entry, end=entry.offset + _pad_to_block(entry.size))
+    entry = TarEntry(
+        entry.start, entry.name, entry.offset, entry.size, entry.offset + _pad_to_block(entry.size), flaw=entry.flaw
+    )
     if entry.offset + entry.size > archive_size:
         reason = f"is said to have {entry.size:,} bytes, but the archive ends before"
         return replace(entry, end=-1, flaw=TarEntryFlaw(reason, Fault.broken))
@@ -210,7 +212,8 @@ def _check_entry(header: _TarHeader, entry: TarEntry, long_name: bytes | None, a
         )
     if header.has_nul:
         flaw = flaw or TarEntryFlaw("has a NUL within its name")
-    return replace(entry, flaw=flaw or _find_name_flaw(entry.name) or _find_file_flaw(entry))
+    flaw = flaw or _find_name_flaw(entry.name) or _find_file_flaw(entry)
+    return entry if flaw is None else replace(entry, flaw=flaw)
 
 
 def _is_shortened_name(short: bytes, long_name: bytes) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from lit_vlm.data.readers.rows.tar_headers import IMAGE_SUFFIXES, TarEntry, read
 from lit_vlm.types import Fault, RecordError, UserError
 
 MAX_MEMBERS_PER_KEY = 256  # of one key
+_PARSED_SECONDS = 0.1  # for which the headers of a row serve after its origin; later they are parsed again
 _REPACK_REMEDY = "Pack the archive again from plain files, or set such records aside with data.on_bad_record=quarantine"
 _COMPRESSION_TOOLS = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
@@ -114,6 +116,7 @@ class TarRows:
     def __init__(self, path: Path, table: StoredArray) -> None:
         self.path, self._table = path, table
         self._last = (-1, "")  # the last read row and its origin, which the caller needs together
+        self._parsed: tuple[int, float, list[TarEntry]] = (-1, 0.0, [])  # row of the last origin, its time and entries
 
     def __len__(self) -> int:
         return int(self._table.array[0, 0])
@@ -123,19 +126,27 @@ class TarRows:
             return self._last[1]
         try:
             with open(self.path, "rb") as stream:
-                return self._format_origin(self._read_entries(stream, index))
+                entries = self._read_entries(stream, index)
+                self._last, self._parsed = (index, self._format_origin(entries)), (index, time.monotonic(), entries)
+                return self._last[1]
         except OSError:
             return f"{self.path.name}[{index}]"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             with open(self.path, "rb") as stream:
-                entries = self._read_entries(stream, index)
-                self._last = index, self._format_origin(entries)
+                row, parsed_at, entries = self._parsed
+                if row != index or time.monotonic() - parsed_at > _PARSED_SECONDS:
+                    entries = self._read_entries(stream, index)
+                    self._last = index, self._format_origin(entries)
+                self._parsed = (-1, 0.0, [])
                 return _read_row(self.path, entries, self._last[1], stream)
         except OSError as error:
             reason = f"{self.path} cannot be read: {error.strerror}"
             raise RecordError(f"{self.path.name}[{index}]", reason, REMEDY, Fault.unreadable) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parsed": (-1, 0.0, [])}
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the file's identity and the row numbers: an unchanged file has unchanged samples."""
