@@ -1,6 +1,6 @@
 """Benchmark of the forms of data: records read and rows per CPU second, against the same file read with `datasets` or pandas.
 
-    python -m benchmarks.forms [--records 20000] [--repeats 3]
+    python -m benchmarks.forms [--records 10000] [--repeats 3]
 
 Each form is written once, with a few small images that all records share, and opened with `format=auto`. Measured is the CPU
 time of this process from opening the file to the last record, without decoding an image: offsets, parsing, all checks, and the
@@ -45,7 +45,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--records", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     datasets.disable_progress_bars()

@@ -11,6 +11,7 @@ import re
 import resource
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -290,6 +291,8 @@ def test_rows_read_in_order_equal_rows_read_alone_and_a_changed_file_is_noticed(
     records = list(map(in_order.__getitem__, range(150)))
     assert records == [backwards[number] for number in reversed(range(150))][::-1]
     assert [record.messages[-1].text for record in records] == answers
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(in_order.__getitem__, [*range(150)] * 3)) == records * 3
     assert len(pickle.dumps(in_order)) < len(pickle.dumps(backwards)) + 200  # no block travels to a worker
     if ending in ("jsonl", "csv"):
         for number in range(40):  # in order, so the rows behind are read ahead

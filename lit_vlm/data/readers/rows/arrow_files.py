@@ -77,9 +77,8 @@ class ArrowRows:
             table = self._dataset[index : min(index + min(max(1, 2 * len(rows)), _MAX_BLOCK_ROWS), len(self))]
             num_rows = max(1, min(len(table), _MAX_BLOCK_BYTES * len(table) // max(1, table.nbytes)))
             first, place, rows = index, 0, table.slice(0, num_rows).to_pylist()
-        row, rows[place] = rows[place], {}  # a row is given once: the caller may change it
         self._block = (first, place + 1, rows)
-        return row
+        return dict(rows[place])  # the caller may change it, and another thread may ask for the same row
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with file identities and row numbers: an unchanged file has unchanged rows."""

@@ -82,10 +82,11 @@ class CsvRows:
 
     def _locate(self, index: int) -> tuple[int, int, int, str]:
         """Return number, first byte, end and origin of a row; -1 is the header."""
-        if self._last[0] != index:
+        last = self._last  # read once: other threads may locate other rows
+        if last[0] != index:
             start, end, line = self._table.array[index + 2].tolist()
-            self._last = index, start, end, f"{self.path.name}:{line}"
-        return self._last
+            self._last = last = index, start, end, f"{self.path.name}:{line}"
+        return last
 
     def _name_columns(self, names: list[str]) -> list[str]:
         names = [name.strip() or f"column {number}" for number, name in enumerate(names, 1)]

@@ -68,11 +68,12 @@ class ImageTextRows:
             )
 
     def _get_name(self, index: int) -> str:
-        if self._last[0] != index:
+        last, name = self._last  # read once: other threads may ask for other rows
+        if last != index:
             start = int(self._ends[index - 1]) if index else 0
             name = self._names[start : int(self._ends[index])].decode("utf-8", "surrogateescape")
             self._last = index, name
-        return self._last[1]
+        return name
 
 
 def _read_text_file(path: str) -> bytes:

@@ -205,10 +205,11 @@ class JsonRows:
 
     def _locate(self, index: int) -> tuple[int, int, int, str]:
         """Return number, first byte, end and origin of a row."""
-        if self._last[0] != index:
+        last = self._last  # read once: other threads may locate other rows
+        if last[0] != index:
             start, end, *line = self._spans.array[index].tolist()
-            self._last = index, start, end, f"{self._name}:{line[0]}" if line else f"{self._name}[{index}]"
-        return self._last
+            self._last = last = index, start, end, f"{self._name}:{line[0]}" if line else f"{self._name}[{index}]"
+        return last
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the bytes from the first row to the last. Their offset in the file does not count."""

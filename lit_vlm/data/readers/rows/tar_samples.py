@@ -116,37 +116,41 @@ class TarRows:
     def __init__(self, path: Path, table: StoredArray) -> None:
         self.path, self._table = path, table
         self._last = (-1, "")  # the last read row and its origin, which the caller needs together
-        self._parsed: tuple[int, float, list[TarEntry]] = (-1, 0.0, [])  # row of the last origin, its time and entries
+        # Row of the last origin, time, origin and entries, which serve once
+        self._parsed: tuple[int, float, str, list[TarEntry]] = (-1, 0.0, "", [])
 
     def __len__(self) -> int:
         return int(self._table.array[0, 0])
 
     def get_origin(self, index: int) -> str:
-        if index == self._last[0]:
-            return self._last[1]
+        last, origin = self._last
+        if index == last:
+            return origin
         try:
             with open(self.path, "rb") as stream:
                 entries = self._read_entries(stream, index)
-                self._last, self._parsed = (index, self._format_origin(entries)), (index, time.monotonic(), entries)
-                return self._last[1]
+                origin = self._format_origin(entries)
+                self._last, self._parsed = (index, origin), (index, time.monotonic(), origin, entries)
+                return origin
         except OSError:
             return f"{self.path.name}[{index}]"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             with open(self.path, "rb") as stream:
-                row, parsed_at, entries = self._parsed
+                row, parsed_at, origin, entries = self._parsed
                 if row != index or time.monotonic() - parsed_at > _PARSED_SECONDS:
                     entries = self._read_entries(stream, index)
-                    self._last = index, self._format_origin(entries)
-                self._parsed = (-1, 0.0, [])
-                return _read_row(self.path, entries, self._last[1], stream)
+                    origin = self._format_origin(entries)
+                    self._last = index, origin
+                self._parsed = (-1, 0.0, "", [])
+                return _read_row(self.path, entries, origin, stream)
         except OSError as error:
             reason = f"{self.path} cannot be read: {error.strerror}"
             raise RecordError(f"{self.path.name}[{index}]", reason, REMEDY, Fault.unreadable) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parsed": (-1, 0.0, [])}
+        return {**self.__dict__, "_parsed": (-1, 0.0, "", [])}
 
     def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the file's identity and the row numbers: an unchanged file has unchanged samples."""
