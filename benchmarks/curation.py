@@ -72,8 +72,9 @@ def measure_cpu() -> float:
 
 
 def measure_peak() -> float:
-    """Measure the peak memory of this process, GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Measure the peak memory of this process, GiB. `ru_maxrss` would begin with that of the parent process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 # ------------------------------------------------------------------------------------------------------ planted rows
