@@ -25,7 +25,7 @@ from lit_vlm.data.readers.unsupported_keys import check_record
 from lit_vlm.types import Box, ContentPart, ControlToken, ImagePlaceholder, LazyImage, Message, Role, Sample, UserError
 
 CAPTIONS, OBJECTS = "coco_captions", "coco_objects"  # keys of our rows, which no published row has
-_KEYS = ("id", "image", "width", "height", "crowds", CAPTIONS, OBJECTS)
+_KEYS = frozenset(("id", "image", "width", "height", "crowds", CAPTIONS, OBJECTS))
 _HEAD_BYTES = 4096
 _HEAD = re.compile(rb'\s*\{\s*"(?:info|images|annotations|licenses|categories)"\s*:')
 CAPTION_QUESTIONS = (
