@@ -3,8 +3,9 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# All tests of a file run on one worker, because they share expensive fixtures (ranks, whole runs)
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# All tests of a file run on one worker, because they share expensive fixtures (ranks, whole runs). Three workers for two
+# cores: tests that wait for a process leave theirs to another
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile
 PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1
 
