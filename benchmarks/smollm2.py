@@ -49,7 +49,14 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     parts = [f"model.language_model={make_language_model(folder)}", f"model.vision_tower={make_vision_tower(folder)}"]
-    shared = ["task=train", "data=builtin_en", "data.tiling=base", "data.global_batch_size=16", "seed=0", "trainer=tiny"]
+    shared = [
+        "task=train",
+        "data=builtin_en",
+        "data.tiling=base",
+        "data.global_batch_size=16",
+        "seed=0",
+        "trainer=tiny",
+    ]
     shared += ["data.validation.max_samples=40", "trainer.log_every_n_steps=5"]
     shared += [f"run_dir={folder / 'runs'}", f"trainer.num_threads={arguments.threads}"]
     # The tower's last layer was removed when it was trained, so all that it has feed the projector
