@@ -20,7 +20,7 @@ LANGUAGES = ("en", "ko")
 AUTO = "auto"
 LOCALE_VARIABLES = ("LC_ALL", "LC_MESSAGES", "LANG")  # the first that is set counts, as POSIX says
 # Placeholders whose values are texts themselves, or lists of them
-TEXT_VALUES = ("reason", "remedy", "problem", "faults", "comparison", "count")
+TEXT_VALUES = ("reason", "remedy", "problem", "faults", "comparison", "count", "place")
 COUNTED_NOUN = re.compile(r"([\d,.]+) ([^\d\W]+(?: early| way| is)?)")
 _chosen: dict[str, str] = {}
 
