@@ -146,6 +146,7 @@ def read_json(name: str, filename: str, **hub_options: Any) -> dict[str, Any] | 
 
 
 def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[str, Any]) -> ModelSpec:
+    _require_folder(init_from, "init_from")
     adapter = open_adapter(init_from, model.adapter_base)
     if adapter is None and model.adapter_base is not None:
         raise UserError(f"model.adapter_base={model.adapter_base}: init_from={init_from} is no adapter. Take it away.")
