@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_vlm.model.packed_attention import FLAT_ATTENTION, Segments
 from lit_vlm.model.vocabulary import untie_embeddings
 from lit_vlm.types import UserError
 
@@ -171,6 +170,9 @@ def probe_packing(model: VisionLanguageModel, name: str) -> str | None:
     Raises:
         UserError: the hidden states of two short random texts differ.
     """
+    # late: transformers' attention, which preflight does not need
+    from lit_vlm.model.packed_attention import FLAT_ATTENTION, Segments
+
     config = model.config.text_config
     if config.model_type in FAMILIES:
         return None
