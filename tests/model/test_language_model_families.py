@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model import families
+from lit_vlm.model import families, packed_attention
 from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.model.lora import find_lora_layers
@@ -296,12 +296,12 @@ def test_a_family_without_a_row_is_compared_with_its_own_class_before_it_trains(
 def test_a_difference_between_a_packed_row_and_the_familys_own_class_is_found(small_parts, tmp_path, monkeypatch):
     """As of a family that hides the samples of a row from each other in another way than by attention."""
     olmo = make_language_folder(tmp_path / "olmo", transformers.Olmo2Config)
-    monkeypatch.setattr(families, "Segments", lambda lengths, device: families_segments([sum(lengths)], device))
+    monkeypatch.setattr(packed_attention, "Segments", lambda lengths, device: families_segments([sum(lengths)], device))
     with pytest.raises(UserError, match=r"\(olmo2\) cannot be trained exactly: packed into one row, two texts have"):
         build_model(blueprint_of((small_parts[0], olmo)))
 
 
-families_segments = families.Segments
+families_segments = packed_attention.Segments
 
 
 # The table
