@@ -69,7 +69,7 @@ MISTAKES = (
     ),
     Mistake("an adapter as model", "experiment=tiny/2_sft init_from=adapter", "model.adapter_base="),
     Mistake("a nested sweep parameter", "task=sweep sweep=nested.yaml", "parameters:"),
-    Mistake("a misspelt data file", f"{MINE} data.sources.mine.path=mime.json", "did you mean mine.json?"),
+    Mistake("a misspelt data file", f"{MINE} data.sources.mine.path=mime.json", "Did you mean mine.json?"),
     Mistake("a wrong image_root", MINE, "data.sources.mine.image_root=", reads_data=True),
     Mistake(
         "a wrong image_root in preflight", f"task=preflight {MINE}", "data.sources.mine.image_root=", reads_data=True
