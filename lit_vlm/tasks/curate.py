@@ -215,16 +215,30 @@ def make_request(
     return json.loads(json.dumps(request))
 
 
-def require_same_request(output: Path, request: dict[str, Any], *, overwrite: bool) -> None:
-    """Raise UserError if the folder has results of another search and they are not to be replaced."""
+def require_same_request(
+    output: Path,
+    request: dict[str, Any],
+    *,
+    overwrite: bool,
+    what: str = "search",
+    setting: str = OUTPUT_KEY,
+    kept: str = "",
+) -> None:
+    """Raise UserError if the folder has results of another request and they are not to be replaced.
+
+    Args:
+        what: name of the request, for the message.
+        setting: setting that names the folder.
+        kept: what stays when the results are replaced.
+    """
     path = output / SUMMARY_FILE
-    known = (read_json(path, f"Remove it, or write elsewhere with {OUTPUT_KEY}=...") or {}).get("request")
+    known = (read_json(path, f"Remove it, or write elsewhere with {setting}=...") or {}).get("request")
     if known is None or overwrite or known == request:
         return
     different = [name for name in sorted({*known, *request}) if known.get(name) != request.get(name)]
     raise UserError(
-        f"{path} is of another search: it differs in {', '.join(different)}. Write elsewhere with {OUTPUT_KEY}=..., or replace the "
-        "results with overwrite=true."
+        f"{path} is of another {what}: it differs in {', '.join(different)}. Write elsewhere with {setting}=..., or replace the "
+        f"results with overwrite=true{kept}."
     )
 
 

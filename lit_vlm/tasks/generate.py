@@ -32,12 +32,13 @@ from lit_vlm.evaluation.endpoint import ChatEndpoint, EndpointRequest, compute_r
 from lit_vlm.evaluation.judge_answers import encode_image
 from lit_vlm.evaluation.reply_ledger import EndpointReply, ReplyLedger, TokenUsage, compute_cost, estimate_usage
 from lit_vlm.fault_tolerance.run_lock import RunLock
-from lit_vlm.files import atomic_write, read_json, write_json
+from lit_vlm.files import atomic_write, write_json
 from lit_vlm.formatting import format_count
 from lit_vlm.redaction import redact, redact_text
 from lit_vlm.reports.curation import CurationExample, ShownRecord, show_record
 from lit_vlm.reports.generation import GenerationPage, write_generation_page
 from lit_vlm.runs.run_folder import get_command_line
+from lit_vlm.tasks.curate import require_same_request
 from lit_vlm.tasks.judge import make_wait_reporter
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import Language, RecordError, Sample, Source, UserError
@@ -103,7 +104,8 @@ def generate(run: Run) -> None:
     key = read_api_key(settings, SECTION)
     with RunLock(output, f"Wait for it, or write elsewhere with {OUTPUT_KEY}=...") as run_lock:
         run_lock.acquire()
-        require_same_request(output, request, overwrite=config.overwrite)
+        kept = f"; the replies in {LEDGER_FILE} stay"
+        require_same_request(output, request, overwrite=config.overwrite, what="request", setting=OUTPUT_KEY, kept=kept)
         write_json(output / SUMMARY_FILE, {"status": "running", "request": request}, indent=2)
         session = collect_outcomes(sources, settings, key, ReplyLedger(output / LEDGER_FILE, OUTPUT_KEY))
         write_results(output, sources, identities, session, settings, request)
@@ -135,19 +137,6 @@ def describe_request(
         "sources": {source.name: one.content for source, one in zip(sources, identities, strict=True)},
     }
     return json.loads(json.dumps(redact(values)))
-
-
-def require_same_request(output: Path, request: dict[str, Any], *, overwrite: bool) -> None:
-    """Raise UserError if the folder has results of another request and they are not to be replaced."""
-    path = output / SUMMARY_FILE
-    known = (read_json(path, f"Remove it, or write elsewhere with {OUTPUT_KEY}=...") or {}).get("request")
-    if known is None or overwrite or known == request:
-        return
-    different = [name for name in sorted({*known, *request}) if known.get(name) != request.get(name)]
-    raise UserError(
-        f"{path} is of another request: it differs in {', '.join(different)}. Write elsewhere with {OUTPUT_KEY}=..., or replace "
-        f"the results with overwrite=true; the replies in {LEDGER_FILE} stay."
-    )
 
 
 def iterate_requests(
