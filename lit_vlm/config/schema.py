@@ -16,12 +16,9 @@ from lit_vlm.anyres import ModelClass, Tiling
 from lit_vlm.config.callbacks import list_default_callbacks
 from lit_vlm.config.choices import (
     ActivationCheckpointing,
-    Certainty,
     ContainerRuntime,
-    CurationMethod,
     DebugMode,
     DeviceName,
-    DuplicateKind,
     GenerationKind,
     JudgeKind,
     LearningRateSchedule,
@@ -31,7 +28,6 @@ from lit_vlm.config.choices import (
     OnNonfinite,
     OnOverlong,
     PairKind,
-    PictureMatch,
     ProjectorName,
     ScorerName,
     StageName,
@@ -39,6 +35,7 @@ from lit_vlm.config.choices import (
     Task,
     WeightUnit,
 )
+from lit_vlm.config.curation import CurateConfig
 from lit_vlm.config.mapping import MappingConfig
 from lit_vlm.config.ranges import (
     ABOVE_0,
@@ -487,24 +484,6 @@ class PreferConfig:
         0.0, SHARE
     )  # minimum difference of the two scores (0 to 1); equal scores never make a pair
     reference_as_chosen: bool = False  # use the reference answer as chosen if no sampled answer is as good
-
-
-@dataclass(kw_only=True, slots=True)
-class CurateConfig:
-    """Settings of task=curate: find records of data.sources that should not be trained on, and select the others."""
-
-    method: CurationMethod = CurationMethod.duplicates
-    output: str | None = None  # folder of selections, lists and page; null: <run folder>/<method>
-    duplicates: DuplicateKind = DuplicateKind.rows  # method=duplicates: which records are duplicates
-    pictures: PictureMatch = PictureMatch.perceptual  # how far two pictures may differ and still be the same
-    min_similarity: float = ranged(
-        0.8, SHARE_ABOVE_0
-    )  # duplicates=texts: estimated Jaccard similarity of two texts from which they are duplicates
-    min_overlap: float = ranged(
-        0.8, SHARE_ABOVE_0
-    )  # method=contamination: share of a benchmark question's n-grams that a record must contain
-    min_certainty: Certainty = Certainty.likely  # method=contamination: leave out records that are at least so sure
-    num_shown: int = ranged(24, COUNT_OR_ZERO)  # examples on the page, of each result
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_vlm.config import choices, mapping, schema
+from lit_vlm.config import choices, curation, mapping, schema
 from lit_vlm.config.other_programs import KEY_ALIASES
 from lit_vlm.config.ranges import NumberRange
 from lit_vlm.config.schema import STAGE_CONFIGS, RunConfig, StageConfig
@@ -130,11 +130,11 @@ def get_value_type(hint: Any) -> Any:
 
 @cache
 def read_field_comments() -> dict[tuple[str, str], str]:
-    """Read the help texts in schema.py, choices.py and mapping.py: (class, field) -> trailing comment of the field or its closing bracket."""
+    """Read the help texts in the modules of the schema: (class, field) -> trailing comment of the field or its closing bracket."""
     comments: dict[tuple[str, str], str] = {}
     owner = name = ""
     depth = 0
-    source = "\n".join(inspect.getsource(module) for module in (schema, choices, mapping))
+    source = "\n".join(inspect.getsource(module) for module in (schema, choices, mapping, curation))
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     for token, following in itertools.pairwise(tokens):
         if token.string == "class":

@@ -1,1 +1,1 @@
-"""Curation of training data: which records of a mixture stay, found without a model."""
+"""Curation of training data: which records of a mixture stay, and new turns for them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lit_vlm.config.choices import Certainty
+from lit_vlm.config.curation import CurateConfig
 from lit_vlm.curation.duplicates import Evidence, confirm_views
 from lit_vlm.curation.features import IMAGE, IMAGE_FIELDS, Features, OnProgress, fill_image
 from lit_vlm.curation.matching import match_pictures
+from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, ExampleRecord, choose_examples
 from lit_vlm.curation.picture_hashes import PictureHash
 from lit_vlm.curation.text_hashes import hash_shingles, iterate_shingles, list_messages
 from lit_vlm.data.index.build import map_parallel
@@ -27,6 +29,7 @@ from lit_vlm.data.index.shard_cache import ShardRange, list_shard_ranges
 from lit_vlm.data.lazy_images import BytesImage
 from lit_vlm.evaluation.benchmark_files import BenchmarkRows, open_rows
 from lit_vlm.evaluation.benchmarks import BENCHMARKS, ColumnKind
+from lit_vlm.formatting import format_count
 from lit_vlm.types import RecordError, Source, UserError
 
 CHARACTER_GRAM, WORD_RUN = 5, 3
@@ -338,3 +341,66 @@ def _search_shard(
             if share >= min_overlap
         ]
     return hits
+
+
+def search_leaks(
+    mixture: CuratedMixture,
+    settings: CurateConfig,
+    benchmarks: BenchmarkFeatures,
+    index_dir: Path,
+    *,
+    max_pixels: int,
+    workers: int,
+    on_progress: OnProgress,
+) -> CurationResult:
+    """Search for the pictures and questions of benchmarks."""
+    options: dict[str, Any] = {"min_overlap": settings.min_overlap, "workers": workers, "on_progress": on_progress}
+    leaks = find_leaks(mixture.sources, mixture.features, benchmarks, index_dir, **options)
+    leaks = [leak for leak in leaks if not mixture.is_out[leak.record]]
+    limit = tuple(Certainty).index(settings.min_certainty)
+    is_sure = [tuple(Certainty).index(leak.certainty) <= limit for leak in leaks]
+    sure = [leak for leak, sure in zip(leaks, is_sure, strict=True) if sure]
+    unsure = [leak for leak, sure in zip(leaks, is_sure, strict=True) if not sure]
+    counts = [(f"{certainty.value}", sum(leak.certainty is certainty for leak in leaks)) for certainty in Certainty]
+    by_benchmark = Counter(leak.place.benchmark for leak in leaks)
+    counts += [
+        (f"{name}: {format_count(len(benchmarks.rows[name]), 'row')}", by_benchmark[name]) for name in benchmarks.rows
+    ]
+    lines = [describe_leak(mixture, leak) | {"left_out": sure} for leak, sure in zip(leaks, is_sure, strict=True)]
+    shown = [
+        [
+            Example(format_leak(leak), (mixture.show("record", leak.record), show_row(benchmarks, leak, max_pixels)))
+            for leak in choose_examples(some, [leak.place.benchmark for leak in some], settings.num_shown)
+        ]
+        for some in (sure, unsure)
+    ]
+    notes = [f"{name} was not checked: {reason}" for name, reason in benchmarks.unchecked.items()]
+    notes += [
+        f"{name}: {format_count(count, 'row')} cannot be read and were not checked"
+        for name, count in benchmarks.num_bad_rows.items()
+    ]
+    return CurationResult([leak.record for leak in sure], lines, counts, shown[0], shown[1], [], notes)
+
+
+def describe_leak(mixture: CuratedMixture, leak: Leak) -> dict[str, Any]:
+    """Describe a leak in the list."""
+    return mixture.describe(leak.record) | {
+        "certainty": leak.certainty.value,
+        "picture": leak.picture.value if leak.picture else None,
+        "overlap": round(leak.overlap, 4),
+        **asdict(leak.place),
+    }
+
+
+def format_leak(leak: Leak) -> str:
+    """Format a leak for the page."""
+    picture = f"picture: same {leak.picture.value}" if leak.picture else "no picture"
+    return f"{leak.certainty.value}; {picture}; {leak.overlap:.0%} of the question's n-grams; {leak.place.benchmark}"
+
+
+def show_row(benchmarks: BenchmarkFeatures, leak: Leak, max_pixels: int) -> ExampleRecord:
+    """Prepare a benchmark's row for the page."""
+    name = leak.place.benchmark
+    row = benchmarks.rows[name].read(leak.place.row)
+    text = str(row.get("question") or row.get("captions") or "")
+    return ExampleRecord(name, leak.place.origin, text, tuple(list_row_images(row, name, max_pixels)))

@@ -7,7 +7,7 @@ that differs from what is left.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,10 +15,13 @@ from enum import StrEnum
 import numpy as np
 
 from lit_vlm.config.choices import DuplicateKind, PictureMatch
+from lit_vlm.config.curation import CurateConfig
 from lit_vlm.curation.features import Features
 from lit_vlm.curation.matching import match_pictures, match_texts
+from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, choose_examples
 from lit_vlm.curation.picture_hashes import find_same_views
 from lit_vlm.curation.text_hashes import estimate_similarities
+from lit_vlm.formatting import format_count
 
 
 class Evidence(StrEnum):
@@ -208,3 +211,40 @@ def list_shared_pictures(features: Features, groups: PictureGroups, left_out: Se
             if not records[key] or records[key][-1] != record:
                 records[key].append(record)
     return [group for group in records.values() if len(group) > 1]
+
+
+def search_duplicates(mixture: CuratedMixture, settings: CurateConfig) -> CurationResult:
+    """Search for duplicates within and across the sources."""
+    features = mixture.features
+    groups = group_pictures(features, settings.pictures)
+    found = find_duplicates(features, groups, settings.duplicates, settings.min_similarity, mixture.is_out)
+    left_out = [one.record for one in found]
+    shared: list[list[int]] = []
+    if settings.duplicates is DuplicateKind.rows:
+        shared = list_shared_pictures(features, groups, [*left_out, *np.flatnonzero(mixture.is_out).tolist()])
+    by_evidence = Counter(one.evidence for one in found)
+    counts = [(f"duplicates by {evidence.replace('_', ' ')}", count) for evidence, count in by_evidence.most_common()]
+    counts.append(("records that share a picture and stay", sum(map(len, shared))))
+    lines = [
+        {**mixture.describe(one.record), "evidence": one.evidence.value, "similarity": one.similarity}
+        | {"same_as": mixture.describe(one.kept)}
+        for one in found
+    ]
+    examples = [
+        Example(
+            f"{one.evidence.replace('_', ' ')}, similarity of the turns {one.similarity:.2f}",
+            (mixture.show("left out", one.record), mixture.show("stays", one.kept)),
+        )
+        for one in choose_examples(found, [one.evidence for one in found], settings.num_shown)
+    ]
+    kept = [
+        Example("the same picture, other turns", tuple(mixture.show("stays", record) for record in group[:2]))
+        for group in choose_examples(shared, [""] * len(shared), settings.num_shown)
+    ]
+    notes = []
+    if groups.num_full_buckets:
+        notes.append(
+            f"{format_count(groups.num_full_buckets, 'bucket')} of similar hashes held more than 64 pictures, such as blank pages; "
+            "in these each picture was compared with the 64 of the nearest brightness."
+        )
+    return CurationResult(left_out, lines, counts, examples, kept, shared, notes)

@@ -156,6 +156,22 @@ def compute_features(
     return _join_shards(sources, store, all_shards, parts)
 
 
+def make_text_features(sources: Sequence[Source], errors: dict[int, str]) -> Features:
+    """Make the features of records whose pictures were not read.
+
+    Args:
+        errors: messages of the records that cannot be read, by their number.
+    """
+    lengths = [len(source) for source in sources]
+    source_ids = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
+    positions = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)])
+    rows = np.zeros(len(positions), ROW)
+    rows["is_bad"][list(errors)] = 1
+    images = {name: np.zeros(0, IMAGE[name]) for name in IMAGE_FIELDS}
+    named = [(sources[source_ids[record]].name, message) for record, message in sorted(errors.items())]
+    return Features(source_ids, positions, rows, np.zeros(len(positions), np.int64), images, [], named)
+
+
 def _update_shard(sources: Sequence[Source], store: FeatureStore, shard: ShardRange) -> dict[int, str]:
     """Bring the features of a shard up to date. Returns the messages of records that cannot be read."""
     source, known = sources[shard.source_id], store.read(shard)

@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lit_vlm.config.curation import CurateConfig
+from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, choose_examples
 from lit_vlm.curation.text_hashes import list_messages
 from lit_vlm.data.index.build import map_parallel
+from lit_vlm.formatting import format_count
 from lit_vlm.types import RecordError, Source, UserError
 
 try:
@@ -165,3 +168,20 @@ def _search_records(source: Source, positions: range, first: int) -> PersonalSea
             counts = {kind: kinds.count(kind) for kind in PersonalKind if kind in kinds}
             found.append(PersonalRecord(first + position, counts))
     return PersonalSearch(found, errors)
+
+
+def collect_personal_data(mixture: CuratedMixture, personal: PersonalSearch, settings: CurateConfig) -> CurationResult:
+    """Collect the records with personal data. Lists and page have none of it: its digits are masked."""
+    found = [one for one in personal.found if not mixture.is_out[one.record]]
+    counts = [
+        (f"records with a {kind.value.replace('_', ' ')}", sum(kind in one.counts for one in found))
+        for kind in PersonalKind
+    ]
+    lines = [mixture.describe(one.record) | {kind.value: count for kind, count in one.counts.items()} for one in found]
+    examples = []
+    for one in choose_examples(found, [min(one.counts) for one in found], settings.num_shown):
+        shown = mixture.show("left out", one.record, mask=mask_personal_data)
+        reason = ", ".join(format_count(count, kind.value.replace("_", " ")) for kind, count in one.counts.items())
+        examples.append(Example(reason, (shown,)))
+    notes = ["Only texts were looked at. Names, addresses, faces and text in pictures are not found."]
+    return CurationResult([one.record for one in found], lines, counts, examples, notes=notes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,20 +13,14 @@ import numpy as np
 from rich.table import Table
 
 from lit_vlm.config import Run
-from lit_vlm.config.choices import Certainty, CurationMethod, DuplicateKind, Format
-from lit_vlm.config.schema import CurateConfig, DataConfig, EvaluateConfig
-from lit_vlm.curation.contamination import BenchmarkFeatures, Leak, find_leaks, list_row_images, read_benchmarks
-from lit_vlm.curation.duplicates import find_duplicates, group_pictures, list_shared_pictures
-from lit_vlm.curation.features import IMAGE, IMAGE_FIELDS, ROW, Features, compute_features
-from lit_vlm.curation.personal_data import (
-    PersonalKind,
-    PersonalSearch,
-    mask_personal_data,
-    require_packages,
-    search_sources,
-)
-from lit_vlm.curation.text_hashes import list_messages
-from lit_vlm.data.index.shard_cache import get_origin
+from lit_vlm.config.choices import CurationMethod, Format
+from lit_vlm.config.curation import CurateConfig
+from lit_vlm.config.schema import DataConfig
+from lit_vlm.curation.contamination import read_benchmarks, search_leaks
+from lit_vlm.curation.duplicates import search_duplicates
+from lit_vlm.curation.features import Features, compute_features, make_text_features
+from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, mark_left_out, require_readable
+from lit_vlm.curation.personal_data import collect_personal_data, require_packages, search_sources
 from lit_vlm.data.selection import (
     SELECTION_SUFFIX,
     RowsIdentity,
@@ -45,7 +38,6 @@ from lit_vlm.formatting import format_count
 from lit_vlm.reports.curation import (
     CurationExample,
     CurationPage,
-    ShownRecord,
     SourceCounts,
     show_record,
     write_curation_page,
@@ -63,62 +55,44 @@ SUMMARY_FILE, LEFT_OUT_FILE, PAGE_FILE, GROUPS_FILE = (
 OUTPUT_KEY = "curate.output"
 
 
-@dataclass(slots=True)
-class CuratedMixture:
-    """Sources of a mixture with all of their records.
+@dataclass(frozen=True, slots=True)
+class CurationInputs:
+    """What a search reads: all records of the sources, and settings.
 
     Attributes:
         identities: of the records of each source.
         selections: that the sources had already.
-        features: of all records.
-        is_out: records that these selections leave out, [R] bool.
+        index_dir: folder in which features are kept.
+        workers: processes that read.
     """
 
+    settings: CurateConfig
+    data: DataConfig
+    benchmarks: list[str]
+    benchmark_files: str | None
     sources: list[Source]
     identities: list[RowsIdentity]
     selections: list[Selection | None]
-    features: Features
-    is_out: np.ndarray
+    index_dir: Path
+    workers: int
 
-    def show(self, title: str, record: int, mask: Callable[[str], str] = str) -> ShownRecord:
-        """Prepare a record for the page.
+    def make_mixture(self, features: Features) -> CuratedMixture:
+        """Make the mixture from the features of its records.
 
-        Args:
-            mask: changes each text that is shown.
+        Raises:
+            UserError: no record can be read.
         """
-        source = self.sources[self.features.source_ids[record]]
-        position = int(self.features.positions[record])
-        found = source[position]
-        text = "\n".join(f"{message.role}: {mask(message.text)}" for message in list_messages(found))
-        return show_record(title, found.origin, text, found.images)
+        is_out = mark_left_out(features, self.selections)
+        mixture = CuratedMixture(self.sources, self.identities, self.selections, features, is_out)
+        require_readable(mixture)
+        return mixture
 
-    def describe(self, record: int) -> dict[str, Any]:
-        """Describe a record in a list: its source, position and origin."""
-        source = self.sources[self.features.source_ids[record]]
-        position = int(self.features.positions[record])
-        return {"source": source.name, "position": position, "origin": get_origin(source, position)}
-
-
-@dataclass(slots=True)
-class CurationResult:
-    """Result of a search.
-
-    Attributes:
-        left_out: numbers of the records to leave out, ascending.
-        lines: one JSON object for each record that was found.
-        counts: (what, number).
-        examples_out, examples_kept: for the page.
-        groups: records that share a picture.
-        notes: sentences about what was not done.
-    """
-
-    left_out: list[int]
-    lines: list[dict[str, Any]]
-    counts: list[tuple[str, int]]
-    examples_out: list[CurationExample]
-    examples_kept: list[CurationExample]
-    groups: list[list[int]]
-    notes: list[str]
+    def hash_records(self) -> CuratedMixture:
+        """Hash texts and pictures of all records, or read the hashes that are there."""
+        with show_progress("hash") as on_progress:
+            return self.make_mixture(
+                compute_features(self.sources, self.index_dir, workers=self.workers, on_progress=on_progress)
+            )
 
 
 def curate(run: Run) -> None:
@@ -127,41 +101,75 @@ def curate(run: Run) -> None:
     Raises:
         UserError: a source cannot be read, nothing could be compared, or the output belongs to another search.
     """
-    config, settings, data = run.config, run.config.curate, run.config.data
+    config, settings = run.config, run.config.curate
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "task=curate is one process, which starts workers. Start it with python run.py, not with torchrun."
         )
     output = Path(settings.output) if settings.output else run.dir / settings.method.value
-    index_dir = Path(data.index_dir or Path(config.run_dir) / "index")
-    workers = data.index_workers or os.cpu_count() or 1
-    sources = open_whole_sources(data, index_dir, config.seed)
-    selections = read_selections(data, sources)
-    identities = [identify_rows(source) for source in sources]
-    request = make_request(settings, config.evaluate, config.benchmarks, sources, identities, selections)
+    index_dir = Path(config.data.index_dir or Path(config.run_dir) / "index")
+    sources = open_whole_sources(config.data, index_dir, config.seed)
+    inputs = CurationInputs(
+        settings,
+        config.data,
+        config.benchmarks,
+        config.evaluate.files,
+        sources,
+        [identify_rows(source) for source in sources],
+        read_selections(config.data, sources),
+        index_dir,
+        config.data.index_workers or os.cpu_count() or 1,
+    )
+    request = make_request(inputs)
     with RunLock(output, f"Wait for it, or write elsewhere with {OUTPUT_KEY}=...") as run_lock:
         run_lock.acquire()
         require_same_request(output, request, overwrite=config.overwrite)
-        personal = PersonalSearch([], {})
-        if settings.method is CurationMethod.personal:
-            require_packages()
-            with show_progress("read") as on_progress:
-                personal = search_sources(sources, workers=workers, on_progress=on_progress)
-            features = make_text_features(sources, personal.errors)
-        else:
-            with show_progress("hash") as on_progress:
-                features = compute_features(sources, index_dir, workers=workers, on_progress=on_progress)
-        mixture = CuratedMixture(sources, identities, selections, features, mark_left_out(features, selections))
-        require_readable(mixture)
-        if settings.method is CurationMethod.personal:
-            result = collect_personal_data(mixture, personal, settings)
-        elif settings.method is CurationMethod.duplicates:
-            result = search_duplicates(mixture, settings)
-        else:
-            names = config.benchmarks or list(BENCHMARKS)
-            result = search_leaks(mixture, settings, names, Path(config.evaluate.files or ""), index_dir, data, workers)
+        mixture, result = SEARCHES[settings.method](inputs)
         write_results(output, mixture, result, settings, request)
-    show_results(output, mixture, result, settings, data)
+    show_results(output, mixture, result, settings)
+
+
+def curate_duplicates(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
+    """Search for duplicates within and across the sources."""
+    mixture = inputs.hash_records()
+    return mixture, search_duplicates(mixture, inputs.settings)
+
+
+def curate_contamination(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
+    """Search for the pictures and questions of benchmarks.
+
+    Raises:
+        UserError: no benchmark could be read.
+    """
+    mixture, files = inputs.hash_records(), Path(inputs.benchmark_files or "")
+    names, max_pixels = inputs.benchmarks or list(BENCHMARKS), inputs.data.max_image_pixels
+    benchmarks = read_benchmarks(names, files, inputs.index_dir, max_pixels=max_pixels, workers=inputs.workers)
+    for name, reason in benchmarks.unchecked.items():
+        say(f"{name}: not checked: {reason}")
+    if not benchmarks.rows:
+        raise UserError(
+            f"evaluate.files={files}: no benchmark could be read, so nothing was checked; see the reasons above."
+        )
+    with show_progress("search") as on_progress:
+        options: dict[str, Any] = {"workers": inputs.workers, "on_progress": on_progress}
+        result = search_leaks(mixture, inputs.settings, benchmarks, inputs.index_dir, max_pixels=max_pixels, **options)
+    return mixture, result
+
+
+def curate_personal(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
+    """Search for personal data in texts; pictures are not read."""
+    require_packages()
+    with show_progress("read") as on_progress:
+        personal = search_sources(inputs.sources, workers=inputs.workers, on_progress=on_progress)
+    mixture = inputs.make_mixture(make_text_features(inputs.sources, personal.errors))
+    return mixture, collect_personal_data(mixture, personal, inputs.settings)
+
+
+SEARCHES: dict[CurationMethod, Callable[[CurationInputs], tuple[CuratedMixture, CurationResult]]] = {
+    CurationMethod.duplicates: curate_duplicates,
+    CurationMethod.contamination: curate_contamination,
+    CurationMethod.personal: curate_personal,
+}
 
 
 def open_whole_sources(data: DataConfig, index_dir: Path, seed: int) -> list[Source]:
@@ -194,24 +202,17 @@ def read_selections(data: DataConfig, sources: Sequence[Source]) -> list[Selecti
     return selections
 
 
-def make_request(
-    settings: CurateConfig,
-    evaluate: EvaluateConfig,
-    benchmarks: Sequence[str],
-    sources: Sequence[Source],
-    identities: Sequence[RowsIdentity],
-    selections: Sequence[Selection | None],
-) -> dict[str, Any]:
+def make_request(inputs: CurationInputs) -> dict[str, Any]:
     """Make the description of a search: its settings, and the digests of all that it reads, as JSON values."""
-    used = to_plain(asdict(settings))
+    used = to_plain(asdict(inputs.settings))
     del used["output"], used["num_shown"]
-    names = {"evaluate.files": evaluate.files, "benchmarks": list(benchmarks)}
-    inputs = [
+    names = {"evaluate.files": inputs.benchmark_files, "benchmarks": list(inputs.benchmarks)}
+    read = [
         {"name": source.name, **asdict(identity), "left_out": selection.left_out if selection else []}
-        for source, identity, selection in zip(sources, identities, selections, strict=True)
+        for source, identity, selection in zip(inputs.sources, inputs.identities, inputs.selections, strict=True)
     ]
-    is_search = settings.method is CurationMethod.contamination
-    request = {"curate": used, **(names if is_search else {}), "sources": inputs}
+    is_search = inputs.settings.method is CurationMethod.contamination
+    request = {"curate": used, **(names if is_search else {}), "sources": read}
     return json.loads(json.dumps(request))
 
 
@@ -242,189 +243,6 @@ def require_same_request(
     )
 
 
-def make_text_features(sources: Sequence[Source], errors: dict[int, str]) -> Features:
-    """Make the features of records whose pictures were not read.
-
-    Args:
-        errors: messages of the records that cannot be read, by their number.
-    """
-    lengths = [len(source) for source in sources]
-    source_ids = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
-    positions = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)])
-    rows = np.zeros(len(positions), ROW)
-    rows["is_bad"][list(errors)] = 1
-    images = {name: np.zeros(0, IMAGE[name]) for name in IMAGE_FIELDS}
-    named = [(sources[source_ids[record]].name, message) for record, message in sorted(errors.items())]
-    return Features(source_ids, positions, rows, np.zeros(len(positions), np.int64), images, [], named)
-
-
-def mark_left_out(features: Features, selections: Sequence[Selection | None]) -> np.ndarray:
-    """Mark the records that selections leave out: [R] bool."""
-    is_out = np.zeros(len(features.rows), bool)
-    for source_id, selection in enumerate(selections):
-        if selection is not None:
-            start = int(np.searchsorted(features.source_ids, source_id))
-            is_out[start + selection.list_left_out()] = True
-    return is_out
-
-
-def require_readable(mixture: CuratedMixture) -> None:
-    """Raise UserError if no record can be read."""
-    errors = mixture.features.errors
-    if len(errors) == len(mixture.features.rows):
-        name, message = errors[0] if errors else ("", "the sources have no records")
-        raise UserError(f"data.sources: no record can be read, so nothing was compared. {name}: {message}")
-
-
-def search_duplicates(mixture: CuratedMixture, settings: CurateConfig) -> CurationResult:
-    """Search for duplicates within and across the sources."""
-    features = mixture.features
-    groups = group_pictures(features, settings.pictures)
-    found = find_duplicates(features, groups, settings.duplicates, settings.min_similarity, mixture.is_out)
-    left_out = [one.record for one in found]
-    shared: list[list[int]] = []
-    if settings.duplicates is DuplicateKind.rows:
-        shared = list_shared_pictures(features, groups, [*left_out, *np.flatnonzero(mixture.is_out).tolist()])
-    by_evidence = Counter(one.evidence for one in found)
-    counts = [(f"duplicates by {evidence.replace('_', ' ')}", count) for evidence, count in by_evidence.most_common()]
-    counts.append(("records that share a picture and stay", sum(map(len, shared))))
-    lines = [
-        {**mixture.describe(one.record), "evidence": one.evidence.value, "similarity": one.similarity}
-        | {"same_as": mixture.describe(one.kept)}
-        for one in found
-    ]
-    examples = [
-        CurationExample(
-            f"{one.evidence.replace('_', ' ')}, similarity of the turns {one.similarity:.2f}",
-            (mixture.show("left out", one.record), mixture.show("stays", one.kept)),
-        )
-        for one in choose_examples(found, [one.evidence for one in found], settings.num_shown)
-    ]
-    kept = [
-        CurationExample("the same picture, other turns", tuple(mixture.show("stays", record) for record in group[:2]))
-        for group in choose_examples(shared, [""] * len(shared), settings.num_shown)
-    ]
-    notes = []
-    if groups.num_full_buckets:
-        notes.append(
-            f"{format_count(groups.num_full_buckets, 'bucket')} of similar hashes held more than 64 pictures, such as blank pages; "
-            "in these each picture was compared with the 64 of the nearest brightness."
-        )
-    return CurationResult(left_out, lines, counts, examples, kept, shared, notes)
-
-
-def collect_personal_data(mixture: CuratedMixture, personal: PersonalSearch, settings: CurateConfig) -> CurationResult:
-    """Collect the records with personal data. Lists and page have none of it: its digits are masked."""
-    found = [one for one in personal.found if not mixture.is_out[one.record]]
-    counts = [
-        (f"records with a {kind.value.replace('_', ' ')}", sum(kind in one.counts for one in found))
-        for kind in PersonalKind
-    ]
-    lines = [mixture.describe(one.record) | {kind.value: count for kind, count in one.counts.items()} for one in found]
-    examples = []
-    for one in choose_examples(found, [min(one.counts) for one in found], settings.num_shown):
-        shown = mixture.show("left out", one.record, mask=mask_personal_data)
-        reason = ", ".join(format_count(count, kind.value.replace("_", " ")) for kind, count in one.counts.items())
-        examples.append(CurationExample(reason, (shown,)))
-    notes = ["Only texts were looked at. Names, addresses, faces and text in pictures are not found."]
-    return CurationResult([one.record for one in found], lines, counts, examples, [], [], notes)
-
-
-def search_leaks(
-    mixture: CuratedMixture,
-    settings: CurateConfig,
-    names: Sequence[str],
-    files: Path,
-    index_dir: Path,
-    data: DataConfig,
-    workers: int,
-) -> CurationResult:
-    """Search for the pictures and questions of benchmarks.
-
-    Raises:
-        UserError: no benchmark could be read.
-    """
-    options: dict[str, Any] = {"workers": workers}
-    benchmarks = read_benchmarks(names, files, index_dir, max_pixels=data.max_image_pixels, **options)
-    for name, reason in benchmarks.unchecked.items():
-        say(f"{name}: not checked: {reason}")
-    if not benchmarks.rows:
-        raise UserError(
-            f"evaluate.files={files}: no benchmark could be read, so nothing was checked; see the reasons above."
-        )
-    with show_progress("search") as on_progress:
-        leaks = find_leaks(
-            mixture.sources,
-            mixture.features,
-            benchmarks,
-            index_dir,
-            min_overlap=settings.min_overlap,
-            on_progress=on_progress,
-            **options,
-        )
-    leaks = [leak for leak in leaks if not mixture.is_out[leak.record]]
-    limit = tuple(Certainty).index(settings.min_certainty)
-    is_sure = [tuple(Certainty).index(leak.certainty) <= limit for leak in leaks]
-    sure = [leak for leak, sure in zip(leaks, is_sure, strict=True) if sure]
-    unsure = [leak for leak, sure in zip(leaks, is_sure, strict=True) if not sure]
-    counts = [(f"{certainty.value}", sum(leak.certainty is certainty for leak in leaks)) for certainty in Certainty]
-    by_benchmark = Counter(leak.place.benchmark for leak in leaks)
-    counts += [
-        (f"{name}: {format_count(len(benchmarks.rows[name]), 'row')}", by_benchmark[name]) for name in benchmarks.rows
-    ]
-    lines = [describe_leak(mixture, leak) | {"left_out": sure} for leak, sure in zip(leaks, is_sure, strict=True)]
-    shown = [
-        [
-            CurationExample(format_leak(leak), (mixture.show("record", leak.record), show_row(benchmarks, leak, data)))
-            for leak in choose_examples(some, [leak.place.benchmark for leak in some], settings.num_shown)
-        ]
-        for some in (sure, unsure)
-    ]
-    notes = [f"{name} was not checked: {reason}" for name, reason in benchmarks.unchecked.items()]
-    notes += [
-        f"{name}: {format_count(count, 'row')} cannot be read and were not checked"
-        for name, count in benchmarks.num_bad_rows.items()
-    ]
-    return CurationResult([leak.record for leak in sure], lines, counts, shown[0], shown[1], [], notes)
-
-
-def describe_leak(mixture: CuratedMixture, leak: Leak) -> dict[str, Any]:
-    """Describe a leak in the list."""
-    return mixture.describe(leak.record) | {
-        "certainty": leak.certainty.value,
-        "picture": leak.picture.value if leak.picture else None,
-        "overlap": round(leak.overlap, 4),
-        **asdict(leak.place),
-    }
-
-
-def format_leak(leak: Leak) -> str:
-    """Format a leak for the page."""
-    picture = f"picture: same {leak.picture.value}" if leak.picture else "no picture"
-    return f"{leak.certainty.value}; {picture}; {leak.overlap:.0%} of the question's n-grams; {leak.place.benchmark}"
-
-
-def show_row(benchmarks: BenchmarkFeatures, leak: Leak, data: DataConfig) -> ShownRecord:
-    """Prepare a benchmark's row for the page."""
-    name = leak.place.benchmark
-    row = benchmarks.rows[name].read(leak.place.row)
-    text = str(row.get("question") or row.get("captions") or "")
-    return show_record(name, leak.place.origin, text, list_row_images(row, name, data.max_image_pixels))
-
-
-def choose_examples(items: Sequence[Any], groups: Sequence[str], count: int) -> list[Any]:
-    """Choose examples spread over the groups, and over the order within each."""
-    by_group: dict[str, list[Any]] = {}
-    for item, group in zip(items, groups, strict=True):
-        by_group.setdefault(group, []).append(item)
-    share = -(-count // max(len(by_group), 1))
-    spread = [
-        [members[place] for place in np.unique(np.linspace(0, len(members) - 1, share).astype(int))]
-        for members in by_group.values()
-    ]
-    return [item for members in spread for item in members][:count] if count else []
-
-
 def write_results(
     output: Path, mixture: CuratedMixture, result: CurationResult, settings: CurateConfig, request: dict[str, Any]
 ) -> None:
@@ -447,8 +265,8 @@ def write_results(
         f"Curation: {settings.method.value}",
         count_sources(mixture, result.left_out),
         result.counts,
-        result.examples_out,
-        result.examples_kept,
+        show_examples(result.examples_out),
+        show_examples(result.examples_kept),
         [(name, str(value)) for name, value in request["curate"].items()],
         result.notes,
         get_command_line(),
@@ -465,6 +283,17 @@ def write_results(
         },
         indent=2,
     )
+
+
+def show_examples(examples: Sequence[Example]) -> list[CurationExample]:
+    """Prepare examples for the page."""
+    return [
+        CurationExample(
+            example.reason,
+            tuple(show_record(one.title, one.origin, one.text, one.images) for one in example.records),
+        )
+        for example in examples
+    ]
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -489,9 +318,7 @@ def count_sources(mixture: CuratedMixture, left_out: Sequence[int]) -> list[Sour
     return counts
 
 
-def show_results(
-    output: Path, mixture: CuratedMixture, result: CurationResult, settings: CurateConfig, data: DataConfig
-) -> None:
+def show_results(output: Path, mixture: CuratedMixture, result: CurationResult, settings: CurateConfig) -> None:
     """Show a table of the sources and of the results, and the settings that train on the selection."""
     table = Table(title=f"{settings.method.value}: sources", title_justify="left")
     for heading in ("source", "records", "cannot be read", "left out before", "left out now", "stay"):

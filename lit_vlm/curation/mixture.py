@@ -1,0 +1,122 @@
+"""Mixture that is curated: its sources with all of their records, and what a search found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lit_vlm.curation.features import Features
+from lit_vlm.curation.text_hashes import list_messages
+from lit_vlm.data.index.shard_cache import get_origin
+from lit_vlm.data.selection import RowsIdentity, Selection
+from lit_vlm.types import LazyImage, Source, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleRecord:
+    """Record that the page shows: where it is, its turns and its pictures."""
+
+    title: str
+    origin: str
+    text: str
+    images: tuple[LazyImage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Records side by side, with the reason why they are shown together."""
+
+    reason: str
+    records: tuple[ExampleRecord, ...]
+
+
+@dataclass(slots=True)
+class CuratedMixture:
+    """Sources of a mixture with all of their records.
+
+    Attributes:
+        identities: of the records of each source.
+        selections: that the sources had already.
+        features: of all records.
+        is_out: records that these selections leave out, [R] bool.
+    """
+
+    sources: list[Source]
+    identities: list[RowsIdentity]
+    selections: list[Selection | None]
+    features: Features
+    is_out: np.ndarray
+
+    def show(self, title: str, record: int, mask: Callable[[str], str] = str) -> ExampleRecord:
+        """Prepare a record for the page.
+
+        Args:
+            mask: changes each text that is shown.
+        """
+        source = self.sources[self.features.source_ids[record]]
+        position = int(self.features.positions[record])
+        found = source[position]
+        text = "\n".join(f"{message.role}: {mask(message.text)}" for message in list_messages(found))
+        return ExampleRecord(title, found.origin, text, tuple(found.images))
+
+    def describe(self, record: int) -> dict[str, Any]:
+        """Describe a record in a list: its source, position and origin."""
+        source = self.sources[self.features.source_ids[record]]
+        position = int(self.features.positions[record])
+        return {"source": source.name, "position": position, "origin": get_origin(source, position)}
+
+
+@dataclass(slots=True)
+class CurationResult:
+    """Result of a search.
+
+    Attributes:
+        left_out: numbers of the records to leave out, ascending.
+        lines: one JSON object for each record that was found.
+        counts: (what, number).
+        examples_out, examples_kept: for the page.
+        groups: records that share a picture.
+        notes: sentences about what was not done.
+    """
+
+    left_out: list[int]
+    lines: list[dict[str, Any]]
+    counts: list[tuple[str, int]]
+    examples_out: list[Example] = field(default_factory=list)
+    examples_kept: list[Example] = field(default_factory=list)
+    groups: list[list[int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def mark_left_out(features: Features, selections: Sequence[Selection | None]) -> np.ndarray:
+    """Mark the records that selections leave out: [R] bool."""
+    is_out = np.zeros(len(features.rows), bool)
+    for source_id, selection in enumerate(selections):
+        if selection is not None:
+            start = int(np.searchsorted(features.source_ids, source_id))
+            is_out[start + selection.list_left_out()] = True
+    return is_out
+
+
+def require_readable(mixture: CuratedMixture) -> None:
+    """Raise UserError if no record can be read."""
+    errors = mixture.features.errors
+    if len(errors) == len(mixture.features.rows):
+        name, message = errors[0] if errors else ("", "the sources have no records")
+        raise UserError(f"data.sources: no record can be read, so nothing was compared. {name}: {message}")
+
+
+def choose_examples(items: Sequence[Any], groups: Sequence[str], count: int) -> list[Any]:
+    """Choose examples spread over the groups, and over the order within each."""
+    by_group: dict[str, list[Any]] = {}
+    for item, group in zip(items, groups, strict=True):
+        by_group.setdefault(group, []).append(item)
+    share = -(-count // max(len(by_group), 1))
+    spread = [
+        [members[place] for place in np.unique(np.linspace(0, len(members) - 1, share).astype(int))]
+        for members in by_group.values()
+    ]
+    return [item for members in spread for item in members][:count] if count else []
