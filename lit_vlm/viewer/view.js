@@ -33,7 +33,7 @@ const MESSAGES = {
     flags: (number) => `레코드 ${number}개를 뺐습니다. 다음 설정으로 학습하면 쓰지 않습니다:`,
   },
 };
-const state = { language: "en", parts: {}, title: "", offset: 0, total: 0, rows: [], current: null, flags: { num_flagged: 0, settings: [] }, token: sessionStorage.getItem("token") ?? "", urls: [], asked: 0 };
+const state = { language: "en", parts: {}, title: "", offset: 0, total: null, rows: [], current: null, flags: { num_flagged: 0, settings: [] }, token: sessionStorage.getItem("token") ?? "", urls: [], asked: 0 };
 
 const say = (key, ...values) => {
   const text = MESSAGES[state.language][key];
@@ -175,7 +175,7 @@ function showRows() {
   const elements = state.rows.map((row) => (row.fault ? makeFault(row) : makeRow(row)));
   $("rows").replaceChildren(...(elements.length ? elements : [make("p", { className: "fault", textContent: say("empty") })]));
   $("rows").scrollTop = 0;
-  $("count").textContent = say("count", format(state.total));
+  if (state.total !== null) $("count").textContent = say("count", format(state.total)); // no page has come yet
   $("range").textContent = state.rows.length ? say("range", format(state.offset + 1), format(state.offset + state.rows.length)) : "";
   $("previous").disabled = state.offset === 0;
   $("next").disabled = state.offset + state.rows.length >= state.total;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from lit_vlm.config.schema import ColumnsConfig
@@ -20,15 +21,24 @@ def get_columns(config: ColumnsConfig) -> tuple[tuple[str, str], ...]:
     return tuple((key, column) for key, column in pairs if column is not None)
 
 
+@cache
+def _get_keys_by_column(columns: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    return {column: key for key, column in columns}
+
+
 def rename_columns(row: Mapping[str, Any], columns: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """Return the row with the mapped columns under the keys of the known formats.
 
     A column that has such a key already and is not mapped itself is counted as unread under another name.
     """
+    keys = _get_keys_by_column(columns)
+    if keys.keys() <= row.keys():
+        renamed = {keys.get(name, name): value for name, value in row.items()}
+        if len(renamed) == len(row):  # no column has such a key already, as in nearly all rows
+            return renamed
     renamed = {key: row.get(column) for key, column in columns}
-    mapped = {column for _, column in columns}
     for key, value in row.items():
-        if key not in mapped:
+        if key not in keys:
             renamed[f"{key} (another column is mapped to it)" if key in renamed else key] = value
     return renamed
 

@@ -29,7 +29,7 @@ from lit_vlm.data.readers.conversation import (
 )
 from lit_vlm.data.readers.messages import convert_turns, read_turns
 from lit_vlm.data.readers.single_turn import make_turn, read_alpaca_prompt, read_history
-from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record
+from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record, unite_keys
 from lit_vlm.formatting import format_count
 from lit_vlm.types import Fault, ImagePlaceholder, LazyImage, Message, PreferencePair, Role, SampleKind
 
@@ -43,7 +43,7 @@ def read_preference(row: Mapping[str, Any], context: RecordContext) -> Preferenc
     """Read a preference pair; raise a RecordError if it cannot be used."""
     row, read_keys = _convert_row(row, context)
     image_keys = find_image_keys(row)
-    check_record(row, context, _READ_KEYS.union(read_keys, image_keys))
+    check_record(row, context, unite_keys(_READ_KEYS, read_keys, image_keys))
     row = {**row, **{key: _convert_answer(row[key], key, context) for key in ("chosen", "rejected")}}
     image_column = context.collect_images(row, other_keys=image_keys)
     if row.get("prompt") is None:

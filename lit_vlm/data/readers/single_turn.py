@@ -12,14 +12,14 @@ All become messages of plain text, so `<image>` marks the position of an image, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
 from lit_vlm.data.readers.context import RecordContext, describe_type, find_image_keys, is_object
 from lit_vlm.data.readers.conversation import make_sample
 from lit_vlm.data.readers.messages import convert_turns, read_turns
-from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record
+from lit_vlm.data.readers.unsupported_keys import SYSTEM_KEYS, check_record, unite_keys
 from lit_vlm.types import Role, Sample
 
 Turn = dict[str, Any]  # {role, content}
@@ -127,9 +127,11 @@ def read_history(row: Mapping[str, Any], context: RecordContext) -> list[Turn]:
     return turns
 
 
-def _read_sample(row: Mapping[str, Any], turns: list[Turn], used_keys: Sequence[str], context: RecordContext) -> Sample:
+def _read_sample(
+    row: Mapping[str, Any], turns: list[Turn], used_keys: tuple[str, ...], context: RecordContext
+) -> Sample:
     image_keys = find_image_keys(row)
-    check_record(row, context, _COMMON_KEYS.union(image_keys, used_keys))
+    check_record(row, context, unite_keys(_COMMON_KEYS, image_keys, used_keys))
     images = context.collect_images(row, other_keys=image_keys)
     messages, images = read_turns(turns, images, context, used_keys[0])
     return make_sample(row, messages, images, context)

@@ -7,9 +7,10 @@ unused keys are counted (`RecordContext.unread`). docs/formats.md has the table.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from lit_vlm.data.lazy_images import format_untrusted
@@ -62,6 +63,12 @@ _TOKEN_MASK_KEYS = ("labels", "mask", "loss_mask", "loss_weights", "prompt_mask"
 # Keys that would give a part a second content, besides the one that its type names.
 _CONTENT_KEYS = ("text", "image", "path", "url", "image_url", "bytes", "data", "base64", "source", "file_id")
 SYSTEM_KEYS = ("system", "system_prompt")
+
+
+@cache
+def unite_keys(*groups: Collection[str]) -> frozenset[str]:
+    """Return the union of the groups. A reader has few different ones, so each is made once and not for each record."""
+    return frozenset().union(*groups)
 
 
 def check_record(row: Mapping[str, Any], context: RecordContext, read_keys: AbstractSet[str]) -> None:
