@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "runs": {*BELOW_MODEL, "model", "data", "distributed", "checkpoint"},
     "fault_tolerance": {*BELOW_MODEL, "data", "cluster", "distributed", "checkpoint", "runs"},
     "loggers": {*BELOW_MODEL, "distributed", "runs", "fault_tolerance"},
-    "reports": {*BELOW_MODEL, "messages", "model", "data", "evaluation", "stages", "runs"},
+    "reports": {*BELOW_MODEL, "messages", "model", "data", "evaluation", "curation", "stages", "runs"},
     "sweep": {*BELOW_MODEL, "messages", "evaluation", "cluster", "runs", "fault_tolerance", "reports"},
     "callbacks": {*BELOW_MODEL, *RUN_ROOMS, "model", "data", "evaluation", "stages"},
     "tasks": {

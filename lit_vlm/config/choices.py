@@ -31,7 +31,7 @@ class Task(Enum):
     evaluate = "evaluate"  # score a finished model, or an endpoint, on benchmarks with lmms-eval
     judge = "judge"  # have a model at an OpenAI-compatible endpoint judge a file of answers
     generate = "generate"  # have a model write conversations, captions or translations for the records of data.sources
-    curate = "curate"  # find duplicates, or rows of benchmarks, in the training data, and select the other records
+    curate = "curate"  # find duplicates, rows of benchmarks and more in the training data, and select the other records
 
 
 # Projector between the vision tower and the language model, from the registry.
@@ -175,6 +175,7 @@ class CurationMethod(Enum):
 
     duplicates = "duplicates"  # records that are there already
     contamination = "contamination"  # records with the picture or the question of a benchmark
+    balance = "balance"  # records of groups that are too large: kinds, languages, lengths, tiles or concepts
     personal = "personal"  # records whose text has a phone, resident registration or card number; pictures are not read
 
 
@@ -192,6 +193,16 @@ class PictureMatch(Enum):
     bytes = "bytes"  # the same bytes
     pixels = "pixels"  # the same decoded pixels
     perceptual = "perceptual"  # the same view after re-encoding, resizing or a crop of 5 %, in the same colours
+
+
+class BalanceGroup(Enum):
+    """Property of records by which curate.method=balance groups them."""
+
+    kind = "kind"  # kind of sample, a name of types.SampleKind
+    language = "language"
+    length = "length"  # characters of all turns, in steps (curate.balance.lengths)
+    tiles = "tiles"  # tiles of all pictures, as LLaVA-OneVision cuts them
+    concept = "concept"  # concepts of a list that the turns name, by MetaCLIP's rule
 
 
 class GenerationKind(Enum):

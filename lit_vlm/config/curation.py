@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lit_vlm.config.choices import Certainty, CurationMethod, DuplicateKind, PictureMatch
-from lit_vlm.config.ranges import COUNT_OR_ZERO, SHARE_ABOVE_0, ranged
+from lit_vlm.config.choices import BalanceGroup, Certainty, CurationMethod, DuplicateKind, PictureMatch
+from lit_vlm.config.ranges import COUNT, COUNT_OR_ZERO, GRID, SHARE, SHARE_ABOVE_0, ranged
+
+
+@dataclass(kw_only=True, slots=True)
+class BalanceConfig:
+    """Settings of curate.method=balance: groups of records, and how many of each stay."""
+
+    by: list[BalanceGroup] = field(
+        default_factory=lambda: [BalanceGroup.kind]
+    )  # groups; with several the names are joined, e.g. caption/ko
+    shares: dict[str, float] = ranged(
+        dict, SHARE
+    )  # share of a group in what stays, e.g. {ko: 0.5}; the other groups share the rest as they do now
+    max_per_group: int | None = ranged(None, COUNT)  # maximum records of a group; null: no limit
+    max_left_out: float = ranged(
+        0.5, SHARE
+    )  # maximum share of the records that the shares may leave out; beyond it they are reached in part
+    lengths: list[int] = ranged(
+        lambda: [64, 256, 1024, 4096], COUNT
+    )  # by=length: first number of characters of each group but the first
+    tile_size: int = ranged(384, COUNT)  # by=tiles: pixels along a side of a tile, those of the vision tower
+    grid: int = ranged(6, GRID)  # by=tiles: maximum tiles per side
+    concepts: str | None = None  # by=concept: text file with one concept a line, Korean or English
+    max_per_concept: int = ranged(
+        20_000, COUNT
+    )  # by=concept: t, records above which those of a concept are sampled; MetaCLIP's for 400 million texts
+    keep_unmatched: bool = False  # by=concept: keep the records that name no concept; MetaCLIP leaves them out
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,4 +49,8 @@ class CurateConfig:
         0.8, SHARE_ABOVE_0
     )  # method=contamination: share of a benchmark question's n-grams that a record must contain
     min_certainty: Certainty = Certainty.likely  # method=contamination: leave out records that are at least so sure
+    balance: BalanceConfig = field(default_factory=BalanceConfig)  # method=balance
     num_shown: int = ranged(24, COUNT_OR_ZERO)  # examples on the page, of each result
+
+
+SECTIONS = {CurationMethod.balance: "balance"}  # method -> settings that only it reads

@@ -94,7 +94,8 @@ def add_implied_overrides(overrides: list[str]) -> list[str]:
 
     - `experiment=` selects one stage, so the task is train.
     - Ready sources are used alone unless `data=` is given. `data=` replaces the ready sources of an experiment.
-    - `trainer.extra.*`, `data.share.kinds`, `submit.env` and `judge.extra` have keys that the schema does not list, so they get `++`.
+    - `trainer.extra.*`, `data.share.kinds`, `submit.env`, `judge.extra` and `curate.balance.shares` have keys that the schema
+      does not list, so they get `++`.
     - `image=photo.jpg` and `sync=runs/a` are lists with one item; `callbacks={name: {argument: value}}` is a list as well.
     - Activation checkpointing may still be true or false instead of a level.
     - A value of a text setting is quoted if Hydra would parse it as a number.
@@ -111,7 +112,9 @@ def add_implied_overrides(overrides: list[str]) -> list[str]:
 
 
 def _expand_override(override: str) -> str:
-    if override.startswith(("trainer.extra.", "data.share.kinds", "submit.env.", "judge.extra")):
+    if override.startswith(
+        ("trainer.extra.", "data.share.kinds", "submit.env.", "judge.extra", "curate.balance.shares")
+    ):
         return f"++{override}"
     key, _, value = override.partition("=")
     if key == "stage.activation_checkpointing" and value.lower() in CHECKPOINTING_ALIASES:

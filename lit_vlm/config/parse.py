@@ -223,6 +223,8 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     config.prefer.output = _make_absolute(config.prefer.output)
     if config.curate.output is not None:
         config.curate.output = _make_absolute(config.curate.output)
+    if config.curate.balance.concepts is not None:
+        config.curate.balance.concepts = _make_absolute(config.curate.balance.concepts)
     if config.generate.output is not None:
         config.generate.output = _make_absolute(config.generate.output)
     if config.prefer.judge is not None:

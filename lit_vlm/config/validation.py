@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 
 from lit_vlm.config.callbacks import find_callback_errors
-from lit_vlm.config.choices import CurationMethod, Format, Markup, ScorerName, StageName, StrategyName, Task, WeightUnit
+from lit_vlm.config.choices import Format, Markup, ScorerName, StageName, StrategyName, Task, WeightUnit
+from lit_vlm.config.curation_validation import find_curate_errors
 from lit_vlm.config.endpoint_validation import find_generate_errors
 from lit_vlm.config.evaluate_validation import find_training_benchmark_errors
 from lit_vlm.config.mapping import find_mapping_errors
@@ -30,7 +31,6 @@ from lit_vlm.config.stage_validation import (
     find_unused_stage_settings,
 )
 from lit_vlm.config.user_classes import is_class_path
-from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.model.projectors import PROJECTORS, list_exportable_projectors
 from lit_vlm.types import ModelPart, SampleKind, find_nearest, format_suggestion
 
@@ -335,22 +335,6 @@ def find_prefer_errors(config: RunConfig) -> Iterator[str]:
         yield "prefer.judge is not set: scorer=judge needs a finished model's folder, or the import path of your own class."
     if not uses_judge and prefer.judge is not None:
         yield f"prefer.judge: is asked with prefer.scorer=judge only, and the scorer is {prefer.scorer.value}."
-
-
-def find_curate_errors(config: RunConfig) -> Iterator[str]:
-    """Yield an error message for each missing or unusable setting of task=curate."""
-    curate = config.curate
-    if not config.data.sources:
-        yield "data.sources: is empty; task=curate reads the sources of a mixture, e.g. data=own with data.sources."
-    if curate.method is CurationMethod.contamination:
-        if config.evaluate.files is None:
-            yield "evaluate.files is not set: curate.method=contamination reads benchmarks from local files, <files>/<benchmark>/."
-        for name in config.benchmarks:
-            if name not in BENCHMARKS:
-                suggestion = format_suggestion(find_nearest(name, BENCHMARKS))
-                yield f"benchmarks: there is no {name}; there are {', '.join(BENCHMARKS)}.{suggestion}"
-    elif config.benchmarks:
-        yield f"benchmarks: is read with curate.method=contamination only, and the method is {curate.method.value}."
 
 
 def find_exam_errors(config: RunConfig) -> Iterator[str]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
-from lit_vlm.curation.features import Features
+from lit_vlm.curation.features import Features, OnProgress
 from lit_vlm.curation.text_hashes import list_messages
+from lit_vlm.data.index.build import map_parallel
 from lit_vlm.data.index.shard_cache import get_origin
 from lit_vlm.data.selection import RowsIdentity, Selection
-from lit_vlm.types import LazyImage, Source, UserError
+from lit_vlm.types import LazyImage, Record, RecordError, Source, UserError
+
+T = TypeVar("T")
+BATCH_RECORDS = 8192  # of one task of a worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,15 @@ class Example:
 
     reason: str
     records: tuple[ExampleRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTable:
+    """Table of results, for the page and the terminal: the first column is a name, the others are numbers."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
 
 
 @dataclass(slots=True)
@@ -62,6 +76,10 @@ class CuratedMixture:
         text = "\n".join(f"{message.role}: {mask(message.text)}" for message in list_messages(found))
         return ExampleRecord(title, found.origin, text, tuple(found.images))
 
+    def get_key(self, record: int) -> str:
+        """Return the source and position of a record as a text, for numbers drawn by record."""
+        return f"{self.sources[self.features.source_ids[record]].name}\0{self.features.positions[record]}"
+
     def describe(self, record: int) -> dict[str, Any]:
         """Describe a record in a list: its source, position and origin."""
         source = self.sources[self.features.source_ids[record]]
@@ -80,6 +98,7 @@ class CurationResult:
         examples_out, examples_kept: for the page.
         groups: records that share a picture.
         notes: sentences about what was not done.
+        tables: for the page and the terminal.
     """
 
     left_out: list[int]
@@ -89,6 +108,52 @@ class CurationResult:
     examples_kept: list[Example] = field(default_factory=list)
     groups: list[list[int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    tables: list[ResultTable] = field(default_factory=list)
+
+
+def map_records(
+    sources: Sequence[Source],
+    function: Callable[[Record], T],
+    *,
+    workers: int,
+    on_progress: OnProgress | None = None,
+) -> tuple[list[T | None], dict[int, str]]:
+    """Map a function over all records of some sources in parallel.
+
+    Args:
+        function: may raise RecordError, as for a picture that is missing.
+        workers: processes that read.
+        on_progress: called after each batch of a source.
+
+    Returns:
+        Results in the order of the records, None for those that cannot be read, and the messages of these by number.
+    """
+    results, errors = list[T | None](), dict[int, str]()
+    for source in sources:
+        first, done = len(results), 0
+        results += [None] * len(source)
+        starts = range(0, len(source), BATCH_RECORDS)
+        batches = [range(start, min(start + BATCH_RECORDS, len(source))) for start in starts]
+        for batch, (values, messages) in map_parallel(partial(_map_batch, source, function), batches, workers):
+            results[first + batch.start : first + batch.stop] = values
+            errors |= {first + position: message for position, message in messages.items()}
+            done += len(batch)
+            if on_progress:
+                on_progress(source.name, done, len(source))
+    return results, errors
+
+
+def _map_batch(
+    source: Source, function: Callable[[Record], T], positions: range
+) -> tuple[list[T | None], dict[int, str]]:
+    values, messages = list[T | None](), dict[int, str]()
+    for position in positions:
+        try:
+            values.append(function(source[position]))
+        except RecordError as error:
+            values.append(None)
+            messages[position] = str(error)
+    return values, messages
 
 
 def mark_left_out(features: Features, selections: Sequence[Selection | None]) -> np.ndarray:

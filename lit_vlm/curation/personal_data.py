@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from lit_vlm.config.curation import CurateConfig
-from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, choose_examples
+from lit_vlm.curation.features import OnProgress
+from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, choose_examples, map_records
 from lit_vlm.curation.text_hashes import list_messages
-from lit_vlm.data.index.build import map_parallel
 from lit_vlm.formatting import format_count
-from lit_vlm.types import RecordError, Source, UserError
+from lit_vlm.types import Record, Source, UserError
 
 try:
     import phonenumbers
@@ -27,7 +27,6 @@ try:
 except ImportError:  # packages of the extra `curate`
     phonenumbers = None  # type: ignore[assignment]
 
-BATCH_RECORDS = 8192  # of one task of a worker
 COUNTRY = "KR"  # of phone numbers without a country code
 FIRST_DAY_WITHOUT_CHECK_DIGIT = datetime.date(2020, 10, 5)
 # Not within a longer number, nor a decimal: no digit, and no separator with a digit, on either side
@@ -126,48 +125,16 @@ class PersonalSearch:
     errors: dict[int, str]
 
 
-def search_sources(
-    sources: Sequence[Source], *, workers: int, on_progress: Callable[[str, int, int], None] | None = None
-) -> PersonalSearch:
-    """Search the texts of all records; no picture is read.
-
-    Args:
-        workers: processes that read.
-        on_progress: called after each batch of a source.
-    """
-    found, errors, first = list[PersonalRecord](), dict[int, str](), 0
-    for source in sources:
-        batches = [
-            range(start, min(start + BATCH_RECORDS, len(source))) for start in range(0, len(source), BATCH_RECORDS)
-        ]
-
-        def search(batch: range, source: Source = source, first: int = first) -> PersonalSearch:
-            return _search_records(source, batch, first)
-
-        done = 0
-        for batch, part in map_parallel(search, batches, workers):
-            found += part.found
-            errors |= part.errors
-            done += len(batch)
-            if on_progress:
-                on_progress(source.name, done, len(source))
-        first += len(source)
-    return PersonalSearch(sorted(found, key=lambda one: one.record), errors)
+def search_sources(sources: Sequence[Source], *, workers: int, on_progress: OnProgress | None = None) -> PersonalSearch:
+    """Search the texts of all records; no picture is read. Arguments as of `map_records`."""
+    found, errors = map_records(sources, count_personal_data, workers=workers, on_progress=on_progress)
+    return PersonalSearch([PersonalRecord(record, counts) for record, counts in enumerate(found) if counts], errors)
 
 
-def _search_records(source: Source, positions: range, first: int) -> PersonalSearch:
-    found, errors = list[PersonalRecord](), dict[int, str]()
-    for position in positions:
-        try:
-            record = source[position]
-        except RecordError as error:
-            errors[first + position] = str(error)
-            continue
-        kinds = [one.kind for message in list_messages(record) for one in find_personal_data(message.text)]
-        if kinds:
-            counts = {kind: kinds.count(kind) for kind in PersonalKind if kind in kinds}
-            found.append(PersonalRecord(first + position, counts))
-    return PersonalSearch(found, errors)
+def count_personal_data(record: Record) -> dict[PersonalKind, int]:
+    """Count the personal data in a record by kind, without kinds that it does not have."""
+    kinds = [one.kind for message in list_messages(record) for one in find_personal_data(message.text)]
+    return {kind: kinds.count(kind) for kind in PersonalKind if kind in kinds}
 
 
 def collect_personal_data(mixture: CuratedMixture, personal: PersonalSearch, settings: CurateConfig) -> CurationResult:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lit_vlm.curation.mixture import ResultTable
 from lit_vlm.messages import translate
 from lit_vlm.reports.preflight.samples import encode_data_url
 from lit_vlm.reports.templates import PageTemplate, write_page
@@ -57,6 +58,8 @@ class CurationPage:
         left_out, kept: examples of records that were left out, and of similar ones that stay.
         notes: sentences about what was not done.
         command: command line that made the page.
+        tables: of the results.
+        kept_title: heading of the examples that stay.
     """
 
     title: str
@@ -67,6 +70,8 @@ class CurationPage:
     settings: Sequence[tuple[str, str]]
     notes: Sequence[str] = field(default=())
     command: str = ""
+    tables: Sequence[ResultTable] = field(default=())
+    kept_title: str = "Similar, and stays"
 
 
 def show_record(title: str, origin: str, text: str, images: Sequence[LazyImage]) -> ShownRecord:

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from lit_vlm.config import Run
-from lit_vlm.config.choices import CurationMethod, Format
-from lit_vlm.config.curation import CurateConfig
+from lit_vlm.config.choices import BalanceGroup, CurationMethod, Format
+from lit_vlm.config.curation import SECTIONS, CurateConfig
 from lit_vlm.config.schema import DataConfig
+from lit_vlm.curation.balance import CONCEPTS_KEY, balance_concepts, balance_groups, match_records, read_groups
+from lit_vlm.curation.concepts import read_concepts
 from lit_vlm.curation.contamination import read_benchmarks, search_leaks
 from lit_vlm.curation.duplicates import search_duplicates
 from lit_vlm.curation.features import Features, compute_features, make_text_features
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, mark_left_out, require_readable
 from lit_vlm.curation.personal_data import collect_personal_data, require_packages, search_sources
+from lit_vlm.data.index.shard_cache import hash_parts
 from lit_vlm.data.selection import (
     SELECTION_SUFFIX,
     RowsIdentity,
@@ -44,7 +48,7 @@ from lit_vlm.reports.curation import (
 )
 from lit_vlm.runs.run_folder import get_command_line, to_plain
 from lit_vlm.tasks.terminal import console, say, show_progress
-from lit_vlm.types import Source, UserError
+from lit_vlm.types import Source, UserError, flatten
 
 SUMMARY_FILE, LEFT_OUT_FILE, PAGE_FILE, GROUPS_FILE = (
     "summary.json",
@@ -53,6 +57,7 @@ SUMMARY_FILE, LEFT_OUT_FILE, PAGE_FILE, GROUPS_FILE = (
     "same_pictures.jsonl",
 )
 OUTPUT_KEY = "curate.output"
+KEPT_TITLES = {CurationMethod.balance: "Stays"}  # headings of the examples that stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class CurationInputs:
         selections: that the sources had already.
         index_dir: folder in which features are kept.
         workers: processes that read.
+        seed: of what is drawn.
     """
 
     settings: CurateConfig
@@ -75,6 +81,7 @@ class CurationInputs:
     selections: list[Selection | None]
     index_dir: Path
     workers: int
+    seed: int
 
     def make_mixture(self, features: Features) -> CuratedMixture:
         """Make the mixture from the features of its records.
@@ -119,6 +126,7 @@ def curate(run: Run) -> None:
         read_selections(config.data, sources),
         index_dir,
         config.data.index_workers or os.cpu_count() or 1,
+        config.seed,
     )
     request = make_request(inputs)
     with RunLock(output, f"Wait for it, or write elsewhere with {OUTPUT_KEY}=...") as run_lock:
@@ -165,10 +173,24 @@ def curate_personal(inputs: CurationInputs) -> tuple[CuratedMixture, CurationRes
     return mixture, collect_personal_data(mixture, personal, inputs.settings)
 
 
+def curate_balance(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
+    """Choose records so that groups or concepts are balanced; pictures are not decoded."""
+    settings, options = inputs.settings.balance, {"seed": inputs.seed, "num_shown": inputs.settings.num_shown}
+    with show_progress("read") as on_progress:
+        if BalanceGroup.concept in settings.by:
+            concepts = match_records(inputs.sources, settings, workers=inputs.workers, on_progress=on_progress)
+            mixture = inputs.make_mixture(make_text_features(inputs.sources, concepts.errors))
+            return mixture, balance_concepts(mixture, concepts, settings, **options)
+        groups = read_groups(inputs.sources, settings, workers=inputs.workers, on_progress=on_progress)
+        mixture = inputs.make_mixture(make_text_features(inputs.sources, groups.errors))
+        return mixture, balance_groups(mixture, groups, settings, **options)
+
+
 SEARCHES: dict[CurationMethod, Callable[[CurationInputs], tuple[CuratedMixture, CurationResult]]] = {
     CurationMethod.duplicates: curate_duplicates,
     CurationMethod.contamination: curate_contamination,
     CurationMethod.personal: curate_personal,
+    CurationMethod.balance: curate_balance,
 }
 
 
@@ -204,15 +226,21 @@ def read_selections(data: DataConfig, sources: Sequence[Source]) -> list[Selecti
 
 def make_request(inputs: CurationInputs) -> dict[str, Any]:
     """Make the description of a search: its settings, and the digests of all that it reads, as JSON values."""
-    used = to_plain(asdict(inputs.settings))
-    del used["output"], used["num_shown"]
-    names = {"evaluate.files": inputs.benchmark_files, "benchmarks": list(inputs.benchmarks)}
-    read = [
+    used, method = to_plain(asdict(inputs.settings)), inputs.settings.method
+    own = SECTIONS.get(method)
+    hidden = {"output", "num_shown", *SECTIONS.values()} - {own}
+    names = ("method", own) if own else [name for name in used if name not in hidden]
+    request: dict[str, Any] = {"curate": flatten({name: used[name] for name in names})}
+    if method is CurationMethod.contamination:
+        request |= {"evaluate.files": inputs.benchmark_files, "benchmarks": list(inputs.benchmarks)}
+    if method is CurationMethod.balance:
+        request["seed"] = inputs.seed
+        if concepts := inputs.settings.balance.concepts:
+            request[CONCEPTS_KEY] = hash_parts(*read_concepts(Path(concepts), CONCEPTS_KEY))
+    request["sources"] = [
         {"name": source.name, **asdict(identity), "left_out": selection.left_out if selection else []}
         for source, identity, selection in zip(inputs.sources, inputs.identities, inputs.selections, strict=True)
     ]
-    is_search = inputs.settings.method is CurationMethod.contamination
-    request = {"curate": used, **(names if is_search else {}), "sources": read}
     return json.loads(json.dumps(request))
 
 
@@ -270,6 +298,8 @@ def write_results(
         [(name, str(value)) for name, value in request["curate"].items()],
         result.notes,
         get_command_line(),
+        result.tables,
+        KEPT_TITLES.get(settings.method, "Similar, and stays"),
     )
     write_curation_page(output / PAGE_FILE, page)
     write_json(
@@ -277,6 +307,10 @@ def write_results(
         {
             "request": request,
             "counts": dict(result.counts),
+            "tables": {
+                table.title: [dict(zip(table.headings, row, strict=True)) for row in table.rows]
+                for table in result.tables
+            },
             "sources": [asdict(counts) | {"kept": counts.num_kept} for counts in page.sources],
             "notes": result.notes,
             "cannot_be_read": [f"{name}: {message}" for name, message in features.errors],
@@ -328,6 +362,13 @@ def show_results(output: Path, mixture: CuratedMixture, result: CurationResult, 
         numbers = (one.num_records, one.num_bad, one.num_out_before, one.num_left_out, one.num_kept)
         table.add_row(one.name, *(f"{number:,}" for number in numbers))
     console.print(table)
+    for shown in result.tables:
+        table = Table(title=shown.title, title_justify="left")
+        for number, heading in enumerate(shown.headings):
+            table.add_column(heading, justify="right" if number else "left")
+        for row in shown.rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
     for name, count in result.counts:
         say(f"{name}: {count:,}")
     for note in result.notes:

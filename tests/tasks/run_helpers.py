@@ -16,6 +16,7 @@ from lit_vlm.config import Run, parse
 from lit_vlm.model.spec import ModelSpec
 from lit_vlm.stages import Stage
 from lit_vlm.tasks.build_stage import make_stage
+from lit_vlm.tasks.curate import curate
 from lit_vlm.tasks.open_run import RunPlace, open_sources
 from lit_vlm.tasks.prepare_data import StageData, build_stage_data
 from lit_vlm.tasks.train import train
@@ -141,6 +142,18 @@ def run(*overrides: str) -> RunOutput:
     job = parse([*TINY, *overrides])
     train(job)
     return RunOutput(job.dir)
+
+
+def run_curate(folder: Path, *overrides: str) -> Path:
+    """Run task=curate. Returns the folder of its results."""
+    job = parse(["task=curate", f"run_dir={folder / 'runs'}", "data.index_workers=1", *overrides])
+    curate(job)
+    return job.dir / job.config.curate.method.value
+
+
+def read_lines(path: Path) -> list:
+    """Read the objects of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def open_place(job: Run) -> RunPlace:

@@ -8,25 +8,21 @@ import numpy as np
 import pytest
 from made_benchmarks import make_rows, write_parquet
 from PIL import Image
-from run_helpers import make_llava_record, run, save_photos, write_data_choice, write_records
+from run_helpers import (
+    make_llava_record,
+    read_lines,
+    run,
+    run_curate,
+    save_photos,
+    write_data_choice,
+    write_records,
+)
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.curation import features
-from lit_vlm.tasks.curate import curate
 from lit_vlm.types import UserError
 
 QUESTION, ANSWER = "<image>\n무엇이 보이나요?", "사진이 보입니다."
-
-
-def run_curate(folder, *overrides):
-    """Run task=curate. Returns the folder of its results."""
-    job = parse(["task=curate", f"run_dir={folder / 'runs'}", "data.index_workers=1", *overrides])
-    curate(job)
-    return job.dir / job.config.curate.method.value
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def list_left_out(output):

@@ -1,0 +1,77 @@
+"""Validation of the settings of task=curate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lit_vlm.config.choices import BalanceGroup, CurationMethod
+from lit_vlm.config.curation import SECTIONS, BalanceConfig
+from lit_vlm.config.schema import RunConfig
+from lit_vlm.evaluation.benchmarks import BENCHMARKS
+from lit_vlm.types import Language, SampleKind, find_nearest, format_suggestion
+
+
+def find_curate_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of task=curate."""
+    curate = config.curate
+    if not config.data.sources:
+        yield "data.sources: is empty; task=curate reads the sources of a mixture, e.g. data=own with data.sources."
+    for method, section in SECTIONS.items():
+        group = getattr(curate, section)
+        if method is not curate.method and group != type(group)():
+            yield f"curate.{section}: is read with curate.method={method.value} only, and the method is {curate.method.value}."
+    if curate.method is CurationMethod.contamination:
+        if config.evaluate.files is None:
+            yield "evaluate.files is not set: curate.method=contamination reads benchmarks from local files, <files>/<benchmark>/."
+        for name in config.benchmarks:
+            if name not in BENCHMARKS:
+                suggestion = format_suggestion(find_nearest(name, BENCHMARKS))
+                yield f"benchmarks: there is no {name}; there are {', '.join(BENCHMARKS)}.{suggestion}"
+    elif config.benchmarks:
+        yield f"benchmarks: is read with curate.method=contamination only, and the method is {curate.method.value}."
+    if curate.method is CurationMethod.balance:
+        yield from find_balance_errors(curate.balance)
+
+
+def find_balance_errors(balance: BalanceConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of curate.method=balance."""
+    key = "curate.balance"
+    if not balance.by or len(set(balance.by)) != len(balance.by):
+        yield f"{key}.by: must name some of {', '.join(BalanceGroup.__members__)}, each once."
+    if BalanceGroup.concept in balance.by:
+        if len(balance.by) > 1:
+            yield f"{key}.by: concept stands alone, because a record has several concepts. Balance by the others in a second search."
+        if balance.concepts is None:
+            yield f"{key}.concepts is not set: by=[concept] needs a text file with one concept a line."
+        for name in ("shares", "max_per_group"):
+            if getattr(balance, name):
+                yield f"{key}.{name}: has no effect with by=[concept]; {key}.max_per_concept is its limit."
+        return
+    for name, default in (("concepts", None), ("max_per_concept", 20_000), ("keep_unmatched", False)):
+        if getattr(balance, name) != default:
+            yield f"{key}.{name}: is read with {key}.by=[concept] only."
+    if not balance.shares and balance.max_per_group is None:
+        yield f"{key}: nothing is asked. Set {key}.shares={{<group>: <share>}} or {key}.max_per_group=<records>."
+    if sum(balance.shares.values()) > 1 + 1e-6:
+        yield f"{key}.shares: sum to {sum(balance.shares.values()):g}, and the whole is 1."
+    if balance.lengths != sorted(set(balance.lengths)):
+        yield f"{key}.lengths: must ascend, found {balance.lengths}."
+    yield from _find_group_errors(balance)
+
+
+def _find_group_errors(balance: BalanceConfig) -> Iterator[str]:
+    """Yield an error message for each share of a group that cannot be."""
+    known: dict[BalanceGroup, list[str]] = {
+        BalanceGroup.kind: list(SampleKind),
+        BalanceGroup.language: [Language.ko, Language.en],
+    }
+    for group in balance.shares:
+        parts = group.split("/")
+        if len(parts) != len(balance.by):
+            example = "/".join(by.value for by in balance.by)
+            yield f"curate.balance.shares: {group} names {len(parts)} of {len(balance.by)} properties; write <{example}>."
+            continue
+        for by, part in zip(balance.by, parts, strict=True):
+            if by in known and part not in known[by]:
+                suggestion = format_suggestion(find_nearest(part, known[by]))
+                yield f"curate.balance.shares: there is no {by.value} {part}; there are {', '.join(known[by])}.{suggestion}"
