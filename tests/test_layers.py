@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "model": BELOW_MODEL,
     "data": BELOW_MODEL,  # never model: a processor is passed in, so the data side runs without weights
     "evaluation": {*BELOW_MODEL, "model", "data"},
-    "curation": {*BELOW_MODEL, "data", "evaluation"},
+    "curation": {*BELOW_MODEL, "model", "data", "evaluation"},
     "preferences": {*BELOW_MODEL, "model", "data", "evaluation"},
     "stages": {*BELOW_MODEL, "model", "data", "evaluation"},
     "serving": {*BELOW_MODEL, "model", "data", "evaluation"},

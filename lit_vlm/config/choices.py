@@ -176,6 +176,7 @@ class CurationMethod(Enum):
     duplicates = "duplicates"  # records that are there already
     contamination = "contamination"  # records with the picture or the question of a benchmark
     balance = "balance"  # records of groups that are too large: kinds, languages, lengths, tiles or concepts
+    prune = "prune"  # captions that do not fit their picture, by a model of curate.model, or of poor text
     personal = "personal"  # records whose text has a phone, resident registration or card number; pictures are not read
 
 
@@ -203,6 +204,17 @@ class BalanceGroup(Enum):
     length = "length"  # characters of all turns, in steps (curate.balance.lengths)
     tiles = "tiles"  # tiles of all pictures, as LLaVA-OneVision cuts them
     concept = "concept"  # concepts of a list that the turns name, by MetaCLIP's rule
+
+
+class TextRule(Enum):
+    """Rule of text quality that curate.method=prune applies to captions."""
+
+    too_short = "too_short"  # fewer than 5 letters; a Hangul syllable counts as two
+    repeated = "repeated"  # the same word four times in a row, or more than 15 % of the characters in repeated 5-grams
+    symbols = "symbols"  # mostly other characters than letters and digits
+    wrong_script = (
+        "wrong_script"  # source in Korean: below 30 % Hangul; in English: below 70 % Latin; others: below 70 % of both
+    )
 
 
 class GenerationKind(Enum):

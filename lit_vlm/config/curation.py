@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lit_vlm.config.choices import BalanceGroup, Certainty, CurationMethod, DuplicateKind, PictureMatch
-from lit_vlm.config.ranges import COUNT, COUNT_OR_ZERO, GRID, SHARE, SHARE_ABOVE_0, ranged
+from lit_vlm.config.choices import BalanceGroup, Certainty, CurationMethod, DuplicateKind, PictureMatch, TextRule
+from lit_vlm.config.ranges import COSINE, COUNT, COUNT_OR_ZERO, GRID, SHARE, SHARE_ABOVE_0, ranged
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,6 +35,22 @@ class BalanceConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PruneConfig:
+    """Settings of curate.method=prune: which captions leave."""
+
+    kinds: list[str] = field(
+        default_factory=lambda: ["caption", "image_only"]
+    )  # kinds whose answers are captions (types.SampleKind)
+    min_score: float | None = ranged(
+        None, COSINE
+    )  # with curate.model: captions of a lower score leave; null: see lowest_share
+    lowest_share: float | None = ranged(
+        None, SHARE
+    )  # with curate.model, instead: this share of the captions leaves, those of the lowest scores
+    rules: list[TextRule] = field(default_factory=lambda: list(TextRule))  # rules of text quality; []: none
+
+
+@dataclass(kw_only=True, slots=True)
 class CurateConfig:
     """Settings of task=curate: find records of data.sources that should not be trained on, and select the others."""
 
@@ -50,7 +66,12 @@ class CurateConfig:
     )  # method=contamination: share of a benchmark question's n-grams that a record must contain
     min_certainty: Certainty = Certainty.likely  # method=contamination: leave out records that are at least so sure
     balance: BalanceConfig = field(default_factory=BalanceConfig)  # method=balance
+    prune: PruneConfig = field(default_factory=PruneConfig)  # method=prune
+    model: str | None = (
+        None  # method=prune: local folder of SigLIP, SigLIP 2, CLIP, or BLIP for retrieval; null: pictures are not compared
+    )
+    batch_size: int = ranged(32, COUNT)  # with curate.model: pictures that the model sees at once
     num_shown: int = ranged(24, COUNT_OR_ZERO)  # examples on the page, of each result
 
 
-SECTIONS = {CurationMethod.balance: "balance"}  # method -> settings that only it reads
+SECTIONS = {CurationMethod.balance: "balance", CurationMethod.prune: "prune"}  # method -> settings that only it reads

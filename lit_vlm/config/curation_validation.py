@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lit_vlm.config.choices import BalanceGroup, CurationMethod
-from lit_vlm.config.curation import SECTIONS, BalanceConfig
+from lit_vlm.config.curation import SECTIONS, BalanceConfig, CurateConfig
 from lit_vlm.config.schema import RunConfig
 from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.types import Language, SampleKind, find_nearest, format_suggestion
@@ -31,6 +31,10 @@ def find_curate_errors(config: RunConfig) -> Iterator[str]:
         yield f"benchmarks: is read with curate.method=contamination only, and the method is {curate.method.value}."
     if curate.method is CurationMethod.balance:
         yield from find_balance_errors(curate.balance)
+    if curate.method is CurationMethod.prune:
+        yield from _find_prune_errors(curate)
+    elif curate.model is not None:
+        yield f"curate.model: is read with curate.method=prune only, and the method is {curate.method.value}."
 
 
 def find_balance_errors(balance: BalanceConfig) -> Iterator[str]:
@@ -57,6 +61,22 @@ def find_balance_errors(balance: BalanceConfig) -> Iterator[str]:
     if balance.lengths != sorted(set(balance.lengths)):
         yield f"{key}.lengths: must ascend, found {balance.lengths}."
     yield from _find_group_errors(balance)
+
+
+def _find_prune_errors(curate: CurateConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of curate.method=prune."""
+    prune, key = curate.prune, "curate.prune"
+    if curate.model is None and not prune.rules:
+        yield f"{key}: nothing is asked. Set curate.model=<folder>, or name rules in {key}.rules."
+    for name in ("min_score", "lowest_share"):
+        if getattr(prune, name) is not None and curate.model is None:
+            yield f"{key}.{name}: needs the scores of a model, and curate.model is not set."
+    if prune.min_score is not None and prune.lowest_share is not None:
+        yield f"{key}: min_score and lowest_share are two thresholds for one score. Take one of them away."
+    for name in prune.kinds:
+        if name not in list(SampleKind):
+            suggestion = format_suggestion(find_nearest(name, list(SampleKind)))
+            yield f"{key}.kinds: there is no kind {name}; there are {', '.join(SampleKind)}.{suggestion}"
 
 
 def _find_group_errors(balance: BalanceConfig) -> Iterator[str]:

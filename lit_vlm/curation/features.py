@@ -245,7 +245,7 @@ def hash_images(record: Record, hashed: dict[bytes, PictureHash]) -> np.ndarray:
 
 def fill_image(row: np.void, image: LazyImage, hashed: dict[bytes, PictureHash]) -> None:
     """Fill in the hashes of a picture, a row of IMAGE. Raises RecordError if it cannot be decoded."""
-    content = _hash_content(image)
+    content = hash_content(image)
     if content not in hashed:
         hashed[content] = hash_picture(image.load())
     found = hashed[content]
@@ -254,7 +254,7 @@ def fill_image(row: np.void, image: LazyImage, hashed: dict[bytes, PictureHash])
     row["brightness"] = found.thumbnail.mean()
 
 
-def _hash_content(image: LazyImage) -> bytes:
+def hash_content(image: LazyImage) -> bytes:
     """Hash the encoded bytes of a picture, or its pixels if it has no file: 16 bytes."""
     content = getattr(image, "content", None)
     return content() if content else hash_pixels(np.asarray(image.load()))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from lit_vlm.data.selection import RowsIdentity, Selection
 from lit_vlm.types import LazyImage, Record, RecordError, Source, UserError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 BATCH_RECORDS = 8192  # of one task of a worker
 
 
@@ -45,6 +47,21 @@ class ResultTable:
     title: str
     headings: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreDistribution:
+    """Scores of records, for a histogram.
+
+    Attributes:
+        name: what the score is.
+        scores: by language.
+        threshold: below which records leave; None: none does.
+    """
+
+    name: str
+    scores: dict[str, list[float]]
+    threshold: float | None
 
 
 @dataclass(slots=True)
@@ -99,6 +116,7 @@ class CurationResult:
         groups: records that share a picture.
         notes: sentences about what was not done.
         tables: for the page and the terminal.
+        scores: for the page.
     """
 
     left_out: list[int]
@@ -109,11 +127,19 @@ class CurationResult:
     groups: list[list[int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tables: list[ResultTable] = field(default_factory=list)
+    scores: list[ScoreDistribution] = field(default_factory=list)
+
+
+def iterate_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Iterate over items in lists of `size`; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def map_records(
     sources: Sequence[Source],
-    function: Callable[[Record], T],
+    function: Callable[[Record], T | None],
     *,
     workers: int,
     on_progress: OnProgress | None = None,
@@ -144,7 +170,7 @@ def map_records(
 
 
 def _map_batch(
-    source: Source, function: Callable[[Record], T], positions: range
+    source: Source, function: Callable[[Record], T | None], positions: range
 ) -> tuple[list[T | None], dict[int, str]]:
     values, messages = list[T | None](), dict[int, str]()
     for position in positions:

@@ -58,7 +58,7 @@ def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> Vision
             del model.weights
             return model
         if spec.whole:
-            model = _load_pretrained(get_model_class(spec.config), spec.whole, spec.config, dtype, spec.hub_options)
+            model = load_pretrained(get_model_class(spec.config), spec.whole, spec.config, dtype, spec.hub_options)
             resolve_weight_tying(model, model, spec, spec.whole)
             if spec.adapter is not None:
                 check_base(spec.adapter, spec.revision)
@@ -74,8 +74,8 @@ def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionL
     assert spec.vision_tower is not None and spec.language_model is not None
     model = build_on_meta(spec.config)
     config, source = spec.config, spec.hub_options
-    tower = _load_pretrained(type(model.model.vision_tower), spec.vision_tower, config.vision_config, dtype, source)
-    language = _load_pretrained(AutoModelForCausalLM, spec.language_model, config.text_config, dtype, source)
+    tower = load_pretrained(type(model.model.vision_tower), spec.vision_tower, config.vision_config, dtype, source)
+    language = load_pretrained(AutoModelForCausalLM, spec.language_model, config.text_config, dtype, source)
     families.check_head(language.lm_head, spec.language_model)
     share_config(tower, spec.config.vision_config)
     share_config(language.model, spec.config.text_config)
@@ -90,7 +90,7 @@ def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> VisionL
     return model
 
 
-def _load_pretrained(model_class: Any, name: str, config: Any, dtype: torch.dtype, hub_options: dict[str, Any]) -> Any:
+def load_pretrained(model_class: Any, name: str, config: Any, dtype: torch.dtype, hub_options: dict[str, Any]) -> Any:
     """Load weights with from_pretrained, and raise for missing ones.
 
     Weights that were left out on purpose (layers, heads, a text model) are not reported.

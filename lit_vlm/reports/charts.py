@@ -198,7 +198,7 @@ def draw_histogram(histogram: Histogram) -> str:
     body = _draw_histogram_axes(x, y, histogram.unit) + _draw_bars(histogram, x, y)
     body += _draw_mark(x(histogram.spread.median), "median", tell("median"))
     if cap is not None:
-        body += _draw_mark(x(cap), "cap", tell("cap"), end=True)
+        body += _draw_mark(x(cap), "cap", translate(histogram.cap_name), end=True)
     spread = {"median": f"{histogram.spread.median:g}", "most": f"{histogram.spread.most:g}"}
     label = tell("{title}: median {median}, at most {most}", title=translate(histogram.title), **spread)
     return frame.draw(body, label)

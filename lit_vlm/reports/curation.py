@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lit_vlm.curation.mixture import ResultTable
+import numpy as np
+from markupsafe import Markup
+
+from lit_vlm.curation.mixture import ResultTable, ScoreDistribution
 from lit_vlm.messages import translate
+from lit_vlm.reports.charts import draw_histogram
+from lit_vlm.reports.preflight.facts import Histogram
 from lit_vlm.reports.preflight.samples import encode_data_url
+from lit_vlm.reports.preflight.statistics import compute_summary_stats
 from lit_vlm.reports.templates import PageTemplate, write_page
 from lit_vlm.types import LazyImage, RecordError
 
 MAX_TEXT = 400  # characters of the turns of an example
 MAX_PICTURES = 2
+NUM_BINS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,7 @@ class CurationPage:
         command: command line that made the page.
         tables: of the results.
         kept_title: heading of the examples that stay.
+        scores: of records, drawn as histograms.
     """
 
     title: str
@@ -72,6 +80,24 @@ class CurationPage:
     command: str = ""
     tables: Sequence[ResultTable] = field(default=())
     kept_title: str = "Similar, and stays"
+    scores: Sequence[ScoreDistribution] = field(default=())
+
+    @property
+    def charts(self) -> list[tuple[str, Markup]]:
+        """Histogram of each score, with its title."""
+        return [(scores.name, Markup(draw_histogram(make_score_histogram(scores)))) for scores in self.scores]
+
+
+def make_score_histogram(distribution: ScoreDistribution) -> Histogram:
+    """Make the histogram of a score, in percent: its axis has whole numbers."""
+    series = {language: 100 * np.array(scores) for language, scores in distribution.scores.items()}
+    values = np.concatenate(list(series.values()))
+    low, high = np.floor(values.min()), max(np.ceil(values.max()), np.floor(values.min()) + 1)
+    edges = np.linspace(low, high, NUM_BINS + 1)
+    counts = {language: np.histogram(part, edges)[0].tolist() for language, part in series.items()}
+    cap = None if distribution.threshold is None else 100 * distribution.threshold
+    spread = compute_summary_stats(values)
+    return Histogram(distribution.name, "%", edges.tolist(), counts, spread, cap=cap, cap_name="threshold")
 
 
 def show_record(title: str, origin: str, text: str, images: Sequence[LazyImage]) -> ShownRecord:

@@ -24,6 +24,7 @@ from lit_vlm.curation.duplicates import search_duplicates
 from lit_vlm.curation.features import Features, compute_features, make_text_features
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, mark_left_out, require_readable
 from lit_vlm.curation.personal_data import collect_personal_data, require_packages, search_sources
+from lit_vlm.curation.prune import prune_captions, read_captions, score_captions
 from lit_vlm.data.index.shard_cache import hash_parts
 from lit_vlm.data.selection import (
     SELECTION_SUFFIX,
@@ -39,6 +40,7 @@ from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.files import atomic_write, read_json, write_json
 from lit_vlm.formatting import format_count
+from lit_vlm.model.image_text import load_scorer
 from lit_vlm.reports.curation import (
     CurationExample,
     CurationPage,
@@ -56,8 +58,8 @@ SUMMARY_FILE, LEFT_OUT_FILE, PAGE_FILE, GROUPS_FILE = (
     "page.html",
     "same_pictures.jsonl",
 )
-OUTPUT_KEY = "curate.output"
-KEPT_TITLES = {CurationMethod.balance: "Stays"}  # headings of the examples that stay
+OUTPUT_KEY, MODEL_KEY = "curate.output", "curate.model"
+KEPT_TITLES = {CurationMethod.balance: "Stays", CurationMethod.prune: "Stays"}  # headings of the examples that stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +188,61 @@ def curate_balance(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResu
         return mixture, balance_groups(mixture, groups, settings, **options)
 
 
+def curate_prune(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
+    """Choose records whose caption fits the picture, by a model, and is no poor text.
+
+    Raises:
+        UserError: the model cannot be used, or there is nothing to look at.
+    """
+    settings = inputs.settings
+    with show_progress("read") as on_progress:
+        read = read_captions(inputs.sources, settings.prune.kinds, workers=inputs.workers, on_progress=on_progress)
+    captions, errors, score_name = read.captions, read.errors, ""
+    if not any(captions):
+        raise UserError(
+            f"curate.prune.kinds: no record of the kinds {', '.join(settings.prune.kinds)} can be read, so nothing was looked at."
+        )
+    scores: list[float | None] = [None] * len(captions)
+    if settings.model is not None:
+        scorer = load_scorer(Path(settings.model), MODEL_KEY)
+        score_name = scorer.score_name
+        numbers = [number for number, caption in enumerate(captions) if caption and caption.num_images]
+        if not numbers:
+            raise UserError(
+                f"{MODEL_KEY}: no record of the kinds {', '.join(settings.prune.kinds)} has a picture, so nothing can be scored. Name "
+                "other kinds with curate.prune.kinds=[...], or leave the model out."
+            )
+        places = list_places(inputs.sources)
+        with show_progress("score") as on_progress:
+            found, broken = score_captions(
+                inputs.sources,
+                [places[number] for number in numbers],
+                [captions[number].text for number in numbers],  # type: ignore[union-attr]
+                scorer,
+                inputs.index_dir,
+                batch_size=settings.batch_size,
+                workers=inputs.workers,
+                on_progress=on_progress,
+            )
+        for number, score in zip(numbers, found, strict=True):
+            scores[number] = score
+        errors |= {numbers[number]: message for number, message in broken.items()}
+    mixture = inputs.make_mixture(make_text_features(inputs.sources, errors))
+    languages = [source.language for source in inputs.data.sources.values()]
+    return mixture, prune_captions(mixture, captions, scores, settings.prune, languages, score_name, settings.num_shown)
+
+
+def list_places(sources: Sequence[Source]) -> list[tuple[int, int]]:
+    """List (number of the source, position) of all records."""
+    return [(number, position) for number, source in enumerate(sources) for position in range(len(source))]
+
+
 SEARCHES: dict[CurationMethod, Callable[[CurationInputs], tuple[CuratedMixture, CurationResult]]] = {
     CurationMethod.duplicates: curate_duplicates,
     CurationMethod.contamination: curate_contamination,
     CurationMethod.personal: curate_personal,
     CurationMethod.balance: curate_balance,
+    CurationMethod.prune: curate_prune,
 }
 
 
@@ -228,8 +280,10 @@ def make_request(inputs: CurationInputs) -> dict[str, Any]:
     """Make the description of a search: its settings, and the digests of all that it reads, as JSON values."""
     used, method = to_plain(asdict(inputs.settings)), inputs.settings.method
     own = SECTIONS.get(method)
-    hidden = {"output", "num_shown", *SECTIONS.values()} - {own}
+    hidden = {"output", "num_shown", "model", "batch_size", *SECTIONS.values()}
     names = ("method", own) if own else [name for name in used if name not in hidden]
+    if method is CurationMethod.prune:
+        names = (*names, "model")
     request: dict[str, Any] = {"curate": flatten({name: used[name] for name in names})}
     if method is CurationMethod.contamination:
         request |= {"evaluate.files": inputs.benchmark_files, "benchmarks": list(inputs.benchmarks)}
@@ -300,6 +354,7 @@ def write_results(
         get_command_line(),
         result.tables,
         KEPT_TITLES.get(settings.method, "Similar, and stays"),
+        result.scores,
     )
     write_curation_page(output / PAGE_FILE, page)
     write_json(

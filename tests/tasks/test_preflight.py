@@ -113,7 +113,7 @@ def test_a_recipe_stage_passes_before_the_preceding_stage_was_run(tmp_path):
 def test_five_formats_are_checked_without_loading_weights(work_folder, monkeypatch):
     """The numbers of the page are those of index and plan, and the model is never built."""
     overrides = write_five_formats(work_folder, share={"ko": 0.5, "text_only": 0.3})
-    monkeypatch.setattr("lit_vlm.model.build._load_pretrained", fail_on_use)
+    monkeypatch.setattr("lit_vlm.model.build.load_pretrained", fail_on_use)
     monkeypatch.setattr("lit_vlm.stages.model_init.build_model", fail_on_use)
     monkeypatch.setattr("safetensors.safe_open", fail_on_use)
     monkeypatch.setattr("torch.load", fail_on_use)

@@ -104,6 +104,7 @@ class Histogram:
     spread: SummaryStats
     log: bool = False
     cap: float | None = None  # limit of a micro-batch, if it is near the values
+    cap_name: str = "cap"
 
 
 @dataclass(frozen=True, slots=True)
