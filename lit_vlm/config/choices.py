@@ -177,6 +177,9 @@ class CurationMethod(Enum):
     contamination = "contamination"  # records with the picture or the question of a benchmark
     balance = "balance"  # records of groups that are too large: kinds, languages, lengths, tiles or concepts
     prune = "prune"  # captions that do not fit their picture, by a model of curate.model, or of poor text
+    capfilt = (
+        "capfilt"  # BLIP's CapFilt: a captioner writes captions, and a filter keeps those that match (curate.model)
+    )
     personal = "personal"  # records whose text has a phone, resident registration or card number; pictures are not read
 
 

@@ -51,6 +51,21 @@ class PruneConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class CapfiltConfig:
+    """Settings of curate.method=capfilt: the captioner, and the texts that stay."""
+
+    captioner: str | None = (
+        None  # local folder of a BlipForConditionalGeneration; null: the web texts alone are filtered
+    )
+    kinds: list[str] = field(
+        default_factory=lambda: ["caption", "image_only"]
+    )  # kinds whose answers are captions (types.SampleKind)
+    min_score: float = ranged(
+        0.5, SHARE
+    )  # probability of a match from which a text stays; BLIP keeps what its filter calls a match
+
+
+@dataclass(kw_only=True, slots=True)
 class CurateConfig:
     """Settings of task=curate: find records of data.sources that should not be trained on, and select the others."""
 
@@ -67,11 +82,17 @@ class CurateConfig:
     min_certainty: Certainty = Certainty.likely  # method=contamination: leave out records that are at least so sure
     balance: BalanceConfig = field(default_factory=BalanceConfig)  # method=balance
     prune: PruneConfig = field(default_factory=PruneConfig)  # method=prune
+    capfilt: CapfiltConfig = field(default_factory=CapfiltConfig)  # method=capfilt
     model: str | None = (
-        None  # method=prune: local folder of SigLIP, SigLIP 2, CLIP, or BLIP for retrieval; null: pictures are not compared
+        None  # method=prune: local folder of SigLIP, SigLIP 2, CLIP, or BLIP for retrieval; method=capfilt: of the last
     )
     batch_size: int = ranged(32, COUNT)  # with curate.model: pictures that the model sees at once
     num_shown: int = ranged(24, COUNT_OR_ZERO)  # examples on the page, of each result
 
 
-SECTIONS = {CurationMethod.balance: "balance", CurationMethod.prune: "prune"}  # method -> settings that only it reads
+# method -> settings that only it reads
+SECTIONS = {
+    CurationMethod.balance: "balance",
+    CurationMethod.prune: "prune",
+    CurationMethod.capfilt: "capfilt",
+}

@@ -33,8 +33,10 @@ def find_curate_errors(config: RunConfig) -> Iterator[str]:
         yield from find_balance_errors(curate.balance)
     if curate.method is CurationMethod.prune:
         yield from _find_prune_errors(curate)
+    elif curate.method is CurationMethod.capfilt:
+        yield from _find_capfilt_errors(config)
     elif curate.model is not None:
-        yield f"curate.model: is read with curate.method=prune only, and the method is {curate.method.value}."
+        yield f"curate.model: is read with curate.method=prune and capfilt only, and the method is {curate.method.value}."
 
 
 def find_balance_errors(balance: BalanceConfig) -> Iterator[str]:
@@ -73,10 +75,24 @@ def _find_prune_errors(curate: CurateConfig) -> Iterator[str]:
             yield f"{key}.{name}: needs the scores of a model, and curate.model is not set."
     if prune.min_score is not None and prune.lowest_share is not None:
         yield f"{key}: min_score and lowest_share are two thresholds for one score. Take one of them away."
-    for name in prune.kinds:
+    yield from _find_kind_errors(f"{key}.kinds", prune.kinds)
+
+
+def _find_capfilt_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of curate.method=capfilt."""
+    if config.curate.model is None:
+        yield "curate.model is not set: curate.method=capfilt filters by a local folder of a BlipForImageTextRetrieval."
+    for name, source in config.data.sources.items():
+        if source.generated is not None:
+            yield f"data.sources.{name}.generated: curate.method=capfilt writes such a file from the records' own turns. Leave it out."
+    yield from _find_kind_errors("curate.capfilt.kinds", config.curate.capfilt.kinds)
+
+
+def _find_kind_errors(setting: str, kinds: list[str]) -> Iterator[str]:
+    for name in kinds:
         if name not in list(SampleKind):
             suggestion = format_suggestion(find_nearest(name, list(SampleKind)))
-            yield f"{key}.kinds: there is no kind {name}; there are {', '.join(SampleKind)}.{suggestion}"
+            yield f"{setting}: there is no kind {name}; there are {', '.join(SampleKind)}.{suggestion}"
 
 
 def _find_group_errors(balance: BalanceConfig) -> Iterator[str]:

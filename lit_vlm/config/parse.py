@@ -225,6 +225,8 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
         config.curate.output = _make_absolute(config.curate.output)
     if config.curate.model is not None:
         config.curate.model = _make_absolute(config.curate.model)
+    if config.curate.capfilt.captioner is not None:
+        config.curate.capfilt.captioner = _make_absolute(config.curate.capfilt.captioner)
     if config.curate.balance.concepts is not None:
         config.curate.balance.concepts = _make_absolute(config.curate.balance.concepts)
     if config.generate.output is not None:

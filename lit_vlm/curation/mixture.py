@@ -12,6 +12,7 @@ import numpy as np
 
 from lit_vlm.curation.features import Features, OnProgress
 from lit_vlm.curation.text_hashes import list_messages
+from lit_vlm.data.generated import GeneratedTurns
 from lit_vlm.data.index.build import map_parallel
 from lit_vlm.data.index.shard_cache import get_origin
 from lit_vlm.data.selection import RowsIdentity, Selection
@@ -55,7 +56,7 @@ class ScoreDistribution:
 
     Attributes:
         name: what the score is.
-        scores: by language.
+        scores: by language, or by another property.
         threshold: below which records leave; None: none does.
     """
 
@@ -117,6 +118,7 @@ class CurationResult:
         notes: sentences about what was not done.
         tables: for the page and the terminal.
         scores: for the page.
+        generated: turns of new samples, by source; {}: the search makes none.
     """
 
     left_out: list[int]
@@ -128,6 +130,7 @@ class CurationResult:
     notes: list[str] = field(default_factory=list)
     tables: list[ResultTable] = field(default_factory=list)
     scores: list[ScoreDistribution] = field(default_factory=list)
+    generated: dict[str, list[GeneratedTurns]] = field(default_factory=dict)
 
 
 def iterate_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

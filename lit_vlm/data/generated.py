@@ -1,4 +1,4 @@
-"""Generated turns: files of task=generate, whose turns take the place of a source's own. Pictures stay those of the records.
+"""Generated turns: files of task=generate and task=curate, whose turns take the place of a source's own. Pictures stay those of the records.
 
 A file points at the records and copies no picture. `data.sources.<name>.generated` applies it to a source of any format. It
 belongs to the records that it was made from: their number and a digest are compared when it is read. Its first line says what
@@ -37,7 +37,7 @@ from lit_vlm.types import (
 
 GENERATED_VERSION = 1
 GENERATED_SUFFIX = ".generated.jsonl"
-REMEDY = "Make it again with task=generate."
+REMEDY = "Make it again with task=generate or task=curate."
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +196,10 @@ def _check_head(line: bytes, source: Source, path: Path, setting: str) -> None:
         head = json.loads(line)
         version, identity = head["version"], RowsIdentity(**head["identity"])
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{setting}={path}: is no file of task=generate. {REMEDY}") from None
+        raise UserError(f"{setting}={path}: is no file of task=generate or task=curate. {REMEDY}") from None
     if version != GENERATED_VERSION:
         raise UserError(f"{setting}={path}: has version {version}, and {GENERATED_VERSION} is read. {REMEDY}")
     if reason := describe_changed_rows(identity, source):
-        raise UserError(f"{setting}={path}: {reason}. Run task=generate again, or take the setting away.")
+        raise UserError(
+            f"{setting}={path}: {reason}. Run task=generate or task=curate again, or take the setting away."
+        )

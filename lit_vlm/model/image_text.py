@@ -21,6 +21,9 @@ from transformers import (
     AutoTokenizer,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TopPLogitsWarper,
 )
 
 from lit_vlm.files import compute_weights_digest
@@ -32,7 +35,7 @@ from lit_vlm.types import UserError
 DUAL_ENCODERS = ("siglip", "siglip2", "clip")  # model types
 MATCHERS = "SigLIP, SigLIP 2 or CLIP (both towers), or of BLIP for retrieval (BlipForImageTextRetrieval)"
 NUCLEUS = 0.9  # top_p of BLIP's captioner (Li et al., arXiv 2201.12086, section 4.3)
-MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS = 20, 5  # as in BLIP's captioning
+MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS, REPETITION_PENALTY = 20, 5, 1.1  # as in BLIP's repository
 
 
 class ImageTextScorer(Protocol):
@@ -118,7 +121,7 @@ class BlipMatcher:
 
 
 class BlipCaptioner:
-    """BLIP's captioner: nucleus sampling, seeded for each picture."""
+    """BLIP's captioner: nucleus sampling, with a seed for each picture."""
 
     def __init__(self, folder: Path, config: Any, device: torch.device) -> None:
         self.digest, self.device = compute_folder_digest(folder), device
@@ -127,20 +130,34 @@ class BlipCaptioner:
         self._tokenizer, self._processor = load_inputs(folder)
 
     @torch.inference_mode()
-    def caption(self, image: Image, seed: int, top_p: float = NUCLEUS) -> str:
-        """Write a caption by nucleus sampling. The same picture and seed give the same caption on the same device."""
-        pixels = self._processor(images=[image], return_tensors="pt")["pixel_values"].to(self.device)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            ids = self._model.generate(
-                pixels,
-                do_sample=True,
-                top_p=top_p,
-                top_k=0,
-                max_new_tokens=MAX_CAPTION_TOKENS,
-                min_new_tokens=MIN_CAPTION_TOKENS,
-            )
-        return self._tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    def caption(self, images: Sequence[Image], seeds: Sequence[int]) -> list[str]:
+        """Write a caption for each picture by nucleus sampling. What is drawn depends on its seed alone, not on the other pictures."""
+        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        ids = self._model.generate(
+            pixels,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([TopPLogitsWarper(NUCLEUS), GumbelNoise(seeds)]),
+            repetition_penalty=REPETITION_PENALTY,
+            max_new_tokens=MAX_CAPTION_TOKENS,
+            min_new_tokens=MIN_CAPTION_TOKENS,
+        )
+        return [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+class GumbelNoise(LogitsProcessor):
+    """Noise that makes the largest logit a sample of their softmax (Gumbel-max), with a generator of random numbers for each row.
+
+    Args:
+        seeds: of the rows.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Add the noise to the logits [B, V]."""
+        draws = torch.stack([torch.rand(scores.shape[1], generator=one) for one in self._generators])
+        return scores - torch.log(-torch.log(draws.clamp_min(torch.finfo(draws.dtype).tiny))).to(scores)
 
 
 def choose_device() -> torch.device:

@@ -5,61 +5,48 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from lit_vlm.config import Run
 from lit_vlm.config.choices import BalanceGroup, CurationMethod, Format
 from lit_vlm.config.curation import SECTIONS, CurateConfig
 from lit_vlm.config.schema import DataConfig
 from lit_vlm.curation.balance import CONCEPTS_KEY, balance_concepts, balance_groups, match_records, read_groups
+from lit_vlm.curation.capfilt import (
+    SYNTHETIC,
+    WEB,
+    PictureText,
+    caption_records,
+    filter_texts,
+    read_web_texts,
+)
 from lit_vlm.curation.concepts import read_concepts
 from lit_vlm.curation.contamination import read_benchmarks, search_leaks
 from lit_vlm.curation.duplicates import search_duplicates
 from lit_vlm.curation.features import Features, compute_features, make_text_features
-from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, mark_left_out, require_readable
+from lit_vlm.curation.mixture import CuratedMixture, CurationResult, mark_left_out, require_readable
 from lit_vlm.curation.personal_data import collect_personal_data, require_packages, search_sources
 from lit_vlm.curation.prune import prune_captions, read_captions, score_captions
 from lit_vlm.data.index.shard_cache import hash_parts
 from lit_vlm.data.selection import (
-    SELECTION_SUFFIX,
     RowsIdentity,
     Selection,
     check_selection,
     identify_rows,
     read_selection,
-    write_selection,
 )
 from lit_vlm.data.sources import choose_all_records, open_source
 from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.fault_tolerance.run_lock import RunLock
-from lit_vlm.files import atomic_write, read_json, write_json
-from lit_vlm.formatting import format_count
-from lit_vlm.model.image_text import load_scorer
-from lit_vlm.reports.curation import (
-    CurationExample,
-    CurationPage,
-    SourceCounts,
-    show_record,
-    write_curation_page,
-)
-from lit_vlm.runs.run_folder import get_command_line, to_plain
-from lit_vlm.tasks.terminal import console, say, show_progress
+from lit_vlm.model.image_text import load_blip_matcher, load_captioner, load_scorer
+from lit_vlm.runs.run_folder import to_plain
+from lit_vlm.tasks.curate_results import OUTPUT_KEY, require_same_request, show_results, write_results
+from lit_vlm.tasks.terminal import say, show_progress
 from lit_vlm.types import Source, UserError, flatten
 
-SUMMARY_FILE, LEFT_OUT_FILE, PAGE_FILE, GROUPS_FILE = (
-    "summary.json",
-    "left_out.jsonl",
-    "page.html",
-    "same_pictures.jsonl",
-)
-OUTPUT_KEY, MODEL_KEY = "curate.output", "curate.model"
-KEPT_TITLES = {CurationMethod.balance: "Stays", CurationMethod.prune: "Stays"}  # headings of the examples that stay
+MODEL_KEY, CAPTIONER_KEY = "curate.model", "curate.capfilt.captioner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,12 +224,65 @@ def list_places(sources: Sequence[Source]) -> list[tuple[int, int]]:
     return [(number, position) for number, source in enumerate(sources) for position in range(len(source))]
 
 
+def curate_capfilt(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
+    """Write captions, and keep those and the records' own texts that match their picture.
+
+    Raises:
+        UserError: a model cannot be used, or no record has one picture and one answer.
+    """
+    settings = inputs.settings.capfilt
+    matcher = load_blip_matcher(Path(inputs.settings.model or ""), MODEL_KEY)
+    captioner = load_captioner(Path(settings.captioner), CAPTIONER_KEY) if settings.captioner else None
+    with show_progress("read") as on_progress:
+        web, errors = read_web_texts(inputs.sources, settings.kinds, workers=inputs.workers, on_progress=on_progress)
+    numbers = [number for number, text in enumerate(web) if text is not None]
+    if not numbers:
+        raise UserError(
+            f"curate.capfilt.kinds: no record of the kinds {', '.join(settings.kinds)} has one picture and one answer, so there is "
+            "nothing to filter."
+        )
+    places = list_places(inputs.sources)
+    options: dict[str, Any] = {"batch_size": inputs.settings.batch_size, "workers": inputs.workers}
+    texts = [PictureText(number, WEB, web[number] or "") for number in numbers]
+    if captioner is not None:
+        at = [places[number] for number in numbers]
+        with show_progress("caption") as on_progress:
+            captions, broken = caption_records(
+                inputs.sources, at, captioner, inputs.index_dir, inputs.seed, on_progress=on_progress, **options
+            )
+        errors |= {numbers[number]: message for number, message in broken.items()}
+        made = zip(numbers, captions, strict=True)
+        texts += [PictureText(number, SYNTHETIC, caption) for number, caption in made if caption]
+    at = [places[one.record] for one in texts]
+    with show_progress("filter") as on_progress:
+        scores, broken = score_captions(
+            inputs.sources,
+            at,
+            [one.text for one in texts],
+            matcher,
+            inputs.index_dir,
+            on_progress=on_progress,
+            **options,
+        )
+    errors |= {texts[number].record: message for number, message in broken.items()}
+    mixture = inputs.make_mixture(make_text_features(inputs.sources, errors))
+    scored = [replace(one, score=score) for one, score in zip(texts, scores, strict=True)]
+    return mixture, filter_texts(
+        mixture,
+        scored,
+        min_score=settings.min_score,
+        num_shown=inputs.settings.num_shown,
+        num_others=len(web) - len(numbers),
+    )
+
+
 SEARCHES: dict[CurationMethod, Callable[[CurationInputs], tuple[CuratedMixture, CurationResult]]] = {
     CurationMethod.duplicates: curate_duplicates,
     CurationMethod.contamination: curate_contamination,
     CurationMethod.personal: curate_personal,
     CurationMethod.balance: curate_balance,
     CurationMethod.prune: curate_prune,
+    CurationMethod.capfilt: curate_capfilt,
 }
 
 
@@ -282,158 +322,17 @@ def make_request(inputs: CurationInputs) -> dict[str, Any]:
     own = SECTIONS.get(method)
     hidden = {"output", "num_shown", "model", "batch_size", *SECTIONS.values()}
     names = ("method", own) if own else [name for name in used if name not in hidden]
-    if method is CurationMethod.prune:
+    if method in (CurationMethod.prune, CurationMethod.capfilt):
         names = (*names, "model")
     request: dict[str, Any] = {"curate": flatten({name: used[name] for name in names})}
     if method is CurationMethod.contamination:
         request |= {"evaluate.files": inputs.benchmark_files, "benchmarks": list(inputs.benchmarks)}
-    if method is CurationMethod.balance:
+    if method in (CurationMethod.balance, CurationMethod.capfilt):
         request["seed"] = inputs.seed
-        if concepts := inputs.settings.balance.concepts:
-            request[CONCEPTS_KEY] = hash_parts(*read_concepts(Path(concepts), CONCEPTS_KEY))
+    if method is CurationMethod.balance and (concepts := inputs.settings.balance.concepts):
+        request[CONCEPTS_KEY] = hash_parts(*read_concepts(Path(concepts), CONCEPTS_KEY))
     request["sources"] = [
         {"name": source.name, **asdict(identity), "left_out": selection.left_out if selection else []}
         for source, identity, selection in zip(inputs.sources, inputs.identities, inputs.selections, strict=True)
     ]
     return json.loads(json.dumps(request))
-
-
-def require_same_request(
-    output: Path,
-    request: dict[str, Any],
-    *,
-    overwrite: bool,
-    what: str = "search",
-    setting: str = OUTPUT_KEY,
-    kept: str = "",
-) -> None:
-    """Raise UserError if the folder has results of another request and they are not to be replaced.
-
-    Args:
-        what: name of the request, for the message.
-        setting: setting that names the folder.
-        kept: what stays when the results are replaced.
-    """
-    path = output / SUMMARY_FILE
-    known = (read_json(path, f"Remove it, or write elsewhere with {setting}=...") or {}).get("request")
-    if known is None or overwrite or known == request:
-        return
-    different = [name for name in sorted({*known, *request}) if known.get(name) != request.get(name)]
-    raise UserError(
-        f"{path} is of another {what}: it differs in {', '.join(different)}. Write elsewhere with {setting}=..., or replace the "
-        f"results with overwrite=true{kept}."
-    )
-
-
-def write_results(
-    output: Path, mixture: CuratedMixture, result: CurationResult, settings: CurateConfig, request: dict[str, Any]
-) -> None:
-    """Write selections, lists, page and, last, the summary."""
-    features = mixture.features
-    out = mixture.is_out.copy()
-    out[result.left_out] = True
-    for source_id, source in enumerate(mixture.sources):
-        before = mixture.selections[source_id]
-        passes = (*(before.passes if before else ()), settings.method.value)
-        positions = features.positions[(features.source_ids == source_id) & out]
-        write_selection(
-            output / f"{source.name}{SELECTION_SUFFIX}", source, mixture.identities[source_id], positions, passes
-        )
-    write_lines(output / LEFT_OUT_FILE, result.lines)
-    write_lines(
-        output / GROUPS_FILE, [{"records": [mixture.describe(one) for one in group]} for group in result.groups]
-    )
-    page = CurationPage(
-        f"Curation: {settings.method.value}",
-        count_sources(mixture, result.left_out),
-        result.counts,
-        show_examples(result.examples_out),
-        show_examples(result.examples_kept),
-        [(name, str(value)) for name, value in request["curate"].items()],
-        result.notes,
-        get_command_line(),
-        result.tables,
-        KEPT_TITLES.get(settings.method, "Similar, and stays"),
-        result.scores,
-    )
-    write_curation_page(output / PAGE_FILE, page)
-    write_json(
-        output / SUMMARY_FILE,
-        {
-            "request": request,
-            "counts": dict(result.counts),
-            "tables": {
-                table.title: [dict(zip(table.headings, row, strict=True)) for row in table.rows]
-                for table in result.tables
-            },
-            "sources": [asdict(counts) | {"kept": counts.num_kept} for counts in page.sources],
-            "notes": result.notes,
-            "cannot_be_read": [f"{name}: {message}" for name, message in features.errors],
-        },
-        indent=2,
-    )
-
-
-def show_examples(examples: Sequence[Example]) -> list[CurationExample]:
-    """Prepare examples for the page."""
-    return [
-        CurationExample(
-            example.reason,
-            tuple(show_record(one.title, one.origin, one.text, one.images) for one in example.records),
-        )
-        for example in examples
-    ]
-
-
-def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write JSON lines atomically."""
-    with (
-        atomic_write(path, "The lists", OUTPUT_KEY) as draft,
-        draft.open("w", encoding="utf-8", errors="replace") as stream,
-    ):
-        stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def count_sources(mixture: CuratedMixture, left_out: Sequence[int]) -> list[SourceCounts]:
-    """Count the records of each source."""
-    features = mixture.features
-    is_now = np.zeros(len(features.rows), bool)
-    is_now[list(left_out)] = True
-    counts = []
-    for source_id, source in enumerate(mixture.sources):
-        own = features.source_ids == source_id
-        masks = (features.rows["is_bad"] > 0, mixture.is_out, is_now)
-        counts.append(SourceCounts(source.name, len(source), *(int((own & mask).sum()) for mask in masks)))
-    return counts
-
-
-def show_results(output: Path, mixture: CuratedMixture, result: CurationResult, settings: CurateConfig) -> None:
-    """Show a table of the sources and of the results, and the settings that train on the selection."""
-    table = Table(title=f"{settings.method.value}: sources", title_justify="left")
-    for heading in ("source", "records", "cannot be read", "left out before", "left out now", "stay"):
-        table.add_column(heading, justify="left" if heading == "source" else "right")
-    sources = count_sources(mixture, result.left_out)
-    for one in sources:
-        numbers = (one.num_records, one.num_bad, one.num_out_before, one.num_left_out, one.num_kept)
-        table.add_row(one.name, *(f"{number:,}" for number in numbers))
-    console.print(table)
-    for shown in result.tables:
-        table = Table(title=shown.title, title_justify="left")
-        for number, heading in enumerate(shown.headings):
-            table.add_column(heading, justify="right" if number else "left")
-        for row in shown.rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-    for name, count in result.counts:
-        say(f"{name}: {count:,}")
-    for note in result.notes:
-        say(note)
-    if mixture.features.errors:
-        name, message = mixture.features.errors[0]
-        unread = format_count(len(mixture.features.errors), "record")
-        say(f"{unread} cannot be read and stay as they are; the first, of {name}: {message}")
-    say(f"{output / PAGE_FILE}   {output / LEFT_OUT_FILE}   {output / SUMMARY_FILE}")
-    changed = [one.name for one in sources if one.num_left_out or one.num_out_before]
-    if changed:
-        overrides = (f"data.sources.{name}.selection={output / name}{SELECTION_SUFFIX}" for name in changed)
-        say(f"Train without them with: {' '.join(overrides)}")

@@ -38,7 +38,7 @@ from lit_vlm.redaction import redact, redact_text
 from lit_vlm.reports.curation import CurationExample, ShownRecord, show_record
 from lit_vlm.reports.generation import GenerationPage, write_generation_page
 from lit_vlm.runs.run_folder import get_command_line
-from lit_vlm.tasks.curate import require_same_request
+from lit_vlm.tasks.curate_results import require_same_request
 from lit_vlm.tasks.judge import make_wait_reporter
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import Language, RecordError, Sample, Source, UserError

@@ -11,7 +11,7 @@ from lit_vlm.data.selection import SELECTION_SUFFIX, check_selection, read_selec
 from lit_vlm.data.sources import choose_all_records, open_source
 from lit_vlm.files import read_json, read_json_lines
 from lit_vlm.model.spec import load_model_spec
-from lit_vlm.tasks.curate import LEFT_OUT_FILE, SUMMARY_FILE
+from lit_vlm.tasks.curate_results import LEFT_OUT_FILE, SUMMARY_FILE
 from lit_vlm.tasks.open_run import RunPlace, open_sources
 from lit_vlm.tasks.prepare import resolve_init_from
 from lit_vlm.tasks.prepare_data import build_indexes, build_stage_data, make_training_data, resolve_tiny_parts

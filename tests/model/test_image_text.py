@@ -12,7 +12,7 @@ from transformers import (
     SiglipModel,
 )
 
-from lit_vlm.model.image_text import load_blip_matcher, load_captioner, load_dual_encoder, load_scorer
+from lit_vlm.model.image_text import GumbelNoise, load_blip_matcher, load_captioner, load_dual_encoder, load_scorer
 from lit_vlm.types import UserError
 
 TEXTS = ["a red circle", "빨간 원과 파란 별이 있다"]
@@ -64,11 +64,21 @@ def test_scores_of_blip_are_the_probabilities_of_transformers_with_the_matching_
 
 def test_a_caption_depends_on_the_picture_and_the_seed_alone(blip):
     captioner = load_captioner(blip / "captions", "curate.capfilt.captioner")
-    first = [captioner.caption(IMAGES[0], seed) for seed in (1, 2, 3)]
+    first = [captioner.caption([IMAGES[0]], [seed])[0] for seed in (1, 2, 3)]
     state = torch.random.get_rng_state()
-    assert [captioner.caption(IMAGES[0], seed) for seed in (1, 2, 3)] == first
+    together = captioner.caption([IMAGES[1], *[IMAGES[0]] * 3], [1, 1, 2, 3])
+    assert together[1:] == first
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len(set(first)) == 3 and all(first)
+
+
+def test_noise_of_gumbel_draws_from_the_softmax():
+    logits, num_draws = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), 4000
+    noise = GumbelNoise([7])
+    drawn = [int(noise(torch.zeros(1, 1), logits).argmax()) for _ in range(num_draws)]
+    for token, probability in enumerate(logits[0].softmax(-1).tolist()):
+        deviation = (num_draws * probability * (1 - probability)) ** 0.5
+        assert abs(drawn.count(token) - num_draws * probability) < 4 * deviation
 
 
 def test_folders_of_other_models_are_refused_with_what_they_hold(blip, dual_encoders, tmp_path):
