@@ -46,7 +46,7 @@ class Checkpoint(L.Callback):
         every_minutes: minutes between two checkpoints, by the clock of rank 0. None: save by steps alone.
         keep_last: number of newest checkpoints to keep. Older ones are removed.
         keep_best: also keep the checkpoint with the best `best_metric`.
-        best_metric: "val/loss" (lowest is best), or a score of the exam (highest is best).
+        best_metric: "val/loss" (lowest is best), or a recall or a score of the exam (highest is best).
         asynchronous: copy the state to host memory, and write it while training continues.
         resume_from: "auto": the newest valid checkpoint of the run folder; "none": start from step 0; or the path of a
             checkpoint folder.
@@ -187,9 +187,10 @@ class Checkpoint(L.Callback):
             self.save_now(trainer, pl_module, wait=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.callback_metrics.get(VALIDATION_METRIC)
-        if not trainer.sanity_checking and loss is not None:
-            self.update_best(trainer, pl_module, {VALIDATION_METRIC: float(loss)})
+        name = self.best_metric if self.best_metric.startswith("val/") else VALIDATION_METRIC
+        value = trainer.callback_metrics.get(name)
+        if not trainer.sanity_checking and value is not None:
+            self.update_best(trainer, pl_module, {name: float(value)})
 
     def update_best(self, trainer: L.Trainer, pl_module: L.LightningModule, metrics: Mapping[str, float]) -> None:
         """Save a checkpoint and mark it as the best one, if `best_metric` is among the metrics and is better than before.

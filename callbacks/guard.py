@@ -83,7 +83,8 @@ class Guard(Exchange):
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._sample_ids, self._losses = [], []
         self._step = batch.step if isinstance(batch, Batch) else trainer.global_step
-        self._sample_ids.append(list(batch.sample_ids) if isinstance(batch, Batch) else [f"batch {batch_idx}"])
+        ids = list(getattr(batch, "sample_ids", ()))
+        self._sample_ids.append(ids if ids or isinstance(batch, Batch) else [f"batch {batch_idx}"])
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach().double())

@@ -97,7 +97,7 @@ class Samples(L.Callback):
             return
         progress = get_progress(trainer)
         with trainer.precision_plugin.forward_context(), progress.use_activity(Activity.generating):
-            answers = self._generate_answers(pl_module, datamodule, progress)
+            answers = self.generate_scored_answers(pl_module, datamodule, progress)
         groups: dict[str, list[ScoredAnswer]] = defaultdict(list)
         for answer in answers:
             groups[f"{answer.sample.kind}_{answer.sample.language}"].append(answer)
@@ -111,7 +111,7 @@ class Samples(L.Callback):
                 if hasattr(logger, "log_samples"):
                     logger.log_samples(phase, rows, step=trainer.global_step)
 
-    def _generate_answers(
+    def generate_scored_answers(
         self, pl_module: L.LightningModule, datamodule: DataModule, progress: Progress
     ) -> list[ScoredAnswer]:
         """Generate the answers in batches of similar length, and return them in the order of the index."""
@@ -123,7 +123,7 @@ class Samples(L.Callback):
             "max_tokens": datamodule.micro_batch_limits[0],
             "max_tiles": TILE_LIMIT_FACTOR * datamodule.micro_batch_limits[1],
         }
-        for indices in progress.iterate(batch_by_length(index, _select_samples(index, self.max_samples), **limits)):
+        for indices in progress.iterate(batch_by_length(index, select_samples(index, self.max_samples), **limits)):
             max_new_tokens = min(self.max_new_tokens, int(lengths[indices].max()) + EXTRA_TOKENS)
             generate = partial(_generate_batch, pl_module, datamodule, indices, max_new_tokens)
             answers |= zip(indices, datamodule.read_held_out(indices, generate), strict=True)
@@ -174,12 +174,13 @@ def _generate_batch(
     """Generate the answers to a batch of held-out samples. Raise RecordError if one cannot be read."""
     index = datamodule.held_out
     assert index is not None
-    samples = [_to_sample(index.get_record(i)) for i in indices]
+    samples = [to_sample(index.get_record(i)) for i in indices]
     texts = generate_answers(pl_module.model, datamodule.processor, samples, max_new_tokens)
-    return [_score_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
+    return [score_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
 
 
-def _score_answer(sample: Sample, prediction: str) -> ScoredAnswer:
+def score_answer(sample: Sample, prediction: str) -> ScoredAnswer:
+    """Score an answer against the last message of its sample."""
     reference = sample.messages[-1].text.strip()
     score = compute_score(sample.kind, prediction, reference)
     return ScoredAnswer(sample, reference, prediction, score, compute_text_scores(sample.kind, prediction, [reference]))
@@ -194,7 +195,8 @@ def _average_text_scores(groups: dict[str, list[ScoredAnswer]]) -> dict[str, dic
     return means
 
 
-def _to_sample(record: Record) -> Sample:
+def to_sample(record: Record) -> Sample:
+    """Convert a preference pair to a sample with the chosen answer; a sample stays as it is."""
     if not isinstance(record, PreferencePair):
         return record
     messages = (*record.prompt, record.chosen)
@@ -202,7 +204,7 @@ def _to_sample(record: Record) -> Sample:
     return Sample(record.id, record.source, record.origin, record.kind, record.language, messages, shown)
 
 
-def _select_samples(index: SampleIndex, max_per_group: int) -> list[int]:
+def select_samples(index: SampleIndex, max_per_group: int) -> list[int]:
     """Select the indices of the first `max_per_group` samples of each kind and language."""
     counts: Counter[tuple[int, int]] = Counter()
     selected = []

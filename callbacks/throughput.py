@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from callbacks.step_time import STEP_PARTS, StepTimer, StragglerMonitor, measure_memory_parts
+from lit_vlm.data.caption_pairs import PairBatch
 from lit_vlm.distributed.collectives import gather_objects
 from lit_vlm.types import Batch
 
@@ -98,10 +99,8 @@ class Throughput(L.Callback):
         self._batch_end = time.perf_counter()
         if self._batch_start is not None:
             self._window["busy"] += self._batch_end - self._batch_start
-        if isinstance(batch, Batch) and not batch.dummy:
-            counts = (batch.num_tokens, batch.num_supervised_tokens, len(batch.sample_ids), len(batch.layouts))
-            for name, count in zip(COUNTS, counts, strict=True):
-                self._window[name] += count
+        for name, count in zip(COUNTS, _count_batch(batch), strict=True):
+            self._window[name] += count
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._handle_step_end(trainer, pl_module)
 
@@ -230,6 +229,15 @@ class Throughput(L.Callback):
     def _mark(self, part: str) -> None:
         if self._step_timer is not None:
             self._step_timer.mark(part)
+
+
+def _count_batch(batch: Any) -> tuple[int, int, int, int]:
+    """Count tokens, supervised tokens, samples and images of a batch; 0 for a batch of another kind."""
+    if isinstance(batch, Batch) and not batch.dummy:
+        return batch.num_tokens, batch.num_supervised_tokens, len(batch.sample_ids), len(batch.layouts)
+    if isinstance(batch, PairBatch):
+        return batch.num_tokens, batch.num_tokens, len(batch.pair_ids), len(batch.pair_ids)
+    return 0, 0, 0, 0
 
 
 def _compute_rates(window: dict[str, float], steps: int) -> dict[str, float]:

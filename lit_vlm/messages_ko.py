@@ -106,6 +106,17 @@ TEXTS = {
     "Loss": "손실",
     "Reward accuracy": "보상 정확도",
     "Exam": "시험",
+    "Retrieval": "검색",
+    "Retrieval among the held-out pairs": "검증 쌍에서의 검색",
+    "R@k: share of queries with a right candidate among the k best. Equal texts are all right.": (
+        "R@k: 상위 k개 후보에 정답이 있는 질의의 비율. 같은 텍스트는 모두 정답입니다."
+    ),
+    "image to text": "이미지→텍스트",
+    "text to image": "텍스트→이미지",
+    "by features": "특징으로",
+    "re-ranked by matching": "매칭으로 재정렬",
+    "{direction}, R@1": "{direction}, R@1",
+    "retrieval of {name} by step": "{name}의 스텝별 검색",
     "training loss": "학습 손실",
     "held-out loss": "검증 손실",
     "of training pairs": "학습 쌍",

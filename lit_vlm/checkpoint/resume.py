@@ -23,7 +23,7 @@ from lit_vlm.checkpoint.index import (
     find_coverage_errors,
 )
 from lit_vlm.distributed.collectives import gather_objects, make_rank_zero_error
-from lit_vlm.distributed.sharded_state import ShardedState, TensorShard
+from lit_vlm.distributed.sharded_state import ShardedState, StateKind, TensorShard
 from lit_vlm.formatting import format_count
 
 
@@ -77,10 +77,15 @@ def find_state_mismatches(
         shards: shards that this rank will load.
     """
     stored, tensors = index.get_shapes(), index.group_by_tensor()
-    missing_kinds = {
-        shard.kind for shard in shards if (str(shard.kind), shard.name) not in tensors and shard.name in stored
-    }
+    missing_kinds = set()
     mismatches = [f"it lacks {name}" for name in shapes.keys() - stored.keys()]
+    for shard in shards:
+        parts = tensors.get((str(shard.kind), shard.name))
+        if parts is None and shard.name in stored:
+            missing_kinds.add(shard.kind)
+        elif shard.kind is StateKind.buffer and (parts is None or parts[0].shape != shard.shape):
+            found = f"{shard.name} is {list(parts[0].shape)} in it and {list(shard.shape)} here" if parts else ""
+            mismatches.append(found or f"it lacks {shard.name}")
     mismatches += [f"it has {name}, which does not train" for name in stored.keys() - shapes.keys()]
     for name in stored.keys() & shapes.keys():
         if stored[name] != tuple(shapes[name]):

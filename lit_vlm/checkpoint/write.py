@@ -31,6 +31,7 @@ SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float64: "F64",
+    torch.int64: "I64",
 }  # safetensors' names
 BLOCK_BYTES = 1 << 24  # bytes that are written and hashed in one call, which releases Python's global lock
 POLL_SECONDS = 0.01

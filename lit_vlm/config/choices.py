@@ -45,6 +45,8 @@ class StageName(Enum):
     sft = "sft"
     highres = "highres"
     dpo = "dpo"
+    represent = "represent"  # BLIP-2, first stage: the Q-Former learns from images and captions
+    generate = "generate"  # BLIP-2, second stage: soft prompts of a frozen language model
 
 
 class LearningRateSchedule(Enum):

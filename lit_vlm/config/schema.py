@@ -392,7 +392,7 @@ class CheckpointConfig:
     keep_last: int = ranged(2, COUNT)  # checkpoints to keep; 2, so that one may be corrupt
     keep_best: bool = False  # also keep the checkpoint with the best best_metric
     best_metric: str = (
-        "val/loss"  # val/loss (lowest is best), or a score while training, e.g. exam/mean (highest is best)
+        "val/loss"  # val/loss (lowest is best), or a recall or a score while training, e.g. exam/mean (highest is best)
     )
     asynchronous: bool = True  # write during training; the copy in host memory is as large as the state
 

@@ -19,8 +19,9 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_vlm.config import choices, curation, mapping, schema
+from lit_vlm.config import choices, curation, mapping, pair_stages, schema
 from lit_vlm.config.other_programs import KEY_ALIASES
+from lit_vlm.config.pair_stages import PAIR_STAGE_CONFIGS
 from lit_vlm.config.ranges import NumberRange
 from lit_vlm.config.schema import STAGE_CONFIGS, RunConfig, StageConfig
 from lit_vlm.types import UserError, find_nearest
@@ -53,7 +54,8 @@ def get_field_types(owner: type) -> dict[str, Any]:
 @cache
 def list_stage_schemas() -> dict[str, type[StageConfig]]:
     """List the config classes of the stages by the name under which conf/stage/ refers to them."""
-    own = {stage.value: schema for stage, schema in STAGE_CONFIGS.items() if schema is not StageConfig}
+    configs = {**STAGE_CONFIGS, **PAIR_STAGE_CONFIGS}
+    own = {stage.value: schema for stage, schema in configs.items() if schema is not StageConfig}
     return {"base": StageConfig, **own}
 
 
@@ -134,7 +136,8 @@ def read_field_comments() -> dict[tuple[str, str], str]:
     comments: dict[tuple[str, str], str] = {}
     owner = name = ""
     depth = 0
-    source = "\n".join(inspect.getsource(module) for module in (schema, choices, mapping, curation))
+    modules = (schema, pair_stages, choices, mapping, curation)
+    source = "\n".join(inspect.getsource(module) for module in modules)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     for token, following in itertools.pairwise(tokens):
         if token.string == "class":

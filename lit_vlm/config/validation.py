@@ -16,6 +16,7 @@ from lit_vlm.config.curation_validation import find_curate_errors
 from lit_vlm.config.endpoint_validation import find_generate_errors
 from lit_vlm.config.evaluate_validation import find_training_benchmark_errors
 from lit_vlm.config.mapping import find_mapping_errors
+from lit_vlm.config.pair_stages import PairStageConfig, find_pair_errors, is_pair_stage
 from lit_vlm.config.schema import (
     DataConfig,
     PartConfig,
@@ -207,7 +208,7 @@ def has_preference_pairs(source: SourceConfig) -> bool | None:
     return None if is_open and source.kind is None else False
 
 
-def _find_pair_errors(config: RunConfig) -> Iterator[str]:
+def _find_preference_errors(config: RunConfig) -> Iterator[str]:
     is_dpo, stage = config.stage.name is StageName.dpo, config.stage.name.value
     mismatched = [name for name, source in config.data.sources.items() if has_preference_pairs(source) is not None]
     mismatched = [name for name in mismatched if has_preference_pairs(config.data.sources[name]) is not is_dpo]
@@ -365,6 +366,16 @@ def _find_evaluation_metric_errors(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _find_pair_metric_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message if the best checkpoint is chosen by a metric that a stage of image-text pairs does not log."""
+    stage, metric = config.stage, config.checkpoint.best_metric
+    assert isinstance(stage, PairStageConfig)
+    if metric not in (names := stage.list_validation_metrics()) and (
+        config.checkpoint.keep_best or metric != "val/loss"
+    ):
+        yield f"checkpoint.best_metric: stage={stage.name.value} logs {', '.join(names)}, found {metric}."
+
+
 ARTIFACTS = ("model", "lock", "report")
 
 
@@ -385,20 +396,45 @@ def find_sync_errors(config: RunConfig) -> Iterator[str]:
         yield "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
 
 
-# Checks of the tasks that use one stage and its data, and of task=prefer; each takes the whole config.
-STAGE_CHECKS = (
+def _find_callback_setting_errors(config: RunConfig) -> Iterator[str]:
+    yield from find_callback_errors(config.callbacks)
+
+
+# Checks of a stage that answers prompts, and of one that learns from image-text pairs; each takes the whole config.
+CHAT_STAGE_CHECKS = (
     _find_projector_errors,
     _find_stage_errors,
     _find_data_errors,
-    _find_pair_errors,
+    _find_preference_errors,
     _find_trainer_errors,
-    lambda config: find_callback_errors(config.callbacks),
+    _find_callback_setting_errors,
     find_unused_stage_settings,
     find_logger_errors,
     _find_evaluation_metric_errors,
     find_training_benchmark_errors,
     _find_checkpoint_errors,
 )
+PAIR_STAGE_CHECKS = (
+    find_pair_errors,
+    _find_data_errors,
+    _find_preference_errors,
+    _find_trainer_errors,
+    _find_callback_setting_errors,
+    find_unused_stage_settings,
+    find_logger_errors,
+    _find_pair_metric_errors,
+    _find_checkpoint_errors,
+)
+
+
+def find_stage_errors(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each setting with which the stage cannot train on its data."""
+    for check in PAIR_STAGE_CHECKS if is_pair_stage(config.stage) else CHAT_STAGE_CHECKS:
+        yield from check(config)
+
+
+# Checks of the tasks that use one stage and its data, and of task=prefer
+STAGE_CHECKS = (find_stage_errors,)
 CURATE_CHECKS = (find_curate_errors, _find_data_errors)
 GENERATE_CHECKS = (find_generate_errors, _find_data_errors)
 PREFER_CHECKS = (find_prefer_errors, _find_data_errors, _find_prefer_data_errors)

@@ -33,6 +33,8 @@ class PairBatch(NamedTuple):
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] int64
     pair_ids: Tensor  # [B, 2] int64: hashes of the image's content and of the text
+    num_tokens: int = 0  # of all texts, without padding
+    sample_ids: tuple[str, ...] = ()  # names of the records, if the reader knows them
 
 
 class CaptionPair(NamedTuple):
@@ -66,6 +68,19 @@ def load_pixels(image: Image.Image, size: int) -> np.ndarray:
     return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
+def make_pair(record: Record, image_size: int) -> CaptionPair:
+    """Make the pair of a record, with its image resized to a square.
+
+    Raises:
+        RecordError: the record cannot be used.
+    """
+    text = read_caption(record)
+    text_id = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+    image_id = compute_image_hash(record)
+    pixels = load_pixels(record.images[0].load(), image_size)
+    return CaptionPair(pixels, text, image_id - (1 << 64 if image_id >= 1 << 63 else 0), text_id)
+
+
 class CaptionPairs(Dataset):
     """Pairs of all records of some sources, in their order.
 
@@ -93,11 +108,7 @@ class CaptionPairs(Dataset):
         if not 0 <= number < len(self):
             raise IndexError(number)
         record = self.sources[position][number - int(self.ends[position] - len(self.sources[position]))]
-        text = read_caption(record)
-        text_id = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
-        image_id = compute_image_hash(record)
-        pixels = load_pixels(record.images[0].load(), self.image_size)
-        return CaptionPair(pixels, text, image_id - (1 << 64 if image_id >= 1 << 63 else 0), text_id)
+        return make_pair(record, self.image_size)
 
 
 class DistinctCaptions:
@@ -145,7 +156,7 @@ class PairCollator:
         self.tokenize = tokenize
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (mean, std))
 
-    def __call__(self, pairs: Sequence[CaptionPair]) -> PairBatch:
+    def __call__(self, pairs: Sequence[CaptionPair], sample_ids: Sequence[str] = ()) -> PairBatch:
         ids, mask = self.tokenize([pair.text for pair in pairs])
         pixels = torch.from_numpy(np.stack([pair.pixels for pair in pairs])).permute(0, 3, 1, 2)
         return PairBatch(
@@ -153,6 +164,8 @@ class PairCollator:
             ids,
             mask,
             torch.tensor([(pair.image_id, pair.text_id) for pair in pairs]),
+            num_tokens=int(mask.sum()),
+            sample_ids=tuple(sample_ids),
         )
 
 

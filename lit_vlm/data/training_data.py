@@ -47,6 +47,8 @@ class TrainingData:
     `index` and `held_out` are set by `build_indexes()`, `mixture` and `plan` by `make_plan()`.
     """
 
+    splits_steps = True  # a step can be split into smaller micro-batches
+
     def __init__(
         self,
         processor: Processor,

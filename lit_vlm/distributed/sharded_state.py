@@ -26,6 +26,7 @@ class StateKind(StrEnum):
     weight = "weight"  # the float32 master weight if there is one, else the weight itself
     exp_avg = "exp_avg"  # AdamW's first moment
     exp_avg_sq = "exp_avg_sq"  # its second
+    buffer = "buffer"  # state that no optimizer updates, such as a momentum encoder
 
 
 MOMENTS = (StateKind.exp_avg, StateKind.exp_avg_sq)
@@ -88,7 +89,8 @@ class ReplicatedState:
     """Full trainable parameters and AdamW moments, the same on every rank.
 
     Args:
-        model: its parameter names are the names of the state.
+        model: its parameter names are the names of the state. What training changes besides, the same on every rank, is in
+            its attribute `state_without_gradient`: name -> tensor.
         optimizer: AdamW or Adam, or SGD without momentum.
         rank: this rank; rank 0 writes.
 
@@ -98,6 +100,7 @@ class ReplicatedState:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
         self.optimizer, self.rank = optimizer, rank
+        self.buffers: dict[str, Tensor] = getattr(model, "state_without_gradient", {})
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.has_moments = isinstance(optimizer, torch.optim.Adam)  # AdamW derives from it
         is_plain_sgd = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
@@ -121,6 +124,8 @@ class ReplicatedState:
                 state = get_adam_state(self.optimizer, parameter)
                 for kind in MOMENTS:
                     yield TensorShard(name, kind, shape, 0, _flatten(state[kind.value]))
+        for name, value in self.buffers.items():
+            yield TensorShard(name, StateKind.buffer, tuple(value.shape), 0, _flatten(value))
 
     def sync_after_load(self, step: int) -> None:
         """Set the optimizer's step count."""

@@ -15,12 +15,13 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_vlm.config.pair_stages import RECALL_CUTOFFS
 from lit_vlm.data.caption_pairs import PairBatch
 from lit_vlm.losses.contrastive import compute_query_similarities
 
 # Shapes: I images, J texts, Q queries of an image, E width of the shared features.
 
-CUTOFFS = (1, 5, 10)
+CUTOFFS = RECALL_CUTOFFS
 ROWS_PER_CHUNK = 64  # images whose similarities with all texts and queries exist at a time
 UNRANKED = -100.0  # score of candidates that are not re-ranked, as in LAVIS; below every similarity and matching logit
 
@@ -105,6 +106,122 @@ def compute_ranks(scores: Tensor, right: Tensor) -> Tensor:
     return 1 + ((scores >= best) & ~right).sum(1)
 
 
+class PairRetrieval(Metric):
+    """Retrieval among all image-text pairs of an evaluation, on all ranks, by features and re-ranked by matching.
+
+    Pairs with one image id are one image with several texts, as in COCO and Flickr30k. A text is right for an image if one
+    of the image's own texts has its id, so equal texts are all right.
+
+    Each rank keeps its own encoded images in host memory and matches the candidates of these images.
+
+    Args:
+        num_candidates: best candidates of each query that are re-ranked; 0: none.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+
+    image_features: list[Tensor]
+    text_features: list[Tensor]
+    image_ids: list[Tensor]
+    text_ids: list[Tensor]
+    STATES = ("image_features", "text_features", "input_ids", "attention_mask", "image_ids", "text_ids", "ranks")
+
+    def __init__(self, num_candidates: int = 128) -> None:
+        super().__init__()
+        self.num_candidates = num_candidates
+        for name in self.STATES:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.embeds: list[Tensor] = []  # of this rank
+
+    def update(self, model: Any, batch: PairBatch, rank: int = 0) -> None:
+        """Encode a batch of pairs with the model, on the rank that has them."""
+        embeds = model.encode_images(batch.pixel_values)
+        image_features = model.compute_image_features(embeds)
+        if image_features.dim() == 2:
+            image_features = image_features[:, None]
+        values = {
+            "image_features": widen(image_features),
+            "text_features": widen(model.compute_text_features(batch.input_ids, batch.attention_mask)),
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "image_ids": batch.pair_ids[:, 0],
+            "text_ids": batch.pair_ids[:, 1],
+            "ranks": torch.full_like(batch.pair_ids[:, 0], rank),
+        }
+        for name, value in values.items():
+            getattr(self, name).append(value.detach())
+        if self.num_candidates:
+            self.embeds.append(embeds.detach().cpu())
+
+    def reset(self) -> None:
+        """Forget all pairs."""
+        super().reset()
+        self.embeds = []
+
+    def compute(self) -> dict[str, Tensor]:
+        """Compute the recalls by features, 0 to 1."""
+        _, similarities, matches = self._compare()
+        return compute_recalls(similarities, matches)
+
+    @torch.no_grad()
+    def rerank(
+        self, model: Any, rank: int = 0, *, pairs_per_pass: int = 64, pulse: Callable[[], None] = lambda: None
+    ) -> dict[str, Tensor]:
+        """Compute the recalls after re-ranking, with the prefix `reranked_`. All ranks must call it at the same point.
+
+        Args:
+            model: with `match`, in eval mode.
+            pulse: called after each pass.
+        """
+        with self.sync_context():
+            images, similarities, matches = self._compare()
+            states = {name: dim_zero_cat(getattr(self, name)) for name in ("input_ids", "attention_mask", "ranks")}
+        own = torch.cat(self.embeds) if self.embeds else torch.empty(0)
+        offset = int((states["ranks"] < rank).sum())  # the pairs of all ranks stand in the order of the ranks
+
+        def score_pairs(rows: Tensor, texts: Tensor) -> Tensor:
+            scores = similarities.new_zeros(len(rows))
+            mine = (states["ranks"][images[rows]] == rank).nonzero()[:, 0]
+            for part in mine.split(pairs_per_pass):
+                embeds = own[(images[rows[part]] - offset).cpu()].to(similarities.device)
+                tokens = (states[name][texts[part]] for name in ("input_ids", "attention_mask"))
+                scores[part] = model.match(embeds, *tokens)[:, 1].to(scores.dtype)
+                pulse()
+            return sum_over_ranks(scores)
+
+        by_image, by_text = rerank_candidates(similarities, score_pairs, self.num_candidates)
+        recalls = compute_recalls(by_image, matches, text_similarities=by_text)
+        return {f"reranked_{name}": value for name, value in recalls.items()}
+
+    def _compare(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the pairs [I] that stand for the images, and similarities [I, J] and matches [I, J] with all texts."""
+        image_ids, text_ids = dim_zero_cat(self.image_ids), dim_zero_cat(self.text_ids)
+        unique, rows = image_ids.unique(return_inverse=True)
+        images = torch.full_like(unique, len(rows)).scatter_reduce(
+            0, rows, torch.arange(len(rows), device=rows.device), "amin"
+        )
+        unique_texts, columns = text_ids.unique(return_inverse=True)
+        belongs = torch.zeros(len(unique), len(unique_texts), dtype=torch.bool, device=rows.device)
+        belongs[rows, columns] = True
+        texts = dim_zero_cat(self.text_features)
+        chunks = dim_zero_cat(self.image_features)[images].split(ROWS_PER_CHUNK)
+        similarities = torch.cat([compute_query_similarities(chunk, texts) for chunk in chunks])
+        return images, similarities, belongs[:, columns]
+
+
+def widen(values: Tensor) -> Tensor:
+    """Convert half precision to float32, in which fewer scores are equal; float32 and float64 stay."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
 @torch.no_grad()
 def evaluate_retrieval(
     model: Any, batches: Iterable[PairBatch], *, num_candidates: int = 128, pairs_per_pass: int = 64
@@ -121,22 +238,10 @@ def evaluate_retrieval(
     Returns:
         The recalls of `compute_recalls`, 0 to 1, and the same with the prefix `reranked_`.
     """
-    recall, parts = RetrievalRecall(), []
+    retrieval = PairRetrieval(num_candidates)
     for batch in batches:
-        embeds, text_ids = model.encode_images(batch.pixel_values), batch.pair_ids[:, 1]
-        texts = model.compute_text_features(batch.input_ids, batch.attention_mask)
-        recall.update(model.compute_image_features(embeds), text_ids, texts, text_ids)
-        parts.append((embeds, batch.input_ids, batch.attention_mask, text_ids))
-    embeds, input_ids, mask, text_ids = (torch.cat(column) for column in zip(*parts, strict=True))
-
-    def score_pairs(images: Tensor, texts: Tensor) -> Tensor:
-        passes = zip(images.split(pairs_per_pass), texts.split(pairs_per_pass), strict=True)
-        return torch.cat([model.match(embeds[i], input_ids[j], mask[j])[:, 1] for i, j in passes])
-
-    similarities, matches = recall.compute_similarities(), text_ids[:, None] == text_ids[None]
-    by_image, by_text = rerank_candidates(similarities, score_pairs, num_candidates)
-    reranked = compute_recalls(by_image, matches, recall.cutoffs, text_similarities=by_text)
-    values = recall.compute() | {f"reranked_{name}": value for name, value in reranked.items()}
+        retrieval.update(model, batch)
+    values = retrieval.compute() | retrieval.rerank(model, pairs_per_pass=pairs_per_pass)
     return {name: float(value) for name, value in values.items()}
 
 

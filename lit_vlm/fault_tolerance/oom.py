@@ -82,8 +82,14 @@ def halve_budget(run_dir: Path, training_data: TrainingData, max_halvings: int) 
         the limits for the next start.
 
     Raises:
-        UserError: the limits were halved `max_halvings` times before, or the largest sample alone does not fit.
+        UserError: the limits were halved `max_halvings` times before, or the largest sample alone does not fit, or a step
+            cannot be split.
     """
+    if not training_data.splits_steps:
+        raise UserError(
+            "A device ran out of memory, and a step of image-text pairs cannot be split: its losses compare all pairs. Lower "
+            "data.global_batch_size or stage.image_size, or share it out over more devices."
+        )
     before, smallest = MicroBatchBudget.read(run_dir, training_data), training_data.get_min_micro_batch_limits()
     if (
         before.halved

@@ -258,7 +258,7 @@ def build_blip(
     if MATCHING_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [MATCHING_TOKEN]})
     enc_token_id = int(tokenizer.convert_tokens_to_ids(MATCHING_TOKEN))
-    encoder = load_text_encoder(text_encoder, len(tokenizer))
+    encoder = load_text_encoder(text_encoder, len(tokenizer), seed)
     tokens = {
         "bos_token_id": tokenizer.bos_token_id,
         "sep_token_id": tokenizer.sep_token_id,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -120,3 +120,21 @@ def _disable_dropout(module: nn.Module) -> None:
             child.p = 0.0
         if hasattr(child, "attention_dropout"):
             child.attention_dropout = 0.0
+
+
+def summarize_modules(model: nn.Module, patterns: Mapping[str, str]) -> list[PartSummary]:
+    """Summarise the parameters of a model of other parts; a shared parameter counts once.
+
+    Args:
+        patterns: part -> regular expression that is searched in the names; the first that matches.
+    """
+    counts = {part: [0, 0] for part in patterns}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, pattern in patterns.items() if re.search(pattern, name))
+        counts[part][0] += parameter.numel()
+        counts[part][1] += parameter.numel() * parameter.requires_grad
+    how = {0: "frozen", 1: "part of it", 2: "all"}
+    return [
+        PartSummary(part, total, trainable, how[(trainable > 0) + (trainable == total > 0)])
+        for part, (total, trainable) in counts.items()
+    ]

@@ -6,9 +6,10 @@ They are ordinary folders: the code that reads Qwen2.5 and SigLIP from disk read
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -19,11 +20,20 @@ from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.model.vocabulary import CHATML
 
 if TYPE_CHECKING:
-    from transformers import BertTokenizer, Qwen2Tokenizer
+    from transformers import BertTokenizer, Blip2VisionConfig, Qwen2Tokenizer
 
 CORPUS_FILE = Path(__file__).with_name("tiny_corpus.txt")
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+WORDPIECE_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_HEADS = 3  # of width 32, which all kernels support: vLLM's attention for CPUs does not support 24
+_TINY_TOWER: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": NUM_HEADS,
+    "image_size": 56,
+    "patch_size": 14,
+}
 VERSION = "2"  # part of the folder's name: increase it when the content changes
 
 
@@ -40,6 +50,29 @@ def make_tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
         lambda path: make_language_model(path, seed, num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_HEADS),
     )
     return str(tower), str(language)
+
+
+def make_tiny_text_encoder(folder: Path, seed: int = 0) -> str:
+    """Make the folder of a BERT for image-text pairs, unless it exists.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    encoder = folder / f"tiny_bert-v{VERSION}-seed{seed}"
+    _make_once(
+        encoder,
+        lambda path: make_text_encoder(
+            path, seed, num_attention_heads=NUM_HEADS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        ),
+    )
+    return str(encoder)
+
+
+def make_tiny_blip2_vision() -> Blip2VisionConfig:
+    """Make the config of a tiny vision tower of BLIP-2, of the size of `make_vision_tower`'s."""
+    from transformers import Blip2VisionConfig
+
+    return Blip2VisionConfig(**_TINY_TOWER)
 
 
 def make_vision_tower(path: Path, seed: int = 0, **changes: int) -> None:
@@ -109,17 +142,26 @@ def make_text_encoder(path: Path, seed: int = 0, corpus: Iterable[str] | None = 
 
 
 def make_wordpiece_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 800) -> BertTokenizer:
-    """Make a cased WordPiece tokenizer: lower case would split Hangul syllables into letters."""
+    """Make a cased WordPiece tokenizer: lower case would split Hangul syllables into letters.
+
+    The vocabulary is all characters, then beginnings and rests of words by frequency. The trainer of tokenizers is not
+    used: it gives another vocabulary at each call.
+    """
     from transformers import BertTokenizer
 
-    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    pieces.normalizer = normalizers.BertNormalizer(lowercase=False)
-    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
-    )
-    pieces.train_from_iterator(corpus or CORPUS_FILE.read_text(encoding="utf-8").splitlines(), trainer)
-    return BertTokenizer(vocab=pieces.get_vocab(), do_lower_case=False)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=False), pre_tokenizers.BertPreTokenizer()
+    lines = corpus or CORPUS_FILE.read_text(encoding="utf-8").splitlines()
+    words = Counter(word for line in lines for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(line)))
+    characters = sorted({character for word in words for character in word})
+    pieces: Counter[str] = Counter()
+    for word, count in words.items():
+        for position in range(1, len(word)):
+            pieces[word[: position + 1]] += count * position  # tokens that the piece saves in these words
+            pieces[f"##{word[position:]}"] += count * (len(word) - position - 1)
+    by_use = sorted(pieces, key=lambda piece: (-pieces[piece], piece))
+    names = [*WORDPIECE_TOKENS, *characters, *(f"##{character}" for character in characters), *by_use]
+    vocab = {piece: number for number, piece in enumerate(list(dict.fromkeys(names))[:vocab_size])}
+    return BertTokenizer(vocab=vocab, do_lower_case=False)
 
 
 def make_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 640) -> Qwen2Tokenizer:

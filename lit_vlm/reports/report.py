@@ -21,6 +21,7 @@ from lit_vlm.messages import tell, tell_count
 from lit_vlm.reports.changed_answers import collect_changed_answers
 from lit_vlm.reports.charts import ChartLine, draw_line_chart, smooth
 from lit_vlm.reports.exam import collect_exam, list_exams
+from lit_vlm.reports.retrieval import collect_retrieval, format_best_recalls, list_recall_curves
 from lit_vlm.reports.run_record import RunRecord, read_run, split_group
 from lit_vlm.reports.templates import PageTemplate, write_page
 from lit_vlm.types import SPECIAL_TOKENS
@@ -83,6 +84,7 @@ def make_summary_row(record: RunRecord) -> list[list[str]]:
         [
             format_change(record.compute_mean_score("before"), record.compute_mean_score("after")),
             *_format_reward_accuracy(record),
+            *format_best_recalls(record),
         ],
     ]
 
@@ -156,6 +158,7 @@ def _collect_stage(record: RunRecord, num_samples: int) -> dict[str, Any]:
         "charts": _draw_charts(record),
         "scores": _collect_scores(record),
         "text_scores": _collect_text_scores(record),
+        "retrieval": collect_retrieval(record),
         "mixture": _prepare_mixture(mixture),
         "languages": _format_languages(mixture),
         "groups": _group_samples(record, num_samples),
@@ -218,8 +221,20 @@ def _draw_charts(record: RunRecord) -> list[dict[str, Any]]:
             tell("Exam"), svg, lines, tell("{share} of the training time", share=f"{share:.0%}") if share else ""
         )
     )
+    charts.append(_draw_retrieval_chart(record))
     charts += _draw_benchmark_charts(record)
     return [chart for chart in charts if chart["svg"] or chart["rows"]]
+
+
+def _draw_retrieval_chart(record: RunRecord) -> dict[str, Any]:
+    """Draw recall at 1 in both directions by step."""
+    curves = list_recall_curves(record)
+    lines = [
+        ChartLine(name, points, style, dots=len(points) <= MAX_DOTS)
+        for (name, points), style in zip(curves, ("main", "second"), strict=False)
+    ]
+    svg = draw_line_chart(lines, label=tell("retrieval of {name} by step", name=record.name), low=0.0, high=1.0)
+    return _make_chart(tell("Retrieval"), svg, lines, "")
 
 
 def _draw_benchmark_charts(record: RunRecord) -> list[dict[str, Any]]:

@@ -1,13 +1,14 @@
 """The stages of BLIP-2, and BLIP's pretraining, as LightningModules that learn from pairs of an image and a caption.
 
-They run under a plain Lightning Trainer with `CaptionDataModule` (docs/qformer.md). They are no stages of the command line: a
-step there is packed into micro-batches of tokens, and contrastive losses need all pairs of a step at once.
+They run under a plain Lightning Trainer with `CaptionDataModule`, and as stages of the command line with `PairDataModule`
+(docs/qformer.md). A step is never split into micro-batches: contrastive losses need all pairs of a step at once.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -16,9 +17,10 @@ from torchmetrics import MeanMetric
 from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
 
 from lit_vlm.data.caption_pairs import PairBatch
-from lit_vlm.evaluation.retrieval import RetrievalRecall
+from lit_vlm.evaluation.retrieval import PairRetrieval
 from lit_vlm.losses.contrastive import ContrastiveLosses, compute_alpha
 from lit_vlm.model.blip import BlipForPretraining
+from lit_vlm.model.parts import PartSummary, summarize_modules
 from lit_vlm.model.qformer.generation import generate_captions, make_caption_labels
 from lit_vlm.model.qformer.pretraining import Blip2ForPretraining
 from lit_vlm.stages.base import compute_seed
@@ -36,9 +38,11 @@ class PairStage(L.LightningModule):
         learning_rate, min_learning_rate: peak after the warm-up, and end of the cosine decay.
         warmup_steps: optimizer steps of the linear warm-up.
         weight_decay: of matrices; biases and norms do not decay.
+        adam_betas, adam_eps: of AdamW.
         seed: of dropout and of the negatives.
     """
 
+    PARTS: ClassVar[dict[str, str]] = {}  # part -> regular expression of its parameters' names; the first that matches
     accumulation_error: str  # reason for which the losses of micro-batches are no loss of the step
 
     def __init__(
@@ -49,6 +53,8 @@ class PairStage(L.LightningModule):
         min_learning_rate: float = 1e-5,
         warmup_steps: int = 5000,
         weight_decay: float = 0.05,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -57,9 +63,17 @@ class PairStage(L.LightningModule):
             min_learning_rate=min_learning_rate,
             warmup_steps=warmup_steps,
             weight_decay=weight_decay,
+            adam_betas=adam_betas,
+            adam_eps=adam_eps,
             seed=seed,
         )
         self.model = model
+        self.pulse: Callable[[], None] = lambda: None  # called while the validation matches candidates
+
+    @property
+    def part_summary(self) -> list[PartSummary]:
+        """Summary of trainable parameters, one row for each part of the model."""
+        return summarize_modules(self.model, self.PARTS)
 
     def on_fit_start(self) -> None:
         """Refuse gradient accumulation.
@@ -87,7 +101,8 @@ class PairStage(L.LightningModule):
             }
             for decays in (True, False)
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], betas=(0.9, 0.999))
+        options = {"betas": self.hparams["adam_betas"], "eps": self.hparams["adam_eps"]}
+        optimizer = torch.optim.AdamW(groups, lr=self.hparams["learning_rate"], **options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.compute_learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -102,13 +117,26 @@ class PairStage(L.LightningModule):
     def compute_decay(self, step: int) -> float:
         """Compute the learning rate after the warm-up: a cosine down to its minimum at the last step."""
         peak, last, warmup = (self.hparams[name] for name in ("learning_rate", "min_learning_rate", "warmup_steps"))
-        num_steps = max(1, int(self.trainer.estimated_stepping_batches) - warmup)
+        num_steps = max(1, self.count_steps() - warmup)
         progress = min(1.0, (step - warmup) / num_steps)
         return last + (peak - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    def count_steps(self) -> int:
+        """Count the optimizer steps of this fit.
+
+        Lightning's own estimate would start a data loader before a resumed run has set its position.
+        """
+        plan = getattr(getattr(self.trainer, "datamodule", None), "plan", None)
+        return int(self.trainer.estimated_stepping_batches) if plan is None else plan.num_steps
+
 
 class ContrastiveStage(PairStage):
-    """Base of the stages with the three losses of BLIP and BLIP-2; measures retrieval among the held-out pairs."""
+    """Base of the stages with the three losses of BLIP and BLIP-2; measures retrieval among the held-out pairs.
+
+    Args:
+        num_candidates: best candidates of each held-out query that are re-ranked by matching; 0: none.
+        settings: see `PairStage`.
+    """
 
     accumulation_error = (
         "a contrastive loss compares each pair with all others of its step, so the losses of micro-batches do not add "
@@ -116,9 +144,9 @@ class ContrastiveStage(PairStage):
     )
     model: Any
 
-    def __init__(self, model: nn.Module, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, *, num_candidates: int = 0, **settings: Any) -> None:
         super().__init__(model, **settings)
-        self.recall = RetrievalRecall()
+        self.retrieval = PairRetrieval(num_candidates)
 
     def compute_losses(self, batch: PairBatch) -> ContrastiveLosses:
         """Compute the losses of this rank's pairs."""
@@ -133,18 +161,18 @@ class ContrastiveStage(PairStage):
         return losses.total
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Add held-out pairs to the recalls. A text id stands for its pair, so that equal texts count as right."""
-        model = self.model
-        image_features = model.compute_image_features(model.encode_images(batch.pixel_values))
-        text_features = model.compute_text_features(batch.input_ids, batch.attention_mask)
-        text_ids = batch.pair_ids[:, 1]
-        self.recall.update(image_features, text_ids, text_features, text_ids)
+        """Add held-out pairs to the retrieval."""
+        self.retrieval.update(self.model, batch, self.global_rank)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the recalls over all held-out pairs."""
-        for name, value in self.recall.compute().items():
+        """Log the recalls over all held-out pairs, and those after re-ranking."""
+        recalls = self.retrieval.compute()
+        if self.retrieval.num_candidates:
+            with self.trainer.precision_plugin.forward_context():
+                recalls |= self.retrieval.rerank(self.model, self.global_rank, pulse=self.pulse)
+        for name, value in recalls.items():
             self.log(f"val/{name}", value)
-        self.recall.reset()
+        self.retrieval.reset()
 
 
 class RepresentStage(ContrastiveStage):
@@ -157,9 +185,10 @@ class RepresentStage(ContrastiveStage):
         model: made by `build_blip2` or `load_blip2`.
         match_equal: pairs with one picture or one text are no negatives of each other, and count as right; False: only
             the own pair is right, as in the publication.
-        settings: see `PairStage`.
+        settings: see `ContrastiveStage`.
     """
 
+    PARTS = {"vision tower": "vision_model", "Q-Former": "qformer|query_tokens", "texts and heads": ""}
     model: Blip2ForPretraining
 
     def __init__(self, model: Blip2ForPretraining, *, match_equal: bool = True, **settings: Any) -> None:
@@ -181,9 +210,16 @@ class BlipStage(ContrastiveStage):
         steps_per_epoch: the share of the momentum encoder in the targets grows over two epochs, and the learning rate
             falls to 0.9 of its value with each.
         match_equal: pairs of a rank with one picture or one text are no negatives of each other; False: as published.
-        settings: see `PairStage`.
+        settings: see `ContrastiveStage`.
     """
 
+    PARTS = {
+        "momentum encoders": "momentum",
+        "vision tower": "vision_model",
+        "text encoder": "text_encoder",
+        "text decoder": "text_decoder",
+        "heads": "",
+    }
     model: BlipForPretraining
 
     def __init__(
@@ -197,8 +233,8 @@ class BlipStage(ContrastiveStage):
         match_equal: bool = True,
         **settings: Any,
     ) -> None:
-        rates = {"learning_rate": learning_rate, "min_learning_rate": min_learning_rate, "warmup_steps": warmup_steps}
-        super().__init__(model, **rates, **settings)
+        settings |= {"learning_rate": learning_rate, "min_learning_rate": min_learning_rate}
+        super().__init__(model, warmup_steps=warmup_steps, **settings)
         self.hparams.update(steps_per_epoch=steps_per_epoch, match_equal=match_equal)
 
     def compute_losses(self, batch: PairBatch) -> ContrastiveLosses:
@@ -227,6 +263,12 @@ class GenerateStage(PairStage):
     accumulation_error = (
         "the loss is the mean over the tokens of a batch, and micro-batches have different numbers of tokens."
     )
+    PARTS = {
+        "vision tower": "vision_model",
+        "Q-Former": "qformer|query_tokens",
+        "projector": "language_projection",
+        "language model": "language_model",
+    }
     model: Blip2ForConditionalGeneration
 
     def __init__(

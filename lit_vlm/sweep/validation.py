@@ -8,6 +8,7 @@ from typing import Any
 from lit_vlm.config import ConfigError, Run, parse
 from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.overrides import add_implied_overrides, get_override_key, parse_arguments
+from lit_vlm.config.pair_stages import RECALL_METRICS, PairStageConfig
 from lit_vlm.config.parse import collect_override_errors
 from lit_vlm.config.schema import StageConfig, TrainerConfig
 from lit_vlm.evaluation.exam import list_exam_metrics
@@ -173,6 +174,11 @@ def _find_unlogged_errors(
     if sweep.metric is None or not _is_known_metric(sweep.metric.name):
         return
     name = sweep.metric.name
+    known = stage.list_validation_metrics() if isinstance(stage, PairStageConfig) else None
+    if name.startswith("val/") and (name not in known if known is not None else name in RECALL_METRICS):
+        found = f"these trials train {stage.name.value}" + (f", which logs {', '.join(known)}" if known else "")
+        yield f"metric.name: {name} is not logged: {found}."
+        return
     if "rewards/" in name and not stage.preference_losses:
         yield f"metric.name: {name} is logged by stage=dpo, and these trials train {stage.name.value}."
     if name.startswith("score/") and "samples" not in choose_callbacks(callbacks, export=False, profile=False):
@@ -214,4 +220,11 @@ def _find_early_stopping_errors(
 def list_metric_names() -> list[str]:
     """List the metrics that runs log; of rewards and throughput only the most common ones."""
     rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARD_METRICS]
-    return [*LOSS_METRICS, *rewards, *list_score_names(), *list_exam_metrics(), *THROUGHPUT_METRICS]
+    return [
+        *LOSS_METRICS,
+        *rewards,
+        *RECALL_METRICS,
+        *list_score_names(),
+        *list_exam_metrics(),
+        *THROUGHPUT_METRICS,
+    ]

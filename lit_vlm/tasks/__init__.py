@@ -9,13 +9,14 @@ from lit_vlm.config import tasks
 from lit_vlm.config.choices import Task
 from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.parse import Run
+from lit_vlm.config.tasks import TaskEntry
 
 
-def _import_lazily(target: str) -> Callable[[Run], None]:
-    """Return a function that imports "module:name" when it is called, then calls it."""
-    module, name = target.split(":")
+def _import_lazily(entry: TaskEntry) -> Callable[[Run], None]:
+    """Return a function that imports the function of a task when it is called, then calls it."""
 
     def run_task(run: Run) -> None:
+        module, name = entry.get_function(run.config.stage).split(":")
         if run.config.task is not Task.preflight:  # there it is a finding
             require_model_folders(run)
         getattr(import_module(module), name)(run)
@@ -23,4 +24,4 @@ def _import_lazily(target: str) -> Callable[[Run], None]:
     return run_task
 
 
-TASKS: dict[Task, Callable[[Run], None]] = {task: _import_lazily(entry.function) for task, entry in tasks.TASKS.items()}
+TASKS: dict[Task, Callable[[Run], None]] = {task: _import_lazily(entry) for task, entry in tasks.TASKS.items()}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
 
 from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.checkpoint.index import CheckpointIndex, CorruptCheckpointError
 from lit_vlm.checkpoint.resume import check_files, find_state_mismatches, load_tensors, read_index
 from lit_vlm.config import Run
+from lit_vlm.config.pair_stages import PairStageConfig
 from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig
 from lit_vlm.config.settings import read_model_config
 from lit_vlm.data.processor import Processor
@@ -212,13 +217,47 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, CheckpointInd
 
 def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path, special_boxes: bool) -> None:
     """Build the model as the run did, load the checkpoint's weights into it, and export it to `target`."""
-    index = checkpoint.index
+    if isinstance(checkpoint.stage, PairStageConfig):
+        write_pair_model(checkpoint, checkpoint.stage, target)
+        return
     settings = resolve_tiny_parts(checkpoint.model, checkpoint.parts_dir, checkpoint.seed)
     spec = load_model_spec(settings, checkpoint.init_from, checkpoint.data.tiling)
     require_same_parent(checkpoint, spec, folder)
     stage = build_export_stage(spec, checkpoint)
     model = stage.model
     assert model is not None
+    load_trained_weights(checkpoint, model)
+    with explain_write_errors(target):
+        export_model(model, spec.tokenizer, spec.images, target, special_boxes=special_boxes)
+        if can_export_adapter(model):
+            export_adapter(model, spec.tokenizer, spec.images, get_adapter_folder(target))
+
+
+def write_pair_model(checkpoint: RunCheckpoint, stage: PairStageConfig, target: Path) -> None:
+    """Build the model of a stage of image-text pairs, load the checkpoint's weights into it, and export it to `target`."""
+    from lit_vlm.tasks.pair_models import build_pair_model, resolve_pair_parts
+
+    settings = (checkpoint.parts_dir, stage, checkpoint.model, checkpoint.init_from, checkpoint.seed)
+    parts = resolve_pair_parts(*settings)
+    digest = parts.compute_parent_digest((describe_parent(checkpoint.init_from) or {}).get("digest") or "")
+    if checkpoint.index.belongs.get("parent") not in (None, "", digest):
+        raise UserError(
+            f"{checkpoint.path}: the run started from models whose weights are others now. Bring them back: what did not train is"
+            " read from there."
+        )
+    model = build_pair_model(parts, stage, num_steps=1, global_batch_size=1, seed=checkpoint.seed)
+    load_trained_weights(checkpoint, model.stage.model)
+    with explain_write_errors(target):
+        model.save(target)
+
+
+def load_trained_weights(checkpoint: RunCheckpoint, model: nn.Module) -> None:
+    """Load the weights of a checkpoint into the trainable parameters of a model.
+
+    Raises:
+        UserError: the checkpoint is of another model, or it was removed meanwhile.
+    """
+    index = checkpoint.index
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if mismatches := find_state_mismatches(index, {name: tuple(value.shape) for name, value in trainable.items()}):
         raise UserError(f"{checkpoint.path} is of another model: {'; '.join(mismatches[:3])}.")
@@ -233,11 +272,14 @@ def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path, special_b
             f"{checkpoint.path} was removed while it was read: its run saved newer ones. Start the same command again, or keep more"
             " checkpoints with checkpoint.keep_last=..."
         ) from error
+
+
+@contextmanager
+def explain_write_errors(target: Path) -> Iterator[None]:
+    """Raise an error of the file system as UserError."""
     try:
         with raise_os_errors():
-            export_model(model, spec.tokenizer, spec.images, target, special_boxes=special_boxes)
-            if can_export_adapter(model):
-                export_adapter(model, spec.tokenizer, spec.images, get_adapter_folder(target))
+            yield
     except OSError as error:
         reason = error.strerror or error
         raise UserError(

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from lit_vlm.config import Run, build_stage_overrides, list_stages, parse
 from lit_vlm.config.overrides import get_override_key, quote_value
+from lit_vlm.config.pair_stages import PAIR_STAGES, is_pair_stage
 from lit_vlm.config.schema import TrainerConfig
 from lit_vlm.evaluation.exam import find_missing_items, make_items
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART, TERMINATED
@@ -75,7 +76,7 @@ def run_stages(recipe: str, given: list[str], server: StageServer) -> list[Path]
             return []
         folders.append(stage.dir)
         exam_items = 1 if stage.config.debug else stage.config.evaluate.exam_items
-        if stage.config.evaluate.exam_items != 0:
+        if stage.config.evaluate.exam_items != 0 and not is_pair_stage(stage.config.stage):
             take_exam(stage.dir, overrides, exam_items, server.start if can_fork_stages() else None)
     return folders
 
@@ -107,10 +108,9 @@ def show_results(recipe: str, run_dir: Path, folders: list[Path], seconds: float
             f"No model (export=false); python run.py task=export init_from={folders[-1]} makes it.", soft_wrap=True
         )
         return
-    console.print(
-        f"Model: {folders[-1] / 'hf'}   Ask it: python run.py task=chat init_from={folders[-1] / 'hf'} image=PICTURE",
-        soft_wrap=True,
-    )
+    answers = (read_manifest(folders[-1]) or {}).get("stage") not in PAIR_STAGES
+    hint = f"   Ask it: python run.py task=chat init_from={folders[-1] / 'hf'} image=PICTURE" if answers else ""
+    console.print(f"Model: {folders[-1] / 'hf'}{hint}", soft_wrap=True)
 
 
 def take_exam(run_dir: Path, overrides: list[str], exam_items: int | None, start: Start | None = None) -> None:

@@ -72,10 +72,10 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
         special_boxes=config.special_boxes,
     )
     trainer = steps.build_trainer(stage, data, tracker, callbacks, config.data.validation.every_steps)
-    steps.show_training_summary(place, run.init_from, data, trainer)
+    steps.show_training_summary(place, run.init_from, data, trainer, steps.list_remarks(data, trainer))
     lock = steps.build_mixture_lock(data.stage_data, trainer.plan.index, config.data, seed)
     steps.check_mixture_lock(lock, config.data.lock, place.dir, overwrite=config.overwrite)
     steps.claim_run_folder(place, folder, run_lock, start)  # until here an error leaves an older run unchanged
-    steps.record_start(place, folder, data, trainer, tracker, settings)
+    steps.record_start(place, folder, data, trainer, tracker, settings, steps.collect_text_facts(data))
     steps.fit(place, data, trainer, tracker, settings, data=config.data, max_oom_retries=config.guard.max_oom_retries)
     steps.finish(place, folder, data, trainer, tracker)

@@ -342,8 +342,13 @@ def record_start(
     built: BuiltTrainer,
     tracker: RunTracker,
     settings: dict[str, Any],
+    facts: dict[str, Any],
 ) -> None:
-    """Write manifest.json and config.yaml of a run that starts to train, and open its trackers."""
+    """Write manifest.json and config.yaml of a run that starts to train, and open its trackers.
+
+    Args:
+        facts: further entries of the manifest.
+    """
     plan, processor = built.plan, prepared.stage_data.training_data.processor
     folder.update(
         trained=[row.to_dict() for row in built.stage.part_summary],
@@ -358,8 +363,7 @@ def record_start(
             "pictures": plan.index.compute_image_digest(),
             "unread": count_unread_keys(prepared.indexes),
         },
-        **get_template_date(processor),
-        **measure_new_tokens(prepared.stage_data, prepared.indexes),
+        **facts,
         plan={
             "steps": plan.num_steps,
             "k": plan.accumulate_grad_batches,
@@ -376,7 +380,22 @@ def record_start(
     tracker.open(folder)
 
 
-def show_training_summary(place: RunPlace, init_from: str | None, prepared: PreparedData, built: BuiltTrainer) -> None:
+def collect_text_facts(prepared: PreparedData) -> dict[str, Any]:
+    """Collect the entries of the manifest about the texts: the date that the chat template writes, and what new tokens save."""
+    template_date = get_template_date(prepared.stage_data.training_data.processor)
+    return template_date | measure_new_tokens(prepared.stage_data, prepared.indexes)
+
+
+def list_remarks(prepared: PreparedData, built: BuiltTrainer) -> list[str]:
+    """List what is remarkable about model and tokens, for the summary."""
+    measured = measure_new_tokens(prepared.stage_data, prepared.indexes).values()
+    remarks = [*prepared.stage_data.spec.remarks, *list_adapter_remarks(built.stage.model)]
+    return [*remarks, *map(format_new_tokens, measured)]
+
+
+def show_training_summary(
+    place: RunPlace, init_from: str | None, prepared: PreparedData, built: BuiltTrainer, remarks: list[str]
+) -> None:
     """Show what will be trained before training starts: parameters of each part, samples, optimizer steps, micro-batches, ranks."""
     if not is_rank_zero():
         return
@@ -389,10 +408,8 @@ def show_training_summary(place: RunPlace, init_from: str | None, prepared: Prep
     plan = built.plan
     if init_from:
         say(f"starts from {init_from}")
-    for remark in (*prepared.stage_data.spec.remarks, *list_adapter_remarks(built.stage.model)):
+    for remark in remarks:
         say(remark)
-    for measured in measure_new_tokens(prepared.stage_data, prepared.indexes).values():
-        say(format_new_tokens(measured))
     say(
         f"{format_count(len(plan.index), 'sample')}, {len(prepared.indexes.held_out):,} held out; {format_count(plan.num_steps, 'step')} of "
         f"{plan.batch_description} in {format_count(plan.accumulate_grad_batches, 'micro-batch', 'micro-batches')} on "
@@ -472,8 +489,10 @@ __all__ = [
     "build_trainer",
     "check_mixture_lock",
     "claim_run_folder",
+    "collect_text_facts",
     "finish",
     "fit",
+    "list_remarks",
     "make_fingerprint",
     "prepare_data",
     "record_start",

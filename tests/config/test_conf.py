@@ -38,6 +38,8 @@ NEEDS = {
     "data/preference_ko_en": ["data.sources.mine_ko.path=x", "stage=dpo"],
     "data/source/rlaif_v": ["stage=dpo"],
     "stage/dpo": ["data=builtin_preference"],
+    "stage/represent": ["stage.text_encoder=tiny"],
+    "stage/generate": ["init_from=owner/blip2"],
     "stage/mpo": ["data=builtin_preference"],
     "experiment/lora/1_sft": ["data.sources.mine.path=x"],
     "experiment/varco_vision_14b/4_dpo": ["data.sources.mine.path=x"],
@@ -45,7 +47,7 @@ NEEDS = {
 
 
 # Files whose numbers come from a publication, or say that there is none
-SOURCED = ("stage/", *(f"experiment/{name}" for name in ("varco", "llava", "kollava", "aiku")))
+SOURCED = ("stage/", *(f"experiment/{name}" for name in ("varco", "llava", "kollava", "aiku", "blip")))
 
 
 def build_overrides(name: str) -> list[str]:
@@ -65,7 +67,7 @@ def test_every_file_composes(name):
 
 def test_the_groups_and_choices_are_those_of_the_command_line():
     assert list_groups() == ["data", "data/source", "experiment", "logger", "model", "stage", "trainer"]
-    assert list_choices("stage") == ["align", "dpo", "highres", "mpo", "sft"]
+    assert list_choices("stage") == ["align", "dpo", "generate", "highres", "mpo", "represent", "sft"]
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("experiment/")])

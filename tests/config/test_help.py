@@ -12,6 +12,7 @@ from waiting import PATIENCE
 
 import run as program
 from lit_vlm.config.choices import Task
+from lit_vlm.config.compose import list_choices
 from lit_vlm.config.settings import list_settings
 from lit_vlm.tasks import TASKS
 from lit_vlm.types import UserError
@@ -99,7 +100,7 @@ def test_completion_offers_groups_and_choices():
     assert "complete" in run_py("-sc", "install=bash").stdout
     line = "python run.py stage="
     offered = run_py("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))).stdout
-    assert offered.split() == ["stage=align", "stage=dpo", "stage=highres", "stage=mpo", "stage=sft"]
+    assert offered.split() == [f"stage={name}" for name in list_choices("stage")]
 
 
 def test_a_run_is_passed_to_its_task_and_writes_no_file(dispatched_runs, tmp_path):

@@ -13,7 +13,9 @@ from callbacks import make_callbacks
 from lit_vlm.config.callbacks import CALLBACKS, CallbackEntry, Use, choose_callbacks, find_callback_errors
 from lit_vlm.config.choices import StageName
 from lit_vlm.config.help import PAGE, format_help, write_tables
+from lit_vlm.config.pair_stages import PAIR_STAGE_CONFIGS, PAIR_STAGES
 from lit_vlm.stages import STAGES
+from lit_vlm.tasks.pair_models import BUILDERS, RESOLVERS
 
 ROOT = Path(callbacks.__file__).resolve().parents[1]
 
@@ -62,7 +64,12 @@ def test_a_callback_is_an_entry_and_a_file(tmp_path, monkeypatch):
 
 
 def test_the_schema_lists_the_stages_that_have_a_class():
-    assert set(STAGES) == set(StageName.__members__)
+    assert {*STAGES, *PAIR_STAGES} == set(StageName.__members__) and not {*STAGES} & {*PAIR_STAGES}
+    assert (
+        {stage.name for stage in PAIR_STAGE_CONFIGS}
+        == {stage.name for stage in RESOLVERS}
+        == {one.name for one in BUILDERS}
+    )
 
 
 def test_the_tables_of_the_settings_page_are_those_of_the_schema():

@@ -84,7 +84,7 @@ def build_blip2(
         UserError: a folder is not what is needed.
     """
     tokenizer = load_caption_tokenizer(text_encoder)
-    encoder = load_text_encoder(text_encoder, len(tokenizer))
+    encoder = load_text_encoder(text_encoder, len(tokenizer), seed)
     tower = _load_vision_tower(vision_tower) if isinstance(vision_tower, str) else None
     config = make_blip2_config(
         vision_tower if tower is None else tower.config,
@@ -106,20 +106,37 @@ def build_blip2(
     return model, tokenizer
 
 
-def load_text_encoder(folder: str, num_tokens: int) -> Any:
-    """Load a BERT with its head, with rows for at least `num_tokens` tokens.
+def require_text_encoder(folder: str) -> Any:
+    """Read the config of a text encoder and require that it is a BERT.
 
     Raises:
         UserError: it is no BERT.
     """
     with disable_transformers_logging(), raise_folder_errors(folder, "no masked language model can be read"):
-        encoder = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
-    if encoder.config.model_type != "bert":
+        config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "bert":
         raise UserError(
-            f"{folder}: its model type is {encoder.config.model_type}, and the text layers of BLIP and BLIP-2 are those of BERT. Give a "
+            f"{folder}: its model type is {config.model_type}, and the text layers of BLIP and BLIP-2 are those of BERT. Give a "
             "folder of model type bert; it may be of any language."
         )
-    encoder.resize_token_embeddings(max(num_tokens, encoder.config.vocab_size), mean_resizing=False)
+    return config
+
+
+def load_text_encoder(folder: str, num_tokens: int, seed: int = 0) -> Any:
+    """Load a BERT with its head, with rows for at least `num_tokens` tokens.
+
+    Args:
+        seed: for new rows.
+
+    Raises:
+        UserError: it is no BERT.
+    """
+    require_text_encoder(folder)
+    with disable_transformers_logging(), raise_folder_errors(folder, "no masked language model can be read"):
+        encoder = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder.resize_token_embeddings(max(num_tokens, encoder.config.vocab_size), mean_resizing=False)
     return encoder
 
 
@@ -188,15 +205,19 @@ def write_image_config(folder: Path, side: int) -> None:
 
 
 def load_blip2(
-    folder: str | Path, *, freeze_vision_tower: bool = True
+    folder: str | Path, *, freeze_vision_tower: bool = True, needs_heads: bool = True
 ) -> tuple[Blip2ForPretraining, PreTrainedTokenizerBase]:
     """Load a model that `save_blip2` saved, to continue its first stage.
+
+    Args:
+        needs_heads: False: also a folder of transformers, whose text head and temperature are then new; the second stage
+            does not use them.
 
     Raises:
         UserError: the folder cannot be read, or has no text head.
     """
     file = Path(folder) / HEADS_FILE
-    if not file.is_file():
+    if needs_heads and not file.is_file():
         raise UserError(
             f"{folder}: no {HEADS_FILE}, which holds the text head and the temperature of the first stage. Give a folder of "
             "save_blip2; folders of transformers have neither."
@@ -205,5 +226,6 @@ def load_blip2(
     with disable_transformers_logging(), raise_folder_errors(str(folder), "no Blip2ForImageTextRetrieval can be read"):
         retrieval = Blip2ForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32)
         model = Blip2ForPretraining(retrieval, tokenizer.bos_token_id, freeze_vision_tower=freeze_vision_tower)
-        model.load_state_dict(load_file(file), strict=False)
+        if file.is_file():
+            model.load_state_dict(load_file(file), strict=False)
     return model, tokenizer

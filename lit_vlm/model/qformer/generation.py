@@ -46,18 +46,9 @@ def build_blip2_generator(
     Raises:
         UserError: the language model is not decoder-only, or the folder cannot be read.
     """
+    tokenizer = load_prompt_tokenizer(language_model)
     with disable_transformers_logging(), raise_folder_errors(language_model, "no language model can be read"):
-        text_config = AutoConfig.from_pretrained(language_model)
-        if text_config.is_encoder_decoder:
-            raise UserError(
-                f"{language_model}: {text_config.model_type} has an encoder and a decoder; this stage trains soft prompts of decoder-only "
-                "language models (OPT, Qwen). BLIP-2's Flan-T5 models are not supported."
-            )
         decoder = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(language_model)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if len(tokenizer) > decoder.config.vocab_size:
@@ -68,9 +59,52 @@ def build_blip2_generator(
     model.language_model.load_state_dict(decoder.state_dict())
     model.generation_config = copy.deepcopy(decoder.generation_config)
     _copy_first_stage(model, first_stage)
+    _freeze(model)
+    return model, tokenizer
+
+
+def _freeze(model: Blip2ForConditionalGeneration) -> None:
+    """Freeze the tower, without its last norm, and the language model."""
     for name, parameter in model.named_parameters():
         is_frozen_tower = name.startswith("vision_model.") and ".post_layernorm." not in name
         parameter.requires_grad = not (is_frozen_tower or name.startswith("language_model."))
+
+
+def load_prompt_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a decoder-only language model, or of a saved second stage, and add `<image>` unless it is there.
+
+    Raises:
+        UserError: the language model is not decoder-only, or the folder cannot be read.
+    """
+    with disable_transformers_logging(), raise_folder_errors(folder, "no language model can be read"):
+        config = AutoConfig.from_pretrained(folder)
+        config = getattr(config, "text_config", config)
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"{folder}: {config.model_type} has an encoder and a decoder; this stage trains soft prompts of decoder-only "
+                "language models (OPT, Qwen). BLIP-2's Flan-T5 models are not supported."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_blip2_generator(folder: str | Path) -> tuple[Blip2ForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Load a model of the second stage, ours or a release, to continue it.
+
+    Raises:
+        UserError: its language model is not decoder-only, or the folder cannot be read.
+    """
+    tokenizer = load_prompt_tokenizer(str(folder))
+    with disable_transformers_logging(), raise_folder_errors(str(folder), "no second stage of BLIP-2 can be read"):
+        model = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    image_token_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+    if image_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.image_token_index = image_token_id
+    _freeze(model)
     return model, tokenizer
 
 

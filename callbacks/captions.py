@@ -1,0 +1,74 @@
+"""Callbacks of the stages that learn from image-text pairs: captions of held-out images, and the exported folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from callbacks.samples import Samples, ScoredAnswer, score_answer, select_samples, to_sample
+from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
+from lit_vlm.model.tensor_files import raise_os_errors
+from lit_vlm.types import UserError
+
+
+class Captions(Samples):
+    """Scores the captions of held-out images before and after training, and writes samples as `Samples` does.
+
+    Needs a stage whose `predict_step` returns the caption of each image of a batch.
+    """
+
+    def generate_scored_answers(self, pl_module: Any, datamodule: Any, progress: Progress) -> list[ScoredAnswer]:
+        """Generate a caption of each held-out image; every rank generates all of them."""
+        index = datamodule.held_out
+        samples = select_samples(index, self.max_samples)
+        batches = datamodule.make_held_out_batches(samples)
+        answers = []
+        was_training = pl_module.training
+        pl_module.eval()
+        for number in progress.iterate(range(len(batches))):
+            batch = datamodule.require_readable(batches[number])
+            batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            captions = pl_module.predict_step(batch, number)
+            rows = batches.rows[number]
+            answers += [
+                score_answer(to_sample(index.get_record(row)), caption)
+                for row, caption in zip(rows, captions, strict=True)
+            ]
+        pl_module.train(was_training)
+        return answers
+
+
+class PairExport(L.Callback):
+    """Exports the model of a stage to `run_dir/hf` at the end of training.
+
+    Args:
+        save: saves the model to a folder.
+    """
+
+    def __init__(self, run_dir: Path, save: Callable[[Path], None]) -> None:
+        self.folder, self.save = Path(run_dir) / "hf", save
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        progress = get_progress(trainer)
+        with progress.use_activity(Activity.exporting):
+            try:
+                with raise_os_errors():
+                    if trainer.is_global_zero:
+                        progress.wrap(partial(self.save, self.folder))()
+            except OSError as error:
+                raise UserError(
+                    f"The model cannot be written to {self.folder}: {error.strerror or error}. Make room or change its rights; the"
+                    " same command resumes from the last checkpoint and writes it then."
+                ) from error
+            trainer.strategy.barrier("exported")
+
+
+class ValidationPulse(L.Callback):
+    """Reports progress while a validation matches many candidates, so that the watchdog does not take it for stuck."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.pulse = get_progress(trainer).mark_progress
