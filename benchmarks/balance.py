@@ -1,12 +1,13 @@
 """Benchmark of load balance: packing of this plan against padding, length grouping, next-fit and best-fit packing.
 
     python -m benchmarks.balance [--steps 200] [--plans 100000 1000000 10000000]
+    python -m benchmarks.balance --bounds      few samples on a rank, beside what no packing can exceed
 
 It uses three data shapes, three models, and 8, 64 and 256 simulated ranks. All contenders get the same samples and the
 same token and tile limits. Balance is the mean over the maximum of FLOPs. It is computed for each micro-step over the ranks
 (what FSDP and ZeRO-3 wait for), and for the sums of the ranks in an optimizer step (what DDP waits for). Then the time and
 memory to build a plan are measured, in one process with one thread each. The result goes to
-benchmarks/results/balance.json with versions.
+benchmarks/results/balance.json with versions, or to balance_bounds.json.
 """
 
 from __future__ import annotations
@@ -71,10 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--plans", type=int, nargs="*", default=[10**5, 10**6, 10**7])
+    parser.add_argument("--bounds", action="store_true")
     parser.add_argument("--build", type=int, help=argparse.SUPPRESS)  # in a separate process
     arguments = parser.parse_args()
     if arguments.build:
         print(json.dumps(measure_build(arguments.build)))
+        return
+    if arguments.bounds:
+        write_bounds([measure_bound(shape, ranks) for shape in SHAPES for ranks in RANKS])
         return
     rows = [row for shape in SHAPES for model in TEXT for row in compare_balance(shape, model, arguments.steps)]
     plans = [measure_build_in_subprocess(count) for count in arguments.plans]
@@ -116,6 +121,76 @@ def compare_balance(shape: str, model: str, max_steps: int) -> Iterator[dict[str
                         | {"way": method}
                         | measure_baseline(index, flops, batches, plan, padded="padded" in method)
                     )
+
+
+def measure_bound(shape: str, ranks: int, per_rank: int = 2, max_samples: int = 10_000) -> dict[str, Any]:
+    """Measure the balance of steps with few samples beside the bound of each step, for the 7B model."""
+    batch = ranks * per_rank
+    steps = min(200, max_samples // batch)
+    max_tokens, max_tiles = LIMITS[shape]
+    plan = Plan(
+        make_index(shape, batch * steps),
+        flops=make_flops("7B"),
+        global_batch_size=batch,
+        max_tokens=max_tokens,
+        max_tiles=max_tiles,
+        max_steps=steps,
+        world_size=ranks,
+    )
+    flops, ends = plan.index.compute_flops(plan.flops)[plan.get_sample_sequence()], plan.step_ends
+    bounds = [compute_balance_bound(step, ranks) for step in np.split(flops, ends[:-1])]
+    reached = plan.measure_balance()["micro_steps"]["mean"]
+    return {
+        "shape": shape,
+        "ranks": ranks,
+        "samples_per_rank": per_rank,
+        "steps": steps,
+        "k": plan.accumulate_grad_batches,
+        "micro_step": reached,
+        "bound": float(np.mean(bounds)),
+        "of_bound": reached / float(np.mean(bounds)),
+    }
+
+
+def compute_balance_bound(flops: np.ndarray, ranks: int) -> float:
+    """Compute a balance that no packing of a step's samples on this number of ranks exceeds.
+
+    The slowest rank cannot be faster than the smallest capacity that passes a test of bin packing: with dual feasible
+    functions (Fekete, Schepers 2001) the samples must not need more than `ranks` bins. Bisection finds it to 0.1 %.
+    """
+    work = np.sort(flops / flops.sum() * ranks)  # 1: the mean of the ranks
+    low, high = max(1.0, float(work[-1])), 2 * max(1.0, float(work[-1]))
+    if count_required_bins(work / low) <= ranks:
+        return 1 / low
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (low, middle) if count_required_bins(work / middle) <= ranks else (middle, high)
+    return 1 / low
+
+
+def count_required_bins(sizes: np.ndarray) -> int:
+    """Return a lower bound of the number of bins of size 1 for sizes in ascending order, at most 1 each."""
+    required = 0.0
+    small = np.unique(np.concatenate([[0.0], sizes[sizes <= 0.5]]))
+    first, last = np.searchsorted(sizes, small), np.searchsorted(sizes, 1 - small, side="right")
+    for k in range(8):
+        scaled = (k + 1) * sizes
+        # k = 0: the size itself; else a size counts as the k-th part below it, unless it is a (k + 1)-th part exactly
+        rounded = sizes if k == 0 else np.where(scaled == np.floor(scaled), sizes, np.floor(scaled) / k)
+        sums = np.concatenate([[0.0], np.cumsum(rounded)])
+        # sizes below `small` count as nothing, those above 1 - small as a whole bin
+        required = max(required, float((len(sizes) - last + sums[last] - sums[np.minimum(first, last)]).max()))
+    return int(np.ceil(required - 1e-6))
+
+
+def write_bounds(rows: list[dict[str, Any]]) -> None:
+    """Write the rows to benchmarks/results/balance_bounds.json and print their table."""
+    path = Path(__file__).parent / "results" / "balance_bounds.json"
+    path.write_text(json.dumps({"bounds": rows, "versions": get_versions()}, indent=2) + "\n")
+    print("| data | ranks | k | this plan | bound | of the bound |\n|---|---|---|---|---|---|")
+    for row in rows:
+        reached, bound, share = (f"{row[key] * 100:.1f}" for key in ("micro_step", "bound", "of_bound"))
+        print(f"| {row['shape']} | {row['ranks']} | {row['k']} | {reached} | {bound} | {share} |")
 
 
 def measure_plan(plan: Plan) -> dict[str, Any]:

@@ -203,6 +203,25 @@ class TestLimits:
         assert all(step.num_chosen == 16 * 7 for step in get_steps(plan))
 
 
+def find_least_maximum(work: np.ndarray, num_packs: int) -> float:
+    """Find the least work of the heaviest pack over all ways to pack the samples."""
+    weights, best = sorted(work.tolist(), reverse=True), np.inf
+
+    def place(number: int, loads: tuple[float, ...]) -> None:
+        nonlocal best
+        if number == len(weights):
+            best = min(best, loads[-1])
+            return
+        for load in set(loads):
+            if load + weights[number] < best:
+                rest = list(loads)
+                rest.remove(load)
+                place(number + 1, tuple(sorted([*rest, load + weights[number]])))
+
+    place(0, (0.0,) * num_packs)
+    return best
+
+
 class TestBalance:
     @pytest.mark.parametrize(("shape", "cap"), (("lcs", 8192), ("mix665k", 8192), ("anyres", 16384)))
     @pytest.mark.parametrize(("world", "per_rank"), ((8, 8), (8, 16), (64, 8), (256, 8)))
@@ -214,6 +233,18 @@ class TestBalance:
         assert balance["ranks"]["mean"] >= 0.97
         assert balance["tokens"]["largest"] <= cap
         assert balance["tiles"]["largest"] <= 64
+
+    @pytest.mark.parametrize(("shape", "world"), (("lcs", 8), ("mix665k", 8), ("anyres", 5)))
+    def test_two_samples_a_rank_come_near_the_best_packs_there_are(self, shape, world):
+        index = make_shaped_index(shape, 200)
+        limits = {"max_tokens": 16384, "max_tiles": 99}
+        plan = make_plan(index, global_batch_size=2 * world, **limits, world_size=world, max_steps=12)
+        ratios = []
+        for step in get_steps(plan):
+            work = index.compute_flops(FLOPS)
+            slowest = max(work[list(pack)].sum() for pack in step.packs)
+            ratios.append(find_least_maximum(work[list_samples(step)], world) / slowest)
+        assert plan.accumulate_grad_batches == 1 and np.mean(ratios) > 0.997
 
     def test_packs_hold_nearly_equal_work(self, index):
         plan = make_plan(index, world_size=2, global_batch_size=64, max_tokens=100_000, max_tiles=10_000)

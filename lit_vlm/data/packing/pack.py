@@ -131,7 +131,8 @@ def try_pack(step_samples: StepSamples, limits: MicroBatchLimits, num_packs: int
 
     Greedy packing assigns the sample with the most FLOPs first, to the pack with the fewest FLOPs (longest processing
     time first). A step that then exceeds a limit is packed again: greedily by the scarce resource (tokens or tiles),
-    then best-fit by it, then with an even distribution of it. Last, `rebalance` exchanges samples between packs.
+    then best-fit by it, then with an even distribution of it. Then `rebalance` exchanges samples between packs. Steps
+    that remain unbalanced are packed once more, by `_pack_by_capacity`.
 
     Returns:
         [steps, samples] int32, pack id of each sample: `micro_batch * world_size + rank`; or None.
@@ -147,7 +148,38 @@ def try_pack(step_samples: StepSamples, limits: MicroBatchLimits, num_packs: int
     if not fits.all():
         return None
     rebalance(step_samples, pack_ids, limits, num_packs)
+    if world_size > 1:  # else no rank waits
+        _pack_by_capacity(step_samples, pack_ids, limits, num_packs, world_size)
     return _assign_to_ranks(step_samples, pack_ids, num_packs, world_size)
+
+
+def _pack_by_capacity(
+    step_samples: StepSamples, pack_ids: np.ndarray, limits: MicroBatchLimits, num_packs: int, world_size: int
+) -> None:
+    """Change `pack_ids` in place for the steps that remain unbalanced: MULTIFIT (Coffman, Garey, Johnson 1978).
+
+    Best-fit, heaviest sample first, with a capacity of FLOPs; bisection finds the smallest capacity in which all samples
+    fit. It wins where a rank has two or three samples: an exchange between two packs cannot give one pack a heavy sample
+    alone and three light ones to another.
+    """
+    best = _sum_slowest_packs(step_samples, pack_ids, num_packs, world_size)
+    high = sum_per_pack(pack_ids, step_samples.flops, num_packs).max(axis=1)
+    low = np.maximum(step_samples.flops.sum(axis=1) / num_packs, step_samples.flops.max(axis=1, initial=0))
+    rows = np.flatnonzero(low < MIN_BALANCE * high)
+    while len(rows):
+        part, capacity = step_samples.select_steps(rows), (low[rows] + high[rows]) / 2
+        packed, fits = _pack_greedily(part, part.flops, limits, num_packs, best_fit=True, capacity=capacity)
+        slowest = _sum_slowest_packs(part, packed, num_packs, world_size)
+        better = fits & (slowest < best[rows])
+        pack_ids[rows[better]], best[rows[better]] = packed[better], slowest[better]
+        low[rows], high[rows] = np.where(fits, low[rows], capacity), np.where(fits, capacity, high[rows])
+        rows = rows[high[rows] > (1 + CAPACITY_STEP) * low[rows]]
+
+
+def _sum_slowest_packs(step_samples: StepSamples, pack_ids: np.ndarray, num_packs: int, world_size: int) -> np.ndarray:
+    """Sum the FLOPs of the slowest rank over the micro-batches of each step: [steps]."""
+    load = -np.sort(-sum_per_pack(pack_ids, step_samples.flops, num_packs), axis=1)
+    return load[:, ::world_size].sum(axis=1)
 
 
 def _balance_scarce_resource(
@@ -167,13 +199,20 @@ def _balance_scarce_resource(
 
 
 def _pack_greedily(
-    step_samples: StepSamples, weight: np.ndarray, limits: MicroBatchLimits, num_packs: int, *, best_fit: bool = False
+    step_samples: StepSamples,
+    weight: np.ndarray,
+    limits: MicroBatchLimits,
+    num_packs: int,
+    *,
+    best_fit: bool = False,
+    capacity: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pack greedily: heaviest sample first (ties by sample number), each into the lightest pack in which it fits.
 
     Args:
         weight: [steps, samples] weight to balance, FLOPs or share of the limits.
         best_fit: choose the heaviest pack in which the sample fits, instead of the lightest.
+        capacity: [steps], with `best_fit`: the most weight that a pack of a step holds.
 
     Returns:
         [steps, samples] int32 pack ids, and [steps] bool: True if all samples fit.
@@ -194,6 +233,8 @@ def _pack_greedily(
             tight[:] = True
         if tight.any():
             has_room = (tokens[tight] >= sample_tokens[tight, None]) & (tiles[tight] >= sample_tiles[tight, None])
+            if capacity is not None:
+                has_room &= load[tight] + weights[tight, None] <= capacity[tight, None]
             score = -load[tight] if best_fit else load[tight]
             choice[tight] = np.where(has_room, score, np.inf).argmin(1)
             fits[tight] &= has_room.any(1)
@@ -231,6 +272,8 @@ def sum_per_pack(pack_ids: np.ndarray, weight: np.ndarray, num_packs: int) -> np
 
 TARGET_BALANCE = 0.995
 MAX_ROUNDS = 8
+MIN_BALANCE = 0.99  # of the heaviest pack to what it could be at best; a step below it is packed by capacity
+CAPACITY_STEP = 0.002  # the bisection of the capacity ends here
 MAX_CANDIDATES = 16  # samples of a pack that are considered; packs with more samples are balanced already
 MAX_EXCHANGES = 1 << 20  # exchanges that are evaluated at once
 

@@ -112,7 +112,8 @@ def _compute_num_samples(mixture: Mixture, length: StageLength) -> float:
     return length.max_epochs * mixture.epoch_length
 
 
-PLAN_VERSION = 2  # increase it when the same settings give other samples or packs
+PLAN_VERSION = 2  # increase it when the same settings give other samples of a step
+PACKING_VERSION = 2  # increase it when the same samples of a step give other packs
 BLOCK_SIZE = 1 << 16  # held-out samples that are packed together, and entries of an intermediate matrix
 
 Pack = tuple[int, ...]  # index rows of the samples of one micro-batch
@@ -182,6 +183,7 @@ class Plan:
             store, "steps", hash_facts(facts), lambda: sample_steps(index, self.mixture, length, seed)
         )
         facts |= {"caps": [max_tokens, max_tiles], "flops": asdict(flops), "world_size": world_size}
+        facts["packing"] = PACKING_VERSION
         packed = load_or_build(store, "packs", hash_facts(facts), self._pack_steps)
         self._pack_ids, self.accumulate_grad_batches = packed["pack"], int(packed["k"][0])
         self.num_steps = len(self._step_arrays["ends"])
