@@ -47,6 +47,7 @@ class StageName(Enum):
     dpo = "dpo"
     represent = "represent"  # BLIP-2, first stage: the Q-Former learns from images and captions
     generate = "generate"  # BLIP-2, second stage: soft prompts of a frozen language model
+    blip_pretrain = "blip_pretrain"  # BLIP: contrast with momentum encoders and a queue, matching, captions
 
 
 class LearningRateSchedule(Enum):

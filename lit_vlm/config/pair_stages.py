@@ -24,6 +24,7 @@ class PairStageConfig(StageConfig):
 
     ALLOWED: ClassVar[tuple[str, ...]] = ("weight_decay", "warmup", "min_learning_rate", "adam_betas", "adam_eps")
     HAS_NEGATIVES: ClassVar[bool] = False  # a loss that compares the pairs of a step
+    LOCAL_NEGATIVES: ClassVar[bool] = False  # its negatives are pairs of the same device
     NEEDS_MODEL: ClassVar[bool] = False  # it starts from a model at init_from
 
     trainable: list[ModelPart] = field(default_factory=list)  # empty: each of these stages trains what its paper trains
@@ -65,10 +66,30 @@ class GenerateStageConfig(PairStageConfig):
     NEEDS_MODEL: ClassVar[bool] = True
 
 
+@dataclass(kw_only=True, slots=True)
+class BlipPretrainStageConfig(PairStageConfig):
+    """Settings of BLIP's pretraining; the defaults are those of its pretrain.yaml."""
+
+    MODEL_FIELDS: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    HAS_NEGATIVES: ClassVar[bool] = True
+    LOCAL_NEGATIVES: ClassVar[bool] = True
+
+    text_encoder: str | None = None  # BERT-like masked language model in any language: hub id, folder, or "tiny"
+    feature_width: int = ranged(256, COUNT)  # width of the features that images and texts share
+    queue_size: int = ranged(57_600, COUNT)  # features of earlier steps, a multiple of data.global_batch_size
+    match_equal: bool = (
+        True  # pairs with one image or one text are no negatives; false: as published, only the own pair
+    )
+    num_candidates: int = ranged(
+        128, COUNT_OR_ZERO
+    )  # best candidates of each held-out query that are re-ranked by matching; 0: none
+
+
 # Config class of each stage that learns from pairs. `StageConfig.name` selects the functions of its room in TASKS.
 PAIR_STAGE_CONFIGS: dict[StageName, type[PairStageConfig]] = {
     StageName.represent: RepresentStageConfig,
     StageName.generate: GenerateStageConfig,
+    StageName.blip_pretrain: BlipPretrainStageConfig,
 }
 
 PAIR_STAGES = tuple(stage.value for stage in PAIR_STAGE_CONFIGS)
@@ -125,7 +146,12 @@ def find_pair_errors(config: RunConfig) -> Iterator[str]:
 def _find_model_errors(config: RunConfig, stage: PairStageConfig) -> Iterator[str]:
     if stage.NEEDS_MODEL and config.init_from is None:
         yield f"init_from is not set: stage={stage.name.value} starts from the model of the stage before, or of a release."
-    if hasattr(stage, "text_encoder"):
+    if isinstance(stage, BlipPretrainStageConfig) and config.init_from is not None:
+        yield (
+            "init_from: stage=blip_pretrain starts from parts, stage.text_encoder and model.vision_tower, which may be of a BLIP model."
+            " Take it away."
+        )
+    elif hasattr(stage, "text_encoder"):
         if config.init_from is None and stage.text_encoder is None:
             yield "stage.text_encoder is not set: give a BERT-like model, e.g. google-bert/bert-base-uncased or klue/bert-base."
         elif config.init_from is not None and stage.text_encoder is not None:
@@ -145,6 +171,17 @@ def _find_batch_errors(stage: PairStageConfig, global_batch_size: int, world_siz
         )
     if stage.HAS_NEGATIVES and global_batch_size < 2:
         yield "data.global_batch_size: matching needs a negative for each pair, so a step needs at least 2 pairs, found 1."
+    elif stage.LOCAL_NEGATIVES and global_batch_size < 2 * world_size:
+        yield (
+            f"data.global_batch_size: matching takes the negatives of a pair from its own device, so {format_count(world_size, 'device')}"
+            f" need at least {2 * world_size} pairs, found {global_batch_size:,}."
+        )
+    queue_size = getattr(stage, "queue_size", global_batch_size)
+    if queue_size % global_batch_size:
+        yield (
+            f"stage.queue_size: {queue_size:,} entries cannot be filled with whole steps of {global_batch_size:,} pairs. Choose a multiple"
+            " of data.global_batch_size."
+        )
 
 
 def _find_unread_settings(config: RunConfig, stage: PairStageConfig) -> Iterator[str]:

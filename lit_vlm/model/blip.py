@@ -19,6 +19,7 @@ from transformers import (
     BlipForImageTextRetrieval,
     BlipTextConfig,
     BlipVisionConfig,
+    BlipVisionModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
@@ -126,6 +127,15 @@ class BlipForPretraining(nn.Module):
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] by the vision tower, [B, P, C]."""
         return self.retrieval.vision_model(pixel_values=pixel_values).last_hidden_state
+
+    @property
+    def state_without_gradient(self) -> dict[str, Tensor]:
+        """Momentum encoders and queue, which training changes without a gradient."""
+        return {
+            name: value
+            for name, value in [*self.named_parameters(), *self.named_buffers()]
+            if name.startswith(("momentum.", "queue."))
+        }
 
     def update_momentum(self) -> None:
         """Move all momentum encoders by one step."""
@@ -236,27 +246,26 @@ def make_blip_config(
 
 def build_blip(
     text_encoder: str,
-    vision_config: BlipVisionConfig,
+    vision_tower: BlipVisionConfig | BlipVisionModel,
     *,
     global_batch_size: int,
     queue_size: int = QUEUE_SIZE,
     feature_width: int = 256,
     seed: int = 0,
 ) -> tuple[BlipForPretraining, PreTrainedTokenizerBase]:
-    """Build a pretraining model with a new vision tower, and its tokenizer with `[DEC]` and `[ENC]`.
+    """Build a pretraining model, and its tokenizer with `[DEC]` and `[ENC]`.
 
     Embeddings, self-attention and feed-forward layers start from the text encoder; cross-attention, projections and the
     matching head are new.
 
     Args:
         text_encoder: folder or hub id of a BERT-like masked language model in any language.
+        vision_tower: a tower, see `load_blip_vision`, or the config of a new one.
 
     Raises:
         UserError: the folder is not what is needed, or the queue is no multiple of the global batch size.
     """
-    tokenizer = load_caption_tokenizer(text_encoder)
-    if MATCHING_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [MATCHING_TOKEN]})
+    tokenizer = load_blip_tokenizer(text_encoder)
     enc_token_id = int(tokenizer.convert_tokens_to_ids(MATCHING_TOKEN))
     encoder = load_text_encoder(text_encoder, len(tokenizer), seed)
     tokens = {
@@ -264,12 +273,16 @@ def build_blip(
         "sep_token_id": tokenizer.sep_token_id,
         "eos_token_id": tokenizer.sep_token_id,
     }
+    is_config = isinstance(vision_tower, BlipVisionConfig)
+    vision_config = vision_tower if is_config else vision_tower.config
     config = make_blip_config(vision_config, encoder.config, feature_width=feature_width, **tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         retrieval = BlipForImageTextRetrieval(config)
         for layer in (retrieval.vision_proj, retrieval.text_proj, retrieval.itm_head):
             layer.reset_parameters()  # PyTorch's initialisation, as in LAVIS; transformers has another
+    if not is_config:
+        retrieval.vision_model.load_state_dict(vision_tower.state_dict())
     _copy_bert(retrieval.text_encoder, encoder.bert)
     model = BlipForPretraining(
         retrieval,
@@ -287,6 +300,18 @@ def build_blip(
     return model, tokenizer
 
 
+def load_blip_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a BERT-like text encoder, and add `[DEC]` and `[ENC]` unless they are there.
+
+    Raises:
+        UserError: a token that BLIP needs is missing.
+    """
+    tokenizer = load_caption_tokenizer(folder)
+    if MATCHING_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [MATCHING_TOKEN]})
+    return tokenizer
+
+
 def _copy_bert(target: Any, bert: Any) -> None:
     """Copy the weights of a BERT that a text model of BLIP has; it has no token types."""
     names = target.state_dict().keys()
@@ -298,13 +323,34 @@ def save_blip(model: BlipForPretraining, tokenizer: PreTrainedTokenizerBase, fol
 
     transformers' retrieval model matches the texts that it gets: put `[ENC]` in the place of their first token.
     """
-    config = model.retrieval.config
+    for name, part in (("retrieval", model.retrieval), ("captions", make_captioner(model))):
+        save_blip_part(part, tokenizer, folder / name)
+
+
+def save_blip_run(model: BlipForPretraining, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a folder that transformers loads as `BlipForImageTextRetrieval`, with the captioner in `captions` below it."""
+    with atomic_folder(folder, replace=True) as temporary:
+        save_blip_part(make_captioner(model), tokenizer, temporary / "captions")
+        _write_part(model.retrieval, tokenizer, temporary)
+
+
+def make_captioner(model: BlipForPretraining) -> BlipForConditionalGeneration:
+    """Make transformers' captioner from vision tower and text decoder, whose weights are copied."""
     with disable_transformers_logging():
-        captioner = BlipForConditionalGeneration(copy.deepcopy(config))
-        captioner.vision_model.load_state_dict(model.retrieval.vision_model.state_dict())
-        captioner.text_decoder.load_state_dict(model.text_decoder.state_dict())
-    for name, part in (("retrieval", model.retrieval), ("captions", captioner)):
-        with atomic_folder(folder / name, replace=True) as temporary, disable_transformers_logging():
-            part.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-            write_image_config(temporary, config.vision_config.image_size)
+        captioner = BlipForConditionalGeneration(copy.deepcopy(model.retrieval.config))
+    captioner.vision_model.load_state_dict(model.retrieval.vision_model.state_dict())
+    captioner.text_decoder.load_state_dict(model.text_decoder.state_dict())
+    return captioner
+
+
+def save_blip_part(part: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a model of transformers with tokenizer and image settings."""
+    with atomic_folder(folder, replace=True) as temporary:
+        _write_part(part, tokenizer, temporary)
+
+
+def _write_part(part: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    with disable_transformers_logging():
+        part.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_image_config(folder, part.config.vision_config.image_size)

@@ -20,7 +20,7 @@ from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.model.vocabulary import CHATML
 
 if TYPE_CHECKING:
-    from transformers import BertTokenizer, Blip2VisionConfig, Qwen2Tokenizer
+    from transformers import BertTokenizer, Blip2VisionConfig, BlipVisionConfig, Qwen2Tokenizer
 
 CORPUS_FILE = Path(__file__).with_name("tiny_corpus.txt")
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -73,6 +73,13 @@ def make_tiny_blip2_vision() -> Blip2VisionConfig:
     from transformers import Blip2VisionConfig
 
     return Blip2VisionConfig(**_TINY_TOWER)
+
+
+def make_tiny_blip_vision() -> BlipVisionConfig:
+    """Make the config of a tiny vision tower of BLIP, of the size of `make_vision_tower`'s."""
+    from transformers import BlipVisionConfig
+
+    return BlipVisionConfig(**_TINY_TOWER)
 
 
 def make_vision_tower(path: Path, seed: int = 0, **changes: int) -> None:

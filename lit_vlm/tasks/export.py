@@ -245,7 +245,7 @@ def write_pair_model(checkpoint: RunCheckpoint, stage: PairStageConfig, target: 
             f"{checkpoint.path}: the run started from models whose weights are others now. Bring them back: what did not train is"
             " read from there."
         )
-    model = build_pair_model(parts, stage, num_steps=1, global_batch_size=1, seed=checkpoint.seed)
+    model = build_pair_model(parts, stage, num_steps=1, global_batch_size=1, steps_per_epoch=1, seed=checkpoint.seed)
     load_trained_weights(checkpoint, model.stage.model)
     with explain_write_errors(target):
         model.save(target)

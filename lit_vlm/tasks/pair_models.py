@@ -12,10 +12,17 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lit_vlm.config.choices import StageName
-from lit_vlm.config.pair_stages import GenerateStageConfig, PairStageConfig, RepresentStageConfig
+from lit_vlm.config.pair_stages import (
+    BlipPretrainStageConfig,
+    GenerateStageConfig,
+    PairStageConfig,
+    RepresentStageConfig,
+)
 from lit_vlm.config.schema import ModelConfig, StageConfig
 from lit_vlm.data.caption_pairs import Tokenize
 from lit_vlm.files import handle_write_errors
+from lit_vlm.model.blip import build_blip, load_blip_tokenizer, save_blip_run
+from lit_vlm.model.blip_parts import load_blip_vision, make_blip_vision_config
 from lit_vlm.model.hub import disable_transformers_logging, raise_folder_errors
 from lit_vlm.model.qformer.build import (
     build_blip2,
@@ -32,9 +39,9 @@ from lit_vlm.model.qformer.generation import (
     save_blip2_generator,
     tokenize_prompted,
 )
-from lit_vlm.model.tiny import make_tiny_blip2_vision, make_tiny_parts, make_tiny_text_encoder
+from lit_vlm.model.tiny import make_tiny_blip2_vision, make_tiny_blip_vision, make_tiny_parts, make_tiny_text_encoder
 from lit_vlm.runs.run_folder import compute_parts_digest
-from lit_vlm.stages.caption_pairs import GenerateStage, PairStage, RepresentStage
+from lit_vlm.stages.caption_pairs import BlipStage, GenerateStage, PairStage, RepresentStage
 from lit_vlm.types import UserError
 
 TINY = "tiny"
@@ -115,16 +122,23 @@ def _resolve_folders(
 
 
 def build_pair_model(
-    parts: PairParts, stage: PairStageConfig, num_steps: int, global_batch_size: int, seed: int
+    parts: PairParts,
+    stage: PairStageConfig,
+    num_steps: int,
+    global_batch_size: int,
+    steps_per_epoch: int,
+    seed: int,
 ) -> PairModel:
     """Build the stage with the weights of its parts.
 
     Args:
         num_steps: optimizer steps of the run.
         global_batch_size: pairs of a step over all ranks.
+        steps_per_epoch: optimizer steps of a pass over the mixture.
     """
-    run = {"optimizer": make_optimizer_settings(stage, num_steps), "batch": global_batch_size, "seed": seed}
-    return BUILDERS[stage.name](parts, stage, **run)
+    optimizer = make_optimizer_settings(stage, num_steps)
+    options = {"batch": global_batch_size, "steps_per_epoch": steps_per_epoch, "seed": seed}
+    return BUILDERS[stage.name](parts, stage, optimizer=optimizer, **options)
 
 
 def make_optimizer_settings(stage: PairStageConfig, num_steps: int) -> dict[str, Any]:
@@ -207,7 +221,7 @@ def _get_blip2_vision(folder: str) -> Any:
     return require_model_type(folder, "model.vision_tower", "blip-2").vision_config
 
 
-def _build_represent(parts: PairParts, stage: Any, *, optimizer: dict[str, Any], batch: int, seed: int) -> PairModel:
+def _build_represent(parts: PairParts, stage: Any, *, optimizer: dict[str, Any], seed: int, **_: int) -> PairModel:
     assert isinstance(stage, RepresentStageConfig)
     if parts.whole:
         model, tokenizer = load_blip2(parts.whole, freeze_vision_tower=stage.freeze_vision_tower)
@@ -250,7 +264,7 @@ def is_generator(config: Any) -> bool:
     return "Blip2ForConditionalGeneration" in (config.architectures or [])
 
 
-def _build_generate(parts: PairParts, stage: Any, *, optimizer: dict[str, Any], batch: int, seed: int) -> PairModel:
+def _build_generate(parts: PairParts, stage: Any, *, optimizer: dict[str, Any], seed: int, **_: int) -> PairModel:
     assert parts.whole is not None
     if parts.language_model is None:
         model, tokenizer = load_blip2_generator(parts.whole)
@@ -262,11 +276,46 @@ def _build_generate(parts: PairParts, stage: Any, *, optimizer: dict[str, Any], 
     )
 
 
+# ---- BLIP
+
+
+def _resolve_blip_pretrain(stage: PairStageConfig, folders: dict[str, Any]) -> PairParts:
+    texts, tower = folders["text_encoder"], folders["vision_tower"]
+    require_positions(stage, require_text_encoder(texts).max_position_embeddings, texts)
+    if tower == TINY:
+        size = resolve_image_size(stage.image_size, make_tiny_blip_vision().image_size, tower)
+    else:
+        size = make_blip_vision_config(tower, stage.image_size).image_size
+    tokenizer = load_blip_tokenizer(texts)
+    tokenize = partial(tokenize_captions, tokenizer, max_tokens=stage.max_text_tokens)
+    return PairParts(**folders, tokenizer=tokenizer, tokenize=tokenize, image_size=size)
+
+
+def _build_blip_pretrain(
+    parts: PairParts, stage: Any, *, optimizer: dict[str, Any], batch: int, steps_per_epoch: int, seed: int
+) -> PairModel:
+    assert isinstance(stage, BlipPretrainStageConfig) and parts.text_encoder and parts.vision_tower
+    tiny = parts.vision_tower == TINY
+    model, tokenizer = build_blip(
+        parts.text_encoder,
+        make_tiny_blip_vision() if tiny else load_blip_vision(parts.vision_tower, stage.image_size),
+        global_batch_size=batch,
+        queue_size=stage.queue_size,
+        feature_width=stage.feature_width,
+        seed=seed,
+    )
+    optimizer |= {"num_candidates": stage.num_candidates, "seed": seed}
+    built = BlipStage(model, steps_per_epoch, match_equal=stage.match_equal, **optimizer)
+    return PairModel(built, partial(save_blip_run, model, tokenizer))
+
+
 RESOLVERS: dict[StageName, Callable[[PairStageConfig, dict[str, Any]], PairParts]] = {
     StageName.represent: _resolve_represent,
     StageName.generate: _resolve_generate,
+    StageName.blip_pretrain: _resolve_blip_pretrain,
 }
 BUILDERS: dict[StageName, Callable[..., PairModel]] = {
     StageName.represent: _build_represent,
     StageName.generate: _build_generate,
+    StageName.blip_pretrain: _build_blip_pretrain,
 }

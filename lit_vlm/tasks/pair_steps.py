@@ -142,7 +142,9 @@ def build_pair_stage(
     """
     assert isinstance(stage, PairStageConfig)
     plan = prepared.stage_data.training_data.make_plan(trainer.devices * trainer.num_nodes)
-    return build_pair_model(parts, stage, plan.num_steps, plan.global_batch_size or 0, seed)
+    batch_size = plan.global_batch_size or 0
+    steps_per_epoch = max(1, round(plan.mixture.epoch_length / batch_size))
+    return build_pair_model(parts, stage, plan.num_steps, batch_size, steps_per_epoch, seed)
 
 
 def make_pair_fingerprint(folder: RunFolder, parts: PairParts, prepared: PreparedData) -> RunFingerprint:

@@ -199,10 +199,8 @@ def test_a_run_reports_in_one_line_that_both_tables_are_kept(parts, tmp_path, mo
     plan = SimpleNamespace(
         num_steps=1, batch_description="1 sample", accumulate_grad_batches=1, world_size=1, index=[0]
     )
-    train_steps.show_training_summary(
-        SimpleNamespace(name="run"),
-        None,
-        SimpleNamespace(stage_data=SimpleNamespace(spec=blueprint), indexes=SimpleNamespace(held_out=[])),
-        SimpleNamespace(plan=plan, stage=SimpleNamespace(part_summary=[], model=None)),
-    )
+    prepared = SimpleNamespace(stage_data=SimpleNamespace(spec=blueprint), indexes=SimpleNamespace(held_out=[]))
+    built = SimpleNamespace(plan=plan, stage=SimpleNamespace(part_summary=[], model=None))
+    remarks = train_steps.list_remarks(prepared, built)
+    train_steps.show_training_summary(SimpleNamespace(name="run"), None, prepared, built, remarks)
     assert [line for line in messages if "two different tables" in line] == blueprint.remarks and blueprint.remarks

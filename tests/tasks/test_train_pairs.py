@@ -11,7 +11,13 @@ import pytest
 import torch
 from run_helpers import RUN, save_photos, write_data_choice
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
+from transformers import (
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+)
 from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
@@ -19,7 +25,7 @@ from lit_vlm.data.pair_data import PairBatches, PairProcessor
 from lit_vlm.evaluation.retrieval import evaluate_retrieval
 from lit_vlm.model.qformer.build import load_blip2
 from lit_vlm.model.qformer.generation import generate_captions
-from lit_vlm.stages.caption_pairs import RepresentStage
+from lit_vlm.stages.caption_pairs import BlipStage, RepresentStage
 from lit_vlm.tasks import TASKS
 from lit_vlm.tasks.export import export
 from lit_vlm.types import UserError
@@ -33,6 +39,7 @@ SMALL = [
     *(f"data.validation.sources.caption_{name}.num_samples=6" for name in ("ko", "en")),
 ]
 REPRESENT = ["experiment=tiny_blip2/1_represent", *SMALL, "stage.num_queries=4", "stage.num_candidates=3"]
+PRETRAIN = ["experiment=tiny_blip/1_pretrain", *SMALL, "stage.queue_size=32", "stage.num_candidates=3"]
 GENERATE = ["experiment=tiny_blip2/2_generate", *SMALL]
 
 
@@ -138,6 +145,23 @@ def test_a_stage_continues_from_a_folder_of_its_own_kind(root, first, second):
     assert float(read_column(again, "train/loss")[0]) < float(read_column(second, "train/loss")[0])
 
 
+@pytest.fixture(scope="module")
+def blip(root) -> Path:
+    return run(root, *PRETRAIN)
+
+
+def test_blips_pretraining_leaves_a_retrieval_model_and_a_captioner(blip):
+    for kind, folder in (
+        (BlipForImageTextRetrieval, blip / "hf"),
+        (BlipForConditionalGeneration, blip / "hf" / "captions"),
+    ):
+        model, report = kind.from_pretrained(folder, output_loading_info=True)
+        assert not report["missing_keys"] and type(model) is kind
+        assert {"[DEC]", "[ENC]"} <= AutoTokenizer.from_pretrained(folder).get_vocab().keys()
+    figures = json.loads((blip / "manifest.json").read_text(encoding="utf-8"))["figures"]
+    assert len([name for name in figures if name.startswith("val/")]) == 12
+
+
 # ---- interrupted runs
 
 
@@ -166,6 +190,17 @@ def test_an_interrupted_run_resumes_to_the_weights_and_losses_of_an_uninterrupte
     require_equal_weights(folder / "hf", first / "hf")
     for name in ("train/loss", "train/itm", "val/text_to_image_r5", "val/reranked_image_to_text_r1"):
         assert read_column(folder, name) == read_column(first, name)
+
+
+def test_an_interrupted_pretraining_resumes_with_its_queue_and_momentum_encoders(blip, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        interrupt(patch, BlipStage, 5)
+        run(tmp_path, *PRETRAIN, "checkpoint.every_steps=2")
+    folder = run(tmp_path, *PRETRAIN, "checkpoint.every_steps=2")
+    require_equal_weights(folder / "hf", blip / "hf")
+    require_equal_weights(folder / "hf" / "captions", blip / "hf" / "captions")
+    # the queue and the momentum encoders of steps 1 to 4 decide these losses
+    assert read_column(folder, "train/itc") == read_column(blip, "train/itc")
 
 
 def test_a_finished_run_stays_as_it_is(root, first, capsys):
@@ -207,6 +242,16 @@ def test_two_ranks_begin_with_the_contrast_of_one(first, tmp_path):
 # ---- wrong input
 
 WRONG_SETTINGS = {
+    (
+        "experiment=tiny_blip/1_pretrain",
+        "stage.queue_size=1000",
+    ): "1,000 entries cannot be filled with whole steps of 64 pairs",
+    ("experiment=tiny_blip/1_pretrain", "init_from=owner/blip"): "stage=blip_pretrain starts from parts",
+    (
+        "experiment=tiny_blip/1_pretrain",
+        "data.global_batch_size=2",
+        "trainer.devices=2",
+    ): "2 devices need at least 4 pairs",
     (
         "experiment=tiny_blip2/1_represent",
         "stage.text_encoder=null",
