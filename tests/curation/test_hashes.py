@@ -109,15 +109,39 @@ def test_near_hashes_are_found_as_often_as_the_tables_promise():
     pairs = match_pictures(views, np.zeros(2 * count))
     found = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
     share = sum((number, number + count) in found for number in range(count)) / count
-    assert share > 0.98  # 1 - (1 - (58/64)^20)^40 = 0.997
+    assert share > 0.98  # the tables promise 0.99
     assert all(np.bitwise_count(views[a, 0] ^ views[b, 0]) <= 10 for a, b in found)
+
+
+@pytest.mark.parametrize("num_rows", [1, 10**5, 10**6, 10**8])
+def test_more_rows_have_more_bits_and_as_many_tables_as_the_recall_needs(num_rows: int):
+    masks = matching.choose_masks(num_rows)
+    num_bits = {int(mask).bit_count() for mask in masks}
+    assert num_bits == {max(20, (num_rows - 1).bit_length() + 1)}
+    random = np.random.default_rng(2)
+    places = random.permuted(np.tile(np.arange(64, dtype=np.uint64), (5000, 1)), axis=1)[:, :6]
+    changes = np.bitwise_or.reduce(np.uint64(1) << places, axis=1)
+    found = (changes[:, None] & np.array(masks, np.uint64) == 0).any(1)
+    assert found.mean() > 0.985  # 0.99 less 3.5 standard errors
+
+
+def test_pairs_with_others_are_those_of_all_pairs_that_have_one():
+    random = np.random.default_rng(3)
+    views = np.repeat(random.integers(0, 1 << 63, (40, 1), np.uint64), NUM_VIEWS, 1)
+    views = np.concatenate([views] * 5) ^ (np.uint64(1) << random.integers(0, 63, (200, NUM_VIEWS), np.uint64))
+    brightness, others = random.uniform(0, 255, 200), np.arange(150, 160)
+    every, some = match_pictures(views, brightness), match_pictures(views, brightness, others)
+    pairs = set(zip(every.first.tolist(), every.second.tolist(), strict=True))
+    assert len(pairs) == 40 * 10  # a pair differs in at most 2 bits
+    expected = {pair for pair in pairs if set(pair) & set(others.tolist())}
+    assert set(zip(some.first.tolist(), some.second.tolist(), strict=True)) == expected
 
 
 def test_a_full_bucket_is_searched_among_the_nearest_brightness_and_counted():
     views = np.full((500, NUM_VIEWS), 7, np.uint64)
     brightness = np.linspace(0, 250, 500)
     pairs = match_pictures(views, brightness)
-    assert pairs.num_full_buckets == matching.NUM_TABLES
+    assert pairs.num_full_buckets == len(matching.choose_masks(500))
     assert {(number, number + 1) for number in range(499)} <= set(
         zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)
     )
