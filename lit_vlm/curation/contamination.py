@@ -1,12 +1,14 @@
 """Contamination: records of a mixture that have the picture or the question of a benchmark.
 
-Pictures are compared as in `duplicates`. A question is found by the share of its n-grams that a record contains: five
-characters of Hangul without its spaces, three words of other scripts. Short questions, and those that several rows of the
-benchmark share ("What is in this picture?"), say nothing and are not looked for.
+Pictures are compared as in `duplicates`, and those that show the same also by their details. A question is found, with or without
+its options, by the share of its n-grams that a record contains: five characters of Hangul without its spaces, three words of other
+scripts. Short questions, and those that several rows of the benchmark share ("What is in this picture?"), say nothing and are not
+looked for.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from lit_vlm.config.choices import Certainty
 from lit_vlm.config.curation import CurateConfig
-from lit_vlm.curation.duplicates import Evidence, confirm_views
+from lit_vlm.curation.duplicates import Evidence, PictureLoader, confirm_details, confirm_views, find_first
 from lit_vlm.curation.features import IMAGE, IMAGE_FIELDS, Features, OnProgress, fill_image
 from lit_vlm.curation.matching import match_pictures
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, ExampleRecord, choose_examples
@@ -38,6 +41,7 @@ SURE_GRAMS = 40  # of a question that is taken for a leak without its picture
 MAX_SHARING_ROWS = 2  # rows of a benchmark that may share a question
 _TEXT_COLUMNS = ("question", "captions")
 _ROWS_PER_TASK = 256
+_OPTIONS = re.compile(r"(?:\b(?i:options|choices)\b|옵션|선택지|보기)?\s*:?\s*\(?\bA\s*[:.)].*\bB\s*[:.)]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +176,8 @@ def _read_rows(
         for column in _TEXT_COLUMNS:
             if column in columns:
                 lines = row[column] if isinstance(row[column], list) else [row[column]]
-                texts += [(number, hash_grams(str(line))) for line in lines]
+                both = dict.fromkeys(text for line in lines for text in (str(line), cut_options(str(line))))
+                texts += [(number, hash_grams(text)) for text in both]
     return np.concatenate([np.zeros(0, IMAGE), *images]), places, texts, num_bad
 
 
@@ -184,6 +189,12 @@ def list_row_images(row: dict[str, Any], name: str, max_pixels: int) -> list[Byt
             values = row[column] if isinstance(row[column], list) else [row[column]]
             images += [BytesImage(value["bytes"], name, max_pixels) for value in values]
     return images
+
+
+def cut_options(question: str) -> str:
+    """Cut the options "A. ..., B. ..." from the end of a question; who copies it may write them in another form, or not at all."""
+    found = _OPTIONS.search(question)
+    return question[: found.start()] if found else question
 
 
 def hash_grams(text: str) -> np.ndarray:
@@ -224,7 +235,7 @@ def find_leaks(
     on_progress: OnProgress | None = None,
 ) -> list[Leak]:
     """Find the records that have a picture or a question of a benchmark: the surest leak of each, in the order of the records."""
-    pictures = _match_benchmark_pictures(features, benchmarks)
+    pictures = _match_benchmark_pictures(sources, features, benchmarks, workers)
     texts = _find_questions(sources, benchmarks, index_dir, min_overlap, workers, on_progress)
     starts = _find_source_starts(features, len(sources))
     best: dict[int, Leak] = {}
@@ -252,7 +263,7 @@ def _keep_best(best: dict[int, Leak], leak: Leak) -> None:
 
 
 def _match_benchmark_pictures(
-    features: Features, benchmarks: BenchmarkFeatures
+    sources: Sequence[Source], features: Features, benchmarks: BenchmarkFeatures, workers: int
 ) -> list[tuple[int, Evidence, BenchmarkPlace]]:
     """Match the pictures of the records with those of benchmarks: (record, evidence, row of the benchmark)."""
     num_images = len(features.images["views"])
@@ -274,11 +285,35 @@ def _match_benchmark_pictures(
         [],
     )
     first, second = confirm_views(both, pairs.first[crosses], pairs.second[crosses])
-    for picture, other in zip(first.tolist(), second.tolist(), strict=True):
-        found.setdefault((picture, other - num_images), Evidence.view)
+    views = list(zip(first.tolist(), (second - num_images).tolist(), strict=True))
+    for pair in _confirm_details(sources, features, benchmarks, [pair for pair in views if pair not in found], workers):
+        found[pair] = Evidence.view
     return [
         (int(owners[picture]), evidence, benchmarks.image_places[other]) for (picture, other), evidence in found.items()
     ]
+
+
+def _confirm_details(
+    sources: Sequence[Source],
+    features: Features,
+    benchmarks: BenchmarkFeatures,
+    pairs: list[tuple[int, int]],
+    workers: int,
+) -> list[tuple[int, int]]:
+    """Confirm pairs of (picture, picture of a benchmark) by their details; those of several records with one picture once."""
+    starts: dict[BenchmarkPlace, int] = {}
+    for number, place in enumerate(benchmarks.image_places):
+        starts.setdefault(place, number)
+
+    def load_other(number: int) -> Image.Image:
+        place = benchmarks.image_places[number]
+        rows = benchmarks.rows[place.benchmark]
+        return list_row_images(rows.read(place.row), place.benchmark, rows.max_pixels)[number - starts[place]].load()
+
+    firsts = find_first(features.images["content"]).tolist()
+    asked = list(dict.fromkeys((firsts[picture], other) for picture, other in pairs))
+    same = set(confirm_details(asked, PictureLoader(sources, features).load, load_other, workers))
+    return [(picture, other) for picture, other in pairs if (firsts[picture], other) in same]
 
 
 def _match_digests(pictures: np.ndarray, others: np.ndarray) -> list[tuple[int, int]]:

@@ -1,27 +1,31 @@
 """Duplicates in a mixture: the first record of each group stays, in the order of the sources.
 
 A duplicate record has the same pictures and the same turns as a record that stays. Two pictures are the same by their bytes,
-their pixels, or their view. A record is only compared with records that stay, so a chain of small changes removes nothing
+their pixels, or their view and its details. A record is only compared with records that stay, so a chain of small changes removes nothing
 that differs from what is left.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
+from PIL import Image
 
 from lit_vlm.config.choices import DuplicateKind, PictureMatch
 from lit_vlm.config.curation import CurateConfig
 from lit_vlm.curation.features import Features
 from lit_vlm.curation.matching import match_pictures, match_texts
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, choose_examples
+from lit_vlm.curation.picture_details import MIN_DETAIL, compare_details
 from lit_vlm.curation.picture_hashes import find_same_views
 from lit_vlm.curation.text_hashes import estimate_similarities
+from lit_vlm.data.index.build import map_parallel
 from lit_vlm.formatting import format_count
+from lit_vlm.types import RecordError, Source
 
 
 class Evidence(StrEnum):
@@ -35,6 +39,7 @@ class Evidence(StrEnum):
 
 
 _ORDER = tuple(Evidence)
+_PAIRS_PER_TASK = 64  # of pictures whose details are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,9 @@ class PictureGroups:
         return Evidence.view if other in self.neighbours.get(one, ()) else None
 
 
-def group_pictures(features: Features, match: PictureMatch) -> PictureGroups:
+def group_pictures(
+    sources: Sequence[Source], features: Features, match: PictureMatch, *, workers: int
+) -> PictureGroups:
     """Group all pictures of the records by bytes, pixels and view, as far as `match` asks."""
     contents = find_first(features.images["content"])
     if match is PictureMatch.bytes:
@@ -93,8 +100,9 @@ def group_pictures(features: Features, match: PictureMatch) -> PictureGroups:
     firsts = np.unique(pixels)
     pairs = match_pictures(features.images["views"][firsts], features.images["brightness"][firsts])
     first, second = confirm_views(features, firsts[pairs.first], firsts[pairs.second])
-    neighbours = defaultdict[int, list[int]](list)
-    for one, other in zip(first.tolist(), second.tolist(), strict=True):
+    views, neighbours = list(zip(first.tolist(), second.tolist(), strict=True)), defaultdict[int, list[int]](list)
+    loader = PictureLoader(sources, features)
+    for one, other in confirm_details(views, loader.load, loader.load, workers):
         neighbours[one].append(other)
         neighbours[other].append(one)
     return PictureGroups(contents, pixels, dict(neighbours), pairs.num_full_buckets)
@@ -109,6 +117,39 @@ def confirm_views(features: Features, first: np.ndarray, second: np.ndarray) -> 
         kept.append(find_same_views(features.read_thumbnails(numbers), *np.split(places, 2)))
     same = np.concatenate(kept)
     return first[same], second[same]
+
+
+class PictureLoader:
+    """Loader of the pictures of records by their number."""
+
+    def __init__(self, sources: Sequence[Source], features: Features) -> None:
+        self.sources, self.features = sources, features
+        self.owners = np.repeat(np.arange(len(features.rows)), features.rows["num_images"])
+
+    def load(self, picture: int) -> Image.Image:
+        """Load a picture. Raises RecordError if its record or its file cannot be read."""
+        features, record = self.features, int(self.owners[picture])
+        found = self.sources[features.source_ids[record]][int(features.positions[record])]
+        return found.images[picture - int(features.first_images[record])].load()
+
+
+def confirm_details(
+    pairs: list[tuple[int, int]],
+    load_first: Callable[[int], Image.Image],
+    load_second: Callable[[int], Image.Image],
+    workers: int,
+) -> list[tuple[int, int]]:
+    """Confirm pairs of pictures by their details. Returns the pairs that stay, in their order."""
+
+    def compare(pair: tuple[int, int]) -> bool:
+        try:
+            return compare_details(load_first(pair[0]), load_second(pair[1])) >= MIN_DETAIL
+        except RecordError:  # changed since it was hashed: its thumbnail decides
+            return True
+
+    tasks = [tuple(pairs[start : start + _PAIRS_PER_TASK]) for start in range(0, len(pairs), _PAIRS_PER_TASK)]
+    same = dict(map_parallel(lambda task: [compare(pair) for pair in task], tasks, workers))
+    return [pair for task in tasks for pair, is_same in zip(task, same[task], strict=True) if is_same]
 
 
 def find_first(digests: np.ndarray) -> np.ndarray:
@@ -213,10 +254,10 @@ def list_shared_pictures(features: Features, groups: PictureGroups, left_out: Se
     return [group for group in records.values() if len(group) > 1]
 
 
-def search_duplicates(mixture: CuratedMixture, settings: CurateConfig) -> CurationResult:
+def search_duplicates(mixture: CuratedMixture, settings: CurateConfig, *, workers: int) -> CurationResult:
     """Search for duplicates within and across the sources."""
     features = mixture.features
-    groups = group_pictures(features, settings.pictures)
+    groups = group_pictures(mixture.sources, features, settings.pictures, workers=workers)
     found = find_duplicates(features, groups, settings.duplicates, settings.min_similarity, mixture.is_out)
     left_out = [one.record for one in found]
     shared: list[list[int]] = []

@@ -175,11 +175,15 @@ def format_bad_rows(name: str, bad_rows: Sequence[BadRow]) -> str:
 class BenchmarkRows:
     """Rows of a benchmark by number, in the form that its task reads.
 
+    Args:
+        max_pixels: of an image that is decoded.
+
     Raises:
         UserError: a column is missing.
     """
 
     def __init__(self, name: str, benchmark: Benchmark, rows: Rows, image_root: Path | None, max_pixels: int) -> None:
+        self.max_pixels = max_pixels
         self._rows, self._reader = rows, _RowReader(name, benchmark, rows, image_root, max_pixels)
 
     def __len__(self) -> int:

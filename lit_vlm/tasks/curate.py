@@ -129,7 +129,7 @@ def curate(run: Run) -> None:
 def curate_duplicates(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
     """Search for duplicates within and across the sources."""
     mixture = inputs.hash_records()
-    return mixture, search_duplicates(mixture, inputs.settings)
+    return mixture, search_duplicates(mixture, inputs.settings, workers=inputs.workers)
 
 
 def curate_contamination(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:

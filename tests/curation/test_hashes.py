@@ -4,11 +4,12 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from skimage import data as photos
 
 from lit_vlm.curation import matching
 from lit_vlm.curation.matching import iterate_ranges, match_pictures, match_texts
+from lit_vlm.curation.picture_details import MIN_DETAIL, compare_details
 from lit_vlm.curation.picture_hashes import NUM_VIEWS, find_same_views, hash_picture
 from lit_vlm.curation.text_hashes import (
     NUM_PERMUTATIONS,
@@ -95,6 +96,42 @@ def test_the_digest_of_pixels_depends_on_every_pixel_and_on_the_shape():
     }
     assert len(digests) == 3
     assert hash_picture(Image.fromarray(pixels.copy())).pixels.tobytes() in digests
+
+
+def write_page(*lines: str, size=(220, 160)) -> Image.Image:
+    """Write lines of text as large as on a small form."""
+    page = Image.new("RGB", size, (236, 236, 244))
+    pen = ImageDraw.Draw(page)
+    for number, line in enumerate(lines):
+        pen.text((8, 10 + 36 * number), line, fill=(30, 30, 60), font=ImageFont.load_default(18))
+    return page
+
+
+PAGE = ("Name: Sam", "Date: 2022-05-12", "City: Cairo", "Total: $3,500")
+
+
+@pytest.mark.parametrize("line", range(len(PAGE)))
+def test_pages_of_one_layout_differ_by_the_details_of_any_line(line):
+    others = ("Name: Eva", "Date: 2028-07-26", "City: Lima", "Total: $9,870")
+    changed = write_page(*(others[number] if number == line else text for number, text in enumerate(PAGE)))
+    assert compare_details(write_page(*PAGE), changed) < MIN_DETAIL
+
+
+@pytest.mark.parametrize("picture", [write_page(*PAGE), PHOTO], ids=["page", "photo"])
+def test_the_details_of_a_copy_agree(picture):
+    width, height = picture.size
+    half = reencode(picture.resize((width // 2, height // 2), Image.Resampling.BICUBIC), 80)
+    assert compare_details(picture, reencode(picture, 40)) > 0.9
+    assert compare_details(picture, half) > 0.9
+    for share in (0.95, 0.97, 0.99):
+        left, top = round(0.4 * (1 - share) * width), round(0.6 * (1 - share) * height)
+        crop = picture.crop((left, top, left + round(share * width), top + round(share * height)))
+        assert compare_details(picture, reencode(crop, 85)) >= MIN_DETAIL
+        assert compare_details(reencode(crop, 85), picture) >= MIN_DETAIL
+
+
+def test_pictures_without_details_are_compared_by_their_thumbnails_alone():
+    assert compare_details(Image.new("RGB", (50, 9), "white"), Image.new("RGB", (400, 300), "black")) == 1.0
 
 
 def test_near_hashes_are_found_as_often_as_the_tables_promise():

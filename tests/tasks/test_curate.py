@@ -20,6 +20,7 @@ from run_helpers import (
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.curation import features
+from lit_vlm.curation.contamination import cut_options
 from lit_vlm.types import UserError
 
 QUESTION, ANSWER = "<image>\n무엇이 보이나요?", "사진이 보입니다."
@@ -225,6 +226,37 @@ def test_pictures_and_questions_of_a_benchmark_are_found_with_their_certainty(le
     assert page.count("data:image/") == 2 + 2 + 1 + 1  # a picture of both where the record has one
     selection = json.loads((output / "mine.selection.json").read_text())
     assert selection["left_out"] == [[1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("question", "stem"),
+    [
+        ("Which is it?\nOptions: A: A suitcase., B: A cat., C: A dog., D: None", "Which is it?"),
+        ("무엇인가요?\n옵션: A: 가방, B: 고양이", "무엇인가요?"),
+        ("Which is it?\n(A) A suitcase (B) A cat", "Which is it?"),
+        ("A. Smith painted it. When?", "A. Smith painted it. When?"),
+        ("Is it vitamin a. or b. here?", "Is it vitamin a. or b. here?"),
+    ],
+)
+def test_the_options_of_a_question_are_cut(question, stem):
+    assert cut_options(question).rstrip() == stem
+
+
+def test_a_question_whose_options_were_left_out_is_found(tmp_path):
+    question = "Which of the two small red boats that lie at the northern pier of the harbour has the taller mast?"
+    rows = make_rows("mmstar", 2)
+    rows[0]["question"] = (
+        f"{question}\nOptions: A: the left one, B: the right one, C: both are equal, D: neither has any"
+    )
+    write_parquet(rows, tmp_path / "benchmarks" / "mmstar" / "val.parquet")
+    photos = save_photos(tmp_path / "photos")
+    records = [make_llava_record(f"<image>\nLook closely. {question} Answer shortly.", "Left.", id="leak", image="고양이.png")]
+    path = write_records(tmp_path / "rows.json", records)
+    overrides = ["data=llava_json", f"data.sources.mine.path={path}", f"data.sources.mine.image_root={photos}"]
+    overrides += ["curate.method=contamination", f"evaluate.files={tmp_path / 'benchmarks'}", "benchmarks=[mmstar]"]
+    output = run_curate(tmp_path, *overrides)
+    lines = read_lines(output / "left_out.jsonl")
+    assert [(one["row"], one["certainty"], one["overlap"]) for one in lines] == [(0, "possible", 1.0)]
 
 
 def test_the_least_certainty_decides_what_goes(leaked):
