@@ -360,6 +360,15 @@ TEXTS = {
     "no one direction": "뚜렷한 방향 없음",
     "lower is better": "낮을수록 좋음",
     "higher is better": "높을수록 좋음",
+    "Contamination": "벤치마크 오염",
+    "Not compared with benchmarks: evaluate.files is not set.": "벤치마크와 비교하지 않았습니다. evaluate.files가 없습니다.",
+    "{records} compared with the pictures and questions of these benchmarks.": "{records}를 다음 벤치마크의 그림과 질문에 대조했습니다.",
+    "benchmark": "벤치마크",
+    "rows": "행",
+    "certain": "확실",
+    "likely": "유력",
+    "possible": "가능",
+    "{count} cannot be read": "{count}개를 읽을 수 없음",
     # curation
     "picture of {origin}": "{origin}의 그림",
     "Sources": "소스",
@@ -413,6 +422,9 @@ TEXTS = {
 # Finished texts: findings, notes and errors. `translate` finds them by the words around their values.
 SENTENCES = {
     # findings of preflight
+    "{count} a picture or a question of a benchmark ({names}), so its scores would count what was trained on.": "{count} 벤치마크({names})의 그림이나 질문이 있어, 그 점수는 학습한 것을 세게 됩니다.",
+    "Leave them out: task=curate curate.method=contamination with the same settings, then data.drop_contaminated=true.": "빼려면 같은 설정으로 task=curate curate.method=contamination을 실행한 뒤 data.drop_contaminated=true로 하세요.",
+    "evaluate.files={files}: no benchmark could be read, so the data were compared with none.": "evaluate.files={files}: 읽을 수 있는 벤치마크가 없어 데이터를 비교하지 못했습니다.",
     "Fix them, or set such records aside with data.on_bad_record=quarantine.": "레코드를 고치거나, data.on_bad_record=quarantine으로 제외하세요.",
     "Fix them, or allow more with data.max_quarantined=<share>.": "레코드를 고치거나, data.max_quarantined=<비율>로 더 허용하세요.",
     "The page shows the first of each fault.": "문제마다 첫 레코드가 페이지에 있습니다.",

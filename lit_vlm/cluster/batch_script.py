@@ -26,7 +26,7 @@ NETWORK_HINTS = """\
 
 @dataclass(frozen=True, slots=True)
 class SlurmJob:
-    """Slurm job of a run, or of the workers of a sweep.
+    """Slurm job of a run, or of an array of workers.
 
     Attributes:
         name: run name, e.g. "varco_vision_14b/2_sft".
@@ -38,8 +38,10 @@ class SlurmJob:
         overrides: overrides after `python run.py`.
         working_dir: folder that relative paths in the overrides start from.
         staged_paths: files and folders to copy to the local disks of the nodes, if `submit.stage_to` is set.
-        num_workers: number of sweep workers, one element of a job array each; every worker starts its own trials. None: the
-            job is a single run.
+        num_workers: number of workers, one element of a job array each, as those of a sweep, which start their own trials. None:
+            the job is a single run.
+        worker_key: setting that tells a worker its index in the array.
+        written_by: task that writes the script, for its first line; None: submit, or sweep for workers.
     """
 
     name: str
@@ -53,6 +55,8 @@ class SlurmJob:
     working_dir: Path
     staged_paths: list[Path]
     num_workers: int | None = None
+    worker_key: str = "trials.worker"
+    written_by: str | None = None
 
     @property
     def script_path(self) -> Path:
@@ -66,7 +70,7 @@ class SlurmJob:
 
 def render_batch_script(job: SlurmJob) -> str:
     """Render the batch script as text."""
-    task = "submit" if job.num_workers is None else "sweep"
+    task = job.written_by or ("submit" if job.num_workers is None else "sweep")
     parts = [
         f"#!/bin/bash\n# {to_one_line(job.name)}: written by task={task}. Edit it and `sbatch` it by hand if you like.",
         "\n".join(f"#SBATCH {option}" for option in _iter_sbatch_options(job)),
@@ -156,9 +160,9 @@ def build_step_command(cpus_per_task: int, overrides: list[str]) -> list[str]:
 
 
 def _render_worker_command(job: SlurmJob) -> str:
-    """Render the command of a sweep worker. It replaces the shell and gets its signals. Slurm sets its array index."""
+    """Render the command of a worker. It replaces the shell and gets its signals. Slurm sets its array index."""
     program = f"exec {_get_python(job.submit)} {shlex.quote(str(PROJECT_ROOT / 'run.py'))}"
-    overrides = [*map(shlex.quote, job.overrides), 'trials.worker="$SLURM_ARRAY_TASK_ID"']
+    overrides = [*map(shlex.quote, job.overrides), f'{job.worker_key}="$SLURM_ARRAY_TASK_ID"']
     return 'trap "" USR1 USR2  # until Python listens\n' + _join_lines([program, *overrides])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lit_vlm.config.choices import BalanceGroup, Certainty, CurationMethod, DuplicateKind, PictureMatch, TextRule
-from lit_vlm.config.ranges import COSINE, COUNT, COUNT_OR_ZERO, GRID, SHARE, SHARE_ABOVE_0, ranged
+from lit_vlm.config.ranges import COSINE, COUNT, COUNT_OR_ZERO, GRID, NODES, SHARE, SHARE_ABOVE_0, ranged
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,6 +70,10 @@ class CurateConfig:
     """Settings of task=curate: find records of data.sources that should not be trained on, and select the others."""
 
     method: CurationMethod = CurationMethod.duplicates
+    slurm: int | None = ranged(
+        None, NODES
+    )  # hash the records in so many jobs of a Slurm array, with submit.*, then search in one more; null: on this machine
+    worker: int | None = ranged(None, COUNT_OR_ZERO)  # index of this job in the array, set by its script
     output: str | None = None  # folder of selections, lists and page; null: <run folder>/<method>
     duplicates: DuplicateKind = DuplicateKind.rows  # method=duplicates: which records are duplicates
     pictures: PictureMatch = PictureMatch.perceptual  # how far two pictures may differ and still be the same
@@ -96,3 +100,8 @@ SECTIONS = {
     CurationMethod.prune: "prune",
     CurationMethod.capfilt: "capfilt",
 }
+
+
+def get_contamination_selection(run_dir: str, name: str) -> str:
+    """Return the file in which a search for contamination leaves the selection of a source, unless curate.output says otherwise."""
+    return f"{run_dir}/curate/{CurationMethod.contamination.value}/{name}.selection.json"

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from lit_vlm.config.choices import BalanceGroup, CurationMethod
 from lit_vlm.config.curation import SECTIONS, BalanceConfig, CurateConfig
 from lit_vlm.config.schema import RunConfig
+from lit_vlm.config.slurm_options import find_submit_errors
 from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.types import Language, SampleKind, find_nearest, format_suggestion
+
+HASHING_METHODS = (CurationMethod.duplicates, CurationMethod.contamination)
 
 
 def find_curate_errors(config: RunConfig) -> Iterator[str]:
@@ -16,6 +19,9 @@ def find_curate_errors(config: RunConfig) -> Iterator[str]:
     curate = config.curate
     if not config.data.sources:
         yield "data.sources: is empty; task=curate reads the sources of a mixture, e.g. data=own with data.sources."
+    if config.data.drop_contaminated:
+        yield "data.drop_contaminated: has no effect here, task=curate looks at all records. It belongs to the run that trains."
+    yield from _find_slurm_errors(config)
     for method, section in SECTIONS.items():
         group = getattr(curate, section)
         if method is not curate.method and group != type(group)():
@@ -37,6 +43,21 @@ def find_curate_errors(config: RunConfig) -> Iterator[str]:
         yield from _find_capfilt_errors(config)
     elif curate.model is not None:
         yield f"curate.model: is read with curate.method=prune and capfilt only, and the method is {curate.method.value}."
+
+
+def _find_slurm_errors(config: RunConfig) -> Iterator[str]:
+    curate = config.curate
+    if curate.slurm is None:
+        if curate.worker is not None:
+            yield "curate.worker: is one of curate.slurm=<jobs>, which is not set."
+        return
+    if curate.method not in HASHING_METHODS:
+        yield f"curate.slurm: shares the hashing of pictures, and curate.method={curate.method.value} hashes none. Take it away."
+    if curate.worker is not None and curate.worker >= curate.slurm:
+        yield f"curate.worker={curate.worker}: there are curate.slurm={curate.slurm} jobs, numbered from 0."
+    if config.submit.container is not None:
+        yield "submit.container: the jobs of curate.slurm start on the node itself; leave it out."
+    yield from find_submit_errors(config)
 
 
 def find_balance_errors(balance: BalanceConfig) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lit_vlm.config.choices import Task
 from lit_vlm.config.endpoint_validation import find_endpoint_errors
 from lit_vlm.config.schema import RunConfig
 from lit_vlm.evaluation.benchmarks import BENCHMARKS, JudgeUse, list_harness_tasks
@@ -54,7 +55,8 @@ def find_evaluate_errors(config: RunConfig) -> Iterator[str]:
 def find_training_benchmark_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each benchmark that a stage cannot be scored on while it trains."""
     names = config.benchmarks
-    if names and config.evaluate.every_steps is None:
+    compares = config.task is Task.preflight and config.evaluate.files is not None  # the data, with these benchmarks
+    if names and config.evaluate.every_steps is None and not compares:
         yield (
             f"benchmarks: is read with task=evaluate, or with evaluate.every_steps=<steps> while a stage trains, and task is"
             f" {config.task.value}. Write one of them, or leave benchmarks out."
@@ -66,7 +68,7 @@ def find_training_benchmark_errors(config: RunConfig) -> Iterator[str]:
         if name not in BENCHMARKS:
             nearest = format_suggestion(find_nearest(name, BENCHMARKS))
             yield f"benchmarks: while a stage trains, there is no {name}; there are {', '.join(BENCHMARKS)}.{nearest}"
-        elif BENCHMARKS[name].judge is JudgeUse.needed:
+        elif config.evaluate.every_steps is not None and BENCHMARKS[name].judge is JudgeUse.needed:
             yield f"benchmarks: {name} is scored by a judge, which no stage asks while it trains. Score it with task=evaluate."
 
 

@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from lit_vlm.config.choices import Format, Task
 from lit_vlm.config.compose import compose_config, compute_defaults_list, is_group_choice, list_groups
+from lit_vlm.config.curation import get_contamination_selection
 from lit_vlm.config.key_validation import find_choice_errors, find_file_errors, find_override_errors
 from lit_vlm.config.overrides import (
     ConfigError,
@@ -213,6 +214,9 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     if model.new_tokens_from is not None:
         model.new_tokens_from = _make_absolute(model.new_tokens_from)
     config.run_dir = _make_absolute(config.run_dir)
+    if config.data.drop_contaminated:
+        for name, source in config.data.sources.items():
+            source.selection = source.selection or get_contamination_selection(config.run_dir, name)
     if config.init_from is not None and "://" not in config.init_from:  # an endpoint's URL stays as it is
         config.init_from = resolve_model_name(config.init_from)
     for name in ("files", "environment"):

@@ -201,6 +201,7 @@ class DataConfig:
         1.0, ABOVE_0
     )  # without weights: sources are weighted by size^(1/temperature); 1: by size; large: equally
     share: ShareConfig = field(default_factory=ShareConfig)
+    drop_contaminated: bool = False  # leave out the records that task=curate with curate.method=contamination found
     lock: str | None = None  # a mixture.lock; if the data differ from it, the run stops and reports the differences
     index_dir: str | None = None  # folder of indexes and plans; null: run_dir/index
     index_workers: int | None = ranged(None, PROCESSES)  # processes that build an index; null: one per CPU
@@ -666,7 +667,7 @@ class RunConfig:
     view: ViewConfig = field(default_factory=ViewConfig)
     benchmarks: list[str] = field(
         default_factory=list
-    )  # task=evaluate: benchmarks, or tasks of lmms-eval; training with evaluate.every_steps: benchmarks without a judge; task=curate
+    )  # task=evaluate: benchmarks, or tasks of lmms-eval; training with evaluate.every_steps: benchmarks without a judge; task=curate, preflight
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)

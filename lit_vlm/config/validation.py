@@ -70,7 +70,7 @@ def find_other_task_errors(config: RunConfig) -> Iterator[str]:
         ("sync", config.sync, Task.sync),
         ("benchmarks", config.benchmarks and config.task not in benchmark_tasks, Task.evaluate),
         ("trials.dry_run", config.trials.dry_run, Task.sweep),
-        ("submit.dry_run", config.submit.dry_run, Task.submit),
+        ("submit.dry_run", config.submit.dry_run and not config.curate.slurm, Task.submit),
         ("demo.compare_with", config.demo.compare_with, Task.demo),
         ("view.curated", config.view.curated, Task.view),
         ("judge.answers", config.judge.answers, Task.judge),

@@ -172,6 +172,33 @@ def make_text_features(sources: Sequence[Source], errors: dict[int, str]) -> Fea
     return Features(source_ids, positions, rows, np.zeros(len(positions), np.int64), images, [], named)
 
 
+def hash_share(
+    sources: Sequence[Source],
+    index_dir: Path,
+    number: int,
+    count: int,
+    *,
+    workers: int,
+    on_progress: OnProgress | None = None,
+) -> tuple[int, int]:
+    """Compute the features of the shards that are one job's share: the shard `number` of all, and each `count`-th after it.
+
+    Jobs side by side write different files, so none waits for another. `compute_features` joins what they wrote.
+
+    Returns:
+        Number of its shards, and of all shards.
+    """
+    shards = [
+        shard for source_id, source in enumerate(sources) for shard in list_shard_ranges(source_id, source, index_dir)
+    ]
+    own = shards[number::count]
+    results = map_parallel(partial(_update_shard, sources, FeatureStore(index_dir)), own, workers)
+    for done, _ in enumerate(results, 1):
+        if on_progress:
+            on_progress("blocks of records", done, len(own))
+    return len(own), len(shards)
+
+
 def _update_shard(sources: Sequence[Source], store: FeatureStore, shard: ShardRange) -> dict[int, str]:
     """Bring the features of a shard up to date. Returns the messages of records that cannot be read."""
     source, known = sources[shard.source_id], store.read(shard)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from lit_vlm.config.choices import CurationMethod
+from lit_vlm.config.schema import DataConfig
 from lit_vlm.data.subsets import PositionSubset, find_runs
 from lit_vlm.files import read_json, write_json
 from lit_vlm.formatting import format_count
@@ -120,6 +122,25 @@ def check_selection(selection: Selection, source: Source, setting: str) -> None:
     """Raise UserError unless a selection was made of these records."""
     if reason := describe_changed_rows(selection.identity, source):
         raise UserError(f"{setting}: {reason}. Run task=curate again, or take the selection away.")
+
+
+def require_contamination_search(data: DataConfig) -> None:
+    """Raise UserError if `data.drop_contaminated` is set and a selection of a training source is of no search for contamination."""
+    if not data.drop_contaminated:
+        return
+    remedy = (
+        "Look for rows of benchmarks first, with the same data settings: python run.py task=curate curate.method=contamination"
+        " evaluate.files=<folder of the benchmarks> ... Or take data.drop_contaminated away."
+    )
+    for name, source in data.sources.items():
+        assert source.selection is not None  # the parser sets it
+        path, setting = Path(source.selection), f"data.sources.{name}.selection"
+        if not path.is_file():
+            raise UserError(f"data.drop_contaminated: there is no {path}. {remedy}")
+        if CurationMethod.contamination.value not in read_selection(path, setting).passes:
+            raise UserError(
+                f"data.drop_contaminated: {setting}={path} is of another search, so rows of benchmarks are still in it. {remedy}"
+            )
 
 
 def describe_changed_rows(known: RowsIdentity, source: Source) -> str:

@@ -9,36 +9,29 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from lit_vlm.curation.mixture import ResultTable, ScoreDistribution
+from lit_vlm.curation.mixture import Example, ResultTable, ScoreDistribution
 from lit_vlm.messages import translate
 from lit_vlm.reports.charts import draw_histogram
+from lit_vlm.reports.curation_examples import CurationExample, ShownRecord
 from lit_vlm.reports.preflight.facts import Histogram
 from lit_vlm.reports.preflight.samples import encode_data_url
 from lit_vlm.reports.preflight.statistics import compute_summary_stats
 from lit_vlm.reports.templates import PageTemplate, write_page
 from lit_vlm.types import LazyImage, RecordError
 
+__all__ = [
+    "CurationExample",
+    "CurationPage",
+    "ShownRecord",
+    "SourceCounts",
+    "show_examples",
+    "show_record",
+    "write_curation_page",
+]
+
 MAX_TEXT = 400  # characters of the turns of an example
 MAX_PICTURES = 2
 NUM_BINS = 40
-
-
-@dataclass(frozen=True, slots=True)
-class ShownRecord:
-    """Record on the page: where it is, its turns, and its pictures as data URLs."""
-
-    title: str
-    origin: str
-    text: str
-    pictures: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class CurationExample:
-    """Records side by side, with the reason why they are shown together."""
-
-    reason: str
-    records: tuple[ShownRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +103,17 @@ def show_record(title: str, origin: str, text: str, images: Sequence[LazyImage])
             continue
     shown = text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
     return ShownRecord(title, origin, shown, tuple(pictures))
+
+
+def show_examples(examples: Sequence[Example]) -> list[CurationExample]:
+    """Prepare examples for the page."""
+    return [
+        CurationExample(
+            example.reason,
+            tuple(show_record(one.title, one.origin, one.text, one.images) for one in example.records),
+        )
+        for example in examples
+    ]
 
 
 def write_curation_page(path: Path, page: CurationPage) -> None:

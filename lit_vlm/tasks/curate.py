@@ -25,7 +25,7 @@ from lit_vlm.curation.capfilt import (
 from lit_vlm.curation.concepts import read_concepts
 from lit_vlm.curation.contamination import read_benchmarks, search_leaks
 from lit_vlm.curation.duplicates import search_duplicates
-from lit_vlm.curation.features import Features, compute_features, make_text_features
+from lit_vlm.curation.features import Features, compute_features, hash_share, make_text_features
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, mark_left_out, require_readable
 from lit_vlm.curation.personal_data import collect_personal_data, require_packages, search_sources
 from lit_vlm.curation.prune import prune_captions, read_captions, score_captions
@@ -40,9 +40,11 @@ from lit_vlm.data.selection import (
 from lit_vlm.data.sources import choose_all_records, open_source
 from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.fault_tolerance.run_lock import RunLock
+from lit_vlm.formatting import format_count
 from lit_vlm.model.image_text import load_blip_matcher, load_captioner, load_scorer
 from lit_vlm.runs.run_folder import to_plain
 from lit_vlm.tasks.curate_results import OUTPUT_KEY, require_same_request, show_results, write_results
+from lit_vlm.tasks.submit import make_hashing_job, submit_curation
 from lit_vlm.tasks.terminal import say, show_progress
 from lit_vlm.types import Source, UserError, flatten
 
@@ -117,13 +119,41 @@ def curate(run: Run) -> None:
         config.data.index_workers or os.cpu_count() or 1,
         config.seed,
     )
+    if settings.worker is not None:
+        hash_own_share(inputs)
+        return
     request = make_request(inputs)
+    if settings.slurm is not None:
+        require_same_request(output, request, overwrite=config.overwrite)
+        submit_curation(
+            make_hashing_job(
+                f"{run.name}/{settings.method.value}",
+                output,
+                run.overrides,
+                config.submit,
+                config.trainer,
+                config.data,
+                config.run_dir,
+                settings.slurm,
+            )
+        )
+        return
     with RunLock(output, f"Wait for it, or write elsewhere with {OUTPUT_KEY}=...") as run_lock:
         run_lock.acquire()
         require_same_request(output, request, overwrite=config.overwrite)
         mixture, result = SEARCHES[settings.method](inputs)
         write_results(output, mixture, result, settings, request)
     show_results(output, mixture, result, settings)
+
+
+def hash_own_share(inputs: CurationInputs) -> None:
+    """Hash the share of the records that is that of this job of the array."""
+    settings = inputs.settings
+    assert settings.worker is not None and settings.slurm is not None
+    with show_progress("hash") as on_progress:
+        options: dict[str, Any] = {"workers": inputs.workers, "on_progress": on_progress}
+        own, total = hash_share(inputs.sources, inputs.index_dir, settings.worker, settings.slurm, **options)
+    say(f"job {settings.worker} of {settings.slurm}: hashed {own} of {format_count(total, 'block')} of records")
 
 
 def curate_duplicates(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
@@ -320,7 +350,7 @@ def make_request(inputs: CurationInputs) -> dict[str, Any]:
     """Make the description of a search: its settings, and the digests of all that it reads, as JSON values."""
     used, method = to_plain(asdict(inputs.settings)), inputs.settings.method
     own = SECTIONS.get(method)
-    hidden = {"output", "num_shown", "model", "batch_size", *SECTIONS.values()}
+    hidden = {"output", "num_shown", "slurm", "worker", "model", "batch_size", *SECTIONS.values()}
     names = ("method", own) if own else [name for name in used if name not in hidden]
     if method in (CurationMethod.prune, CurationMethod.capfilt):
         names = (*names, "model")

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from lit_vlm.config.choices import CurationMethod
 from lit_vlm.config.curation import CurateConfig
-from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example
+from lit_vlm.curation.mixture import CuratedMixture, CurationResult
 from lit_vlm.data.generated import GENERATED_SUFFIX, write_generated
 from lit_vlm.data.selection import SELECTION_SUFFIX, write_selection
 from lit_vlm.files import atomic_write, read_json, write_json
 from lit_vlm.formatting import format_count
-from lit_vlm.reports.curation import CurationExample, CurationPage, SourceCounts, show_record, write_curation_page
+from lit_vlm.reports.curation import CurationPage, SourceCounts, show_examples, write_curation_page
 from lit_vlm.runs.run_folder import get_command_line
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
@@ -118,17 +118,6 @@ def write_results(
         },
         indent=2,
     )
-
-
-def show_examples(examples: Sequence[Example]) -> list[CurationExample]:
-    """Prepare examples for the page."""
-    return [
-        CurationExample(
-            example.reason,
-            tuple(show_record(one.title, one.origin, one.text, one.images) for one in example.records),
-        )
-        for example in examples
-    ]
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:

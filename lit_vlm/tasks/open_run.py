@@ -9,6 +9,7 @@ from typing import Any
 from lit_vlm.checkpoint.folder import CheckpointFolder
 from lit_vlm.config.schema import DataConfig
 from lit_vlm.data.quarantine import find_wrong_image_roots
+from lit_vlm.data.selection import require_contamination_search
 from lit_vlm.data.sources import open_source
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.loggers.tracker import RunTracker
@@ -94,6 +95,7 @@ def open_sources(data: DataConfig, place: RunPlace, seed: int) -> Sources:
         UserError: the run folder cannot be written, a source cannot be opened, or all images of a source are missing.
     """
     require_writable(place.dir)
+    require_contamination_search(data)
     options: dict[str, Any] = {
         "max_image_pixels": data.max_image_pixels,
         "seed": seed,

@@ -33,6 +33,7 @@ from lit_vlm.data.packing.mixture_lock import compare_locks, read_lock
 from lit_vlm.data.packing.mixture_shares import resolve_amounts
 from lit_vlm.data.packing.plan import Plan
 from lit_vlm.data.quarantine import find_wrong_image_roots
+from lit_vlm.data.selection import require_contamination_search
 from lit_vlm.data.sources import open_source
 from lit_vlm.data.training_data import TrainingData
 from lit_vlm.formatting import format_count
@@ -91,6 +92,11 @@ def open_valid_sources(
     data: DataConfig, index_dir: Path, seed: int, facts: PreflightFacts
 ) -> tuple[dict[str, Source], dict[str, Source]]:
     """Open the training and validation sources, by name. A source that cannot be opened becomes a finding."""
+    try:
+        require_contamination_search(data)
+    except UserError as error:  # the selections are wrong alike, so none is opened
+        facts.findings.append(Finding(Severity.failure, str(error)))
+        return {}, {}
 
     def open_each(table: dict[str, SourceConfig], held_out: bool) -> dict[str, Source]:
         sources = {}
@@ -371,6 +377,14 @@ def run_preflight(run: Run) -> None:
             facts.parts = list_parts(measured.part_summary, stage)
             _estimate_disk(place, measured.parameters, config.checkpoint, trainer.precision, facts)
             _estimate_resources(measured, plan, stage, trainer, preflight, facts)
+        if indexes is not None and config.evaluate.files is not None:
+            from lit_vlm.tasks.preflight_contamination import check_contamination  # hashes of pictures: half a second
+
+            files, looked_at = Path(config.evaluate.files), stage_data.training_data.sources
+            with collect_errors(facts):
+                check_contamination(
+                    files, config.benchmarks, looked_at, place.index_dir, data, preflight.num_shown, facts
+                )
         facts.findings += collect_findings(facts, data, stage, trainer.precision)
         if indexes is not None and len(indexes.training):
             index = plan.index if plan is not None else indexes.training

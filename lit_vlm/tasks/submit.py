@@ -17,7 +17,7 @@ from lit_vlm.cluster.slurm import build_sbatch_command, get_job_state, require_s
 from lit_vlm.config import ConfigError, Run, build_stage_overrides, is_pipeline, list_stages, parse
 from lit_vlm.config.choices import Format
 from lit_vlm.config.overrides import get_override_key, quote_value
-from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig, TrialsConfig
+from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig, SubmitConfig, TrainerConfig, TrialsConfig
 from lit_vlm.config.slurm_options import get_cpus_per_task
 from lit_vlm.data.readers.record_files import find_pattern_folder, is_pattern
 from lit_vlm.fault_tolerance.signals import postpone_signals
@@ -96,8 +96,13 @@ def find_source_errors(data: DataConfig, run_dir: str, seed: int) -> list[str]:
 
     They are opened as the job opens them: files, format, first record. Datasets of the hub are not looked up.
     """
+    from lit_vlm.data.selection import require_contamination_search
     from lit_vlm.data.sources import open_source
 
+    try:
+        require_contamination_search(data)
+    except UserError as error:
+        return [str(error)]
     errors = list[str]()
     cache = Path(data.index_dir) if data.index_dir else Path(run_dir) / "index"
     options: dict[str, Any] = {"max_image_pixels": data.max_image_pixels, "seed": seed, "cache": cache}
@@ -321,3 +326,62 @@ def find_queued_workers(folder: Path) -> str | None:
     except (KeyError, TypeError):
         return None
     return number if get_job_state(number) else None
+
+
+def submit_curation(hashing: SlurmJob) -> None:
+    """Submit the job array that hashes the records of a curation, and the job that searches after it; in a dry run, show both.
+
+    Raises:
+        UserError: there is no Slurm here, the folder cannot be written, or sbatch refused (with its message).
+    """
+    dry_run, folder = hashing.submit.dry_run, hashing.folder
+    if not dry_run:
+        require_slurm("curate.slurm", "leave curate.slurm out to search here", "sbatch")
+    require_writable(folder)
+    search = replace(
+        hashing,
+        name=f"{hashing.name}/search",
+        folder=folder / "search",
+        overrides=[text for text in hashing.overrides if get_override_key(text) != "curate.slurm"],
+        num_workers=None,
+    )
+    first = _submit_job(hashing, None)
+    second = _submit_job(search, first)
+    if not dry_run:
+        say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(folder))}/slurm-*.log")
+        say(f"Stop:    scancel {first} {second}  (what is hashed stays). The same command submits what is left.")
+
+
+def make_hashing_job(
+    name: str,
+    folder: Path,
+    overrides: list[str],
+    submit: SubmitConfig,
+    trainer: TrainerConfig,
+    data: DataConfig,
+    run_dir: str,
+    num_workers: int | None,
+) -> SlurmJob:
+    """Make the Slurm job array whose elements hash one share of the records each.
+
+    Args:
+        name, folder: of the results; the folder gets the scripts and the logs.
+        overrides: of the curation.
+    """
+    cpus = submit.cpus_per_task or data.index_workers or 1 + data.num_workers
+    kept = [text for text in overrides if not get_override_key(text).startswith("submit.")]
+    return SlurmJob(
+        name,
+        folder,
+        submit,
+        replace(trainer, accelerator="cpu", devices=1, num_nodes=1, num_threads=1),
+        cpus,
+        list_run_folders(run_dir, data.index_dir),
+        [],
+        kept if data.index_workers is not None else [*kept, f"data.index_workers={cpus}"],
+        Path.cwd(),
+        list_files_to_stage(data) if submit.stage_to else [],
+        num_workers=num_workers,
+        worker_key="curate.worker",
+        written_by="curate",
+    )

@@ -1,12 +1,10 @@
 """Tests of task=curate: duplicates and rows of benchmarks in a small mixture, and a run that trains on the selection."""
 
-import io
 import json
 import os
 
 import numpy as np
 import pytest
-from made_benchmarks import make_rows, write_parquet
 from PIL import Image
 from run_helpers import (
     make_llava_record,
@@ -20,7 +18,6 @@ from run_helpers import (
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.curation import features
-from lit_vlm.curation.contamination import cut_options
 from lit_vlm.types import UserError
 
 QUESTION, ANSWER = "<image>\n무엇이 보이나요?", "사진이 보입니다."
@@ -168,109 +165,6 @@ def test_a_mixture_without_a_readable_record_is_an_error(tmp_path):
     path = write_records(tmp_path / "rows.json", records)
     with pytest.raises(UserError, match="no record can be read"):
         run_curate(tmp_path, "data=llava_json", f"data.sources.mine.path={path}")
-
-
-# -------------------------------------------------------------------------------------------------- contamination
-
-LONG = (
-    "다음 표는 2023년 상반기 동안 서울과 부산의 지하철 노선별 하루 평균 이용객 수를 나타낸 것입니다. "
-    "부산 2호선의 이용객이 가장 많은 달은 언제이고 서울 9호선과의 차이는 몇 명인가요?"
-)
-SHORT = "이 그래프에서 초록색 막대가 나타내는 과목은 무엇입니까?"
-
-
-@pytest.fixture
-def leaked(tmp_path):
-    """Rows of two benchmarks in their published layout, and a mixture that holds some of them."""
-    rows = make_rows("k_dtcbench", 8, side=192)
-    photos = save_photos(tmp_path / "photos")
-    for row, name in zip(rows, ("china.jpg", "flower.png", "astronaut.jpg"), strict=False):
-        row["image"] = Image.open(photos / name).convert("RGB")
-    rows[3]["question"], rows[4]["question"] = LONG, SHORT
-    write_parquet(rows, tmp_path / "benchmarks" / "k_dtcbench" / "test.parquet")
-    stream = io.BytesIO()
-    rows[0]["image"].save(stream, "PNG")
-    (photos / "same_bytes.png").write_bytes(stream.getvalue())
-    half = rows[1]["image"]
-    half.resize((half.width // 2, half.height // 2)).save(photos / "half.jpg", quality=40)
-    records = [
-        make_llava_record(QUESTION, ANSWER, id="cat", image="고양이.png"),
-        make_llava_record(QUESTION, ANSWER, id="bytes", image="same_bytes.png"),
-        make_llava_record(QUESTION, ANSWER, id="view", image="half.jpg"),
-        make_llava_record(f"질문입니다.\n{LONG.replace(' 서울', '  서울')}", "6월, 1,200명", id="long question"),
-        make_llava_record(SHORT, "국어", id="short question"),
-        make_llava_record(rows[5]["question"], "두 개", id="common question"),
-    ]
-    path = write_records(tmp_path / "rows.json", records)
-    overrides = ["data=llava_json", f"data.sources.mine.path={path}", f"data.sources.mine.image_root={photos}"]
-    method = ["curate.method=contamination", f"evaluate.files={tmp_path / 'benchmarks'}"]
-    return tmp_path, [*overrides, *method, "benchmarks=[k_dtcbench,k_viscuit]"]
-
-
-def test_pictures_and_questions_of_a_benchmark_are_found_with_their_certainty(leaked, capsys):
-    folder, overrides = leaked
-    output = run_curate(folder, *overrides)
-    lines = read_lines(output / "left_out.jsonl")
-    found = [(one["position"], one["row"], one["certainty"], one["picture"], one["left_out"]) for one in lines]
-    assert found == [
-        (1, 0, "certain", "bytes", True),
-        (2, 1, "likely", "view", True),
-        (3, 3, "likely", None, True),
-        (4, 4, "possible", None, False),
-    ]
-    assert all(line["benchmark"] == "k_dtcbench" for line in lines)
-    assert lines[2]["overlap"] > 0.9
-    assert "k_viscuit: not checked: there is no folder" in capsys.readouterr().out
-    page = (output / "page.html").read_text("utf-8")
-    assert "k_viscuit was not checked" in page
-    assert page.count("data:image/") == 2 + 2 + 1 + 1  # a picture of both where the record has one
-    selection = json.loads((output / "mine.selection.json").read_text())
-    assert selection["left_out"] == [[1, 3]]
-
-
-@pytest.mark.parametrize(
-    ("question", "stem"),
-    [
-        ("Which is it?\nOptions: A: A suitcase., B: A cat., C: A dog., D: None", "Which is it?"),
-        ("무엇인가요?\n옵션: A: 가방, B: 고양이", "무엇인가요?"),
-        ("Which is it?\n(A) A suitcase (B) A cat", "Which is it?"),
-        ("A. Smith painted it. When?", "A. Smith painted it. When?"),
-        ("Is it vitamin a. or b. here?", "Is it vitamin a. or b. here?"),
-    ],
-)
-def test_the_options_of_a_question_are_cut(question, stem):
-    assert cut_options(question).rstrip() == stem
-
-
-def test_a_question_whose_options_were_left_out_is_found(tmp_path):
-    question = "Which of the two small red boats that lie at the northern pier of the harbour has the taller mast?"
-    rows = make_rows("mmstar", 2)
-    rows[0]["question"] = (
-        f"{question}\nOptions: A: the left one, B: the right one, C: both are equal, D: neither has any"
-    )
-    write_parquet(rows, tmp_path / "benchmarks" / "mmstar" / "val.parquet")
-    photos = save_photos(tmp_path / "photos")
-    records = [make_llava_record(f"<image>\nLook closely. {question} Answer shortly.", "Left.", id="leak", image="고양이.png")]
-    path = write_records(tmp_path / "rows.json", records)
-    overrides = ["data=llava_json", f"data.sources.mine.path={path}", f"data.sources.mine.image_root={photos}"]
-    overrides += ["curate.method=contamination", f"evaluate.files={tmp_path / 'benchmarks'}", "benchmarks=[mmstar]"]
-    output = run_curate(tmp_path, *overrides)
-    lines = read_lines(output / "left_out.jsonl")
-    assert [(one["row"], one["certainty"], one["overlap"]) for one in lines] == [(0, "possible", 1.0)]
-
-
-def test_the_least_certainty_decides_what_goes(leaked):
-    folder, overrides = leaked
-    output = run_curate(folder, *overrides, "curate.min_certainty=certain", "run_name=certain")
-    assert json.loads((output / "mine.selection.json").read_text())["left_out"] == [[1, 1]]
-    output = run_curate(folder, *overrides, "curate.min_certainty=possible", "run_name=possible")
-    assert json.loads((output / "mine.selection.json").read_text())["left_out"] == [[1, 4]]
-
-
-def test_no_benchmark_to_check_against_is_an_error(leaked):
-    folder, overrides = leaked
-    with pytest.raises(UserError, match="nothing was checked"):
-        run_curate(folder, *overrides, "benchmarks=[k_viscuit]")
 
 
 @pytest.mark.parametrize(

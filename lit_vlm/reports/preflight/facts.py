@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from lit_vlm.config.choices import Certainty
+from lit_vlm.reports.curation_examples import CurationExample
+
 
 class Severity(StrEnum):
     """Severity of a finding."""
@@ -270,6 +273,39 @@ class BadRecordExample:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class BenchmarkRow:
+    """Benchmark that the records were compared with: its rows, those that cannot be read, and the records found by certainty."""
+
+    name: str
+    rows: int
+    bad_rows: int
+    records: dict[str, int]
+
+    @property
+    def num_sure(self) -> int:
+        """Records that are certainly or likely of the benchmark."""
+        return sum(count for certainty, count in self.records.items() if certainty != Certainty.possible.value)
+
+
+@dataclass(frozen=True, slots=True)
+class ContaminationFacts:
+    """Comparison of the records with benchmarks.
+
+    Attributes:
+        records: number of records that were compared.
+        unchecked: name of a benchmark that was not compared -> reason.
+        lines: what was found, as task=curate lists it.
+        examples: record beside row, the surest first.
+    """
+
+    records: int
+    benchmarks: list[BenchmarkRow]
+    unchecked: dict[str, str]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[CurationExample] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class PreflightFacts:
     """All facts of a preflight. A fact that could not be determined is None or empty, and `findings` gives the reason."""
@@ -292,6 +328,7 @@ class PreflightFacts:
     disk: list[DiskRow] = field(default_factory=list)
     samples: list[ShownSample] = field(default_factory=list)
     bad: list[BadRecordExample] = field(default_factory=list)
+    contamination: ContaminationFacts | None = None  # None: evaluate.files is not set
     seconds: float = 0.0  # duration of the preflight itself
 
     def get_findings(self, level: Severity) -> list[Finding]:
@@ -313,4 +350,6 @@ class PreflightFacts:
         values = asdict(self)
         for sample in values["samples"]:
             sample["pictures"] = [picture["caption"] for picture in sample["pictures"]]
+        if values["contamination"]:
+            del values["contamination"]["examples"]
         return values | {"would_run": self.would_run}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from lit_vlm.formatting import (
 )
 from lit_vlm.messages import tell, tell_count, translate
 from lit_vlm.reports.charts import HISTOGRAM_STYLES, draw_histogram
-from lit_vlm.reports.preflight.facts import Histogram, MemoryFacts, PreflightFacts, Severity, SourceRow, StrategyFacts
+from lit_vlm.reports.preflight.facts import (
+    ContaminationFacts,
+    Histogram,
+    MemoryFacts,
+    PreflightFacts,
+    Severity,
+    SourceRow,
+    StrategyFacts,
+)
 from lit_vlm.reports.templates import PageTemplate, escape_text, write_page
 from lit_vlm.runs.run_folder import to_plain
 
@@ -193,6 +202,8 @@ def print_preflight(facts: PreflightFacts, page_path: Path, console: Console) ->
     if facts.parts:
         console.print(_make_part_table(facts))
     _print_lines(console, *_format_machine(facts))
+    if facts.contamination:
+        _print_lines(console, *_format_contamination(facts.contamination))
     for level in Severity:
         for finding in facts.get_findings(level):
             line = Text(f"{translate(level)}: ", style=TERMINAL_STYLES[level])
@@ -201,6 +212,14 @@ def print_preflight(facts: PreflightFacts, page_path: Path, console: Console) ->
             console.print(line.append(remedy, style="dim"))
     console.print(Text(format_verdict(facts), style="bold green" if facts.would_run else "bold red"))
     _print_lines(console, format_run_summary(facts), f"page: {page_path}")
+
+
+def _format_contamination(found: ContaminationFacts) -> Iterator[str]:
+    for row in found.benchmarks:
+        counts = ", ".join(f"{count:,} {certainty}" for certainty, count in row.records.items() if count)
+        yield f"{row.name}: compared, {format_count(row.rows, 'row')}, records found: {counts or 'none'}"
+    for name, reason in found.unchecked.items():
+        yield f"{name}: not checked: {reason}"
 
 
 def _print_lines(console: Console, *lines: str) -> None:
