@@ -542,6 +542,7 @@ SENTENCES = {
     "Curation: personal": "데이터 정제: 개인정보",
     "Curation: balance": "데이터 정제: 균형",
     "Curation: prune": "데이터 정제: 가지치기",
+    "{count} had more than 64 near ones, and met the 64 nearest of them.": "{count}은 가까운 그림이 64장을 넘어 가장 가까운 64장과만 비교했습니다.",
     "Curation: capfilt": "데이터 정제: CapFilt",
     "{origin} text, score {score}": "{origin} 텍스트, 점수 {score}",
     "records that were looked at": "살펴본 레코드",

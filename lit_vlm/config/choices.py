@@ -199,6 +199,9 @@ class PictureMatch(Enum):
 
     bytes = "bytes"  # the same bytes
     pixels = "pixels"  # the same decoded pixels
+    embedding = (
+        "embedding"  # near in the features of a tower (curate.model, curate.min_cosine); a flip may change little there
+    )
     perceptual = "perceptual"  # the same view after re-encoding, resizing or a crop of 5 %, in the same colours
 
 

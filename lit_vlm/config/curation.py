@@ -77,6 +77,9 @@ class CurateConfig:
     output: str | None = None  # folder of selections, lists and page; null: <run folder>/<method>
     duplicates: DuplicateKind = DuplicateKind.rows  # method=duplicates: which records are duplicates
     pictures: PictureMatch = PictureMatch.perceptual  # how far two pictures may differ and still be the same
+    min_cosine: float | None = ranged(
+        None, COSINE
+    )  # pictures=embedding: cosine from which two pictures are the same; it depends on the tower, e.g. 0.95
     min_similarity: float = ranged(
         0.8, SHARE_ABOVE_0
     )  # duplicates=texts: estimated Jaccard similarity of two texts from which they are duplicates
@@ -88,7 +91,7 @@ class CurateConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)  # method=prune
     capfilt: CapfiltConfig = field(default_factory=CapfiltConfig)  # method=capfilt
     model: str | None = (
-        None  # method=prune: local folder of SigLIP, SigLIP 2, CLIP, or BLIP for retrieval; method=capfilt: of the last
+        None  # local folder. prune: SigLIP, SigLIP 2, CLIP, or BLIP for retrieval; capfilt: the last; pictures=embedding: a tower
     )
     batch_size: int = ranged(32, COUNT)  # with curate.model: pictures that the model sees at once
     num_shown: int = ranged(24, COUNT_OR_ZERO)  # examples on the page, of each result

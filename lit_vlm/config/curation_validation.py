@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lit_vlm.config.choices import BalanceGroup, CurationMethod
+from lit_vlm.config.choices import BalanceGroup, CurationMethod, PictureMatch
 from lit_vlm.config.curation import SECTIONS, BalanceConfig, CurateConfig
 from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.slurm_options import find_submit_errors
@@ -41,8 +41,8 @@ def find_curate_errors(config: RunConfig) -> Iterator[str]:
         yield from _find_prune_errors(curate)
     elif curate.method is CurationMethod.capfilt:
         yield from _find_capfilt_errors(config)
-    elif curate.model is not None:
-        yield f"curate.model: is read with curate.method=prune and capfilt only, and the method is {curate.method.value}."
+    else:
+        yield from _find_embedding_errors(curate)
 
 
 def _find_slurm_errors(config: RunConfig) -> Iterator[str]:
@@ -84,6 +84,21 @@ def find_balance_errors(balance: BalanceConfig) -> Iterator[str]:
     if balance.lengths != sorted(set(balance.lengths)):
         yield f"{key}.lengths: must ascend, found {balance.lengths}."
     yield from _find_group_errors(balance)
+
+
+def _find_embedding_errors(curate: CurateConfig) -> Iterator[str]:
+    """Yield an error message for each setting of pictures=embedding that is missing, or that has no effect."""
+    is_embedding = curate.pictures is PictureMatch.embedding
+    if is_embedding and curate.method is not CurationMethod.duplicates:
+        yield f"curate.pictures=embedding: is for curate.method=duplicates, and the method is {curate.method.value}."
+        return
+    for name, needed in (("model", "<folder of a vision tower>"), ("min_cosine", "<cosine>, e.g. 0.95")):
+        value = getattr(curate, name)
+        if is_embedding and value is None:
+            yield f"curate.{name} is not set: curate.pictures=embedding needs it. Set curate.{name}={needed}."
+        elif not is_embedding and value is not None:
+            readers = "curate.method=prune, curate.method=capfilt and " if name == "model" else ""
+            yield f"curate.{name}: is read with {readers}curate.pictures=embedding only."
 
 
 def _find_prune_errors(curate: CurateConfig) -> Iterator[str]:

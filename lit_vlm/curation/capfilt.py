@@ -141,9 +141,11 @@ def filter_texts(
         mixture.describe(one.record) | {"text": one.origin, "score": round(one.score or 0.0, 4), "caption": one.text}
         for one in out
     ]
-    notes = [
-        f"Records of other kinds, or without one picture and one answer, which are not in the new source: {num_others:,}."
-    ]
+    notes = []
+    if num_others:
+        notes.append(
+            f"Records of other kinds, or without one picture and one answer, which are not in the new source: {num_others:,}."
+        )
     num_foreign = sum(find_language(one.text) is not languages.get(one.record) for one in texts)
     if num_foreign:
         notes.append(
@@ -155,7 +157,7 @@ def filter_texts(
         [("records that were looked at", len(languages)), ("texts in the new source", len(kept))],
         _show_texts(mixture, out, "left out", num_shown),
         _show_texts(mixture, kept, "stays", num_shown),
-        notes=notes if num_others or num_foreign else [],
+        notes=notes,
         tables=[make_text_table(texts, kept)],
         scores=[_make_distribution(texts, min_score)],
         generated=make_turns(mixture, kept),

@@ -11,12 +11,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from lit_vlm.config.choices import DuplicateKind, PictureMatch
 from lit_vlm.config.curation import CurateConfig
+from lit_vlm.curation.embeddings import match_embeddings
 from lit_vlm.curation.features import Features
 from lit_vlm.curation.matching import match_pictures, match_texts
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, Example, choose_examples
@@ -35,6 +37,7 @@ class Evidence(StrEnum):
     bytes = "bytes"  # the pictures have the same bytes
     pixels = "pixels"  # the pictures have the same pixels
     view = "view"  # the pictures show the same view
+    embedding = "embedding"  # the pictures are near in the features of a tower
     similar_text = "similar_text"  # the turns are nearly the same
 
 
@@ -63,14 +66,16 @@ class PictureGroups:
 
     Attributes:
         contents, pixels: number of the first picture with the same bytes, and with the same pixels, [N].
-        neighbours: for the number of a first picture, those of other first pictures with the same view.
+        neighbours: for the number of a first picture, those of other first pictures with the same view, or near features.
         num_full_buckets: see `Matches`.
+        evidence: what makes two pictures neighbours.
     """
 
     contents: np.ndarray
     pixels: np.ndarray
     neighbours: dict[int, list[int]]
     num_full_buckets: int
+    evidence: Evidence = Evidence.view
 
     def list_same(self, picture: int) -> list[int]:
         """List the first pictures that are the same as a picture, its own first."""
@@ -84,13 +89,24 @@ class PictureGroups:
         one, other = int(self.pixels[first]), int(self.pixels[second])
         if one == other:
             return Evidence.pixels
-        return Evidence.view if other in self.neighbours.get(one, ()) else None
+        return self.evidence if other in self.neighbours.get(one, ()) else None
 
 
 def group_pictures(
-    sources: Sequence[Source], features: Features, match: PictureMatch, *, workers: int
+    sources: Sequence[Source],
+    features: Features,
+    match: PictureMatch,
+    embeddings: np.ndarray | None = None,
+    min_cosine: float = 1.0,
+    *,
+    workers: int,
 ) -> PictureGroups:
-    """Group all pictures of the records by bytes, pixels and view, as far as `match` asks."""
+    """Group all pictures of the records by bytes, pixels and view, or features of a tower, as far as `match` asks.
+
+    Args:
+        embeddings: features of all pictures, [N, E], for `PictureMatch.embedding`.
+        min_cosine: of two pictures that are the same by their features.
+    """
     contents = find_first(features.images["content"])
     if match is PictureMatch.bytes:
         return PictureGroups(contents, contents, {}, 0)
@@ -98,14 +114,22 @@ def group_pictures(
     if match is PictureMatch.pixels:
         return PictureGroups(contents, pixels, {}, 0)
     firsts = np.unique(pixels)
-    pairs = match_pictures(features.images["views"][firsts], features.images["brightness"][firsts])
-    first, second = confirm_views(features, firsts[pairs.first], firsts[pairs.second])
-    views, neighbours = list(zip(first.tolist(), second.tolist(), strict=True)), defaultdict[int, list[int]](list)
-    loader = PictureLoader(sources, features)
-    for one, other in confirm_details(views, loader.load, loader.load, workers):
+    if embeddings is not None:
+        pairs, evidence = match_embeddings(embeddings[firsts], min_cosine), Evidence.embedding
+        same = list(zip(firsts[pairs.first].tolist(), firsts[pairs.second].tolist(), strict=True))
+    else:
+        pairs, evidence = (
+            match_pictures(features.images["views"][firsts], features.images["brightness"][firsts]),
+            Evidence.view,
+        )
+        first, second = confirm_views(features, firsts[pairs.first], firsts[pairs.second])
+        loader, views = PictureLoader(sources, features), list(zip(first.tolist(), second.tolist(), strict=True))
+        same = list(confirm_details(views, loader.load, loader.load, workers))
+    neighbours = defaultdict[int, list[int]](list)
+    for one, other in same:
         neighbours[one].append(other)
         neighbours[other].append(one)
-    return PictureGroups(contents, pixels, dict(neighbours), pairs.num_full_buckets)
+    return PictureGroups(contents, pixels, dict(neighbours), pairs.num_full_buckets, evidence)
 
 
 def confirm_views(features: Features, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -254,10 +278,13 @@ def list_shared_pictures(features: Features, groups: PictureGroups, left_out: Se
     return [group for group in records.values() if len(group) > 1]
 
 
-def search_duplicates(mixture: CuratedMixture, settings: CurateConfig, *, workers: int) -> CurationResult:
-    """Search for duplicates within and across the sources."""
+def search_duplicates(
+    mixture: CuratedMixture, settings: CurateConfig, embeddings: np.ndarray | None = None, *, workers: int
+) -> CurationResult:
+    """Search for duplicates within and across the sources. `embeddings` as of `group_pictures`."""
     features = mixture.features
-    groups = group_pictures(mixture.sources, features, settings.pictures, workers=workers)
+    options: dict[str, Any] = {"embeddings": embeddings, "min_cosine": settings.min_cosine or 1.0, "workers": workers}
+    groups = group_pictures(mixture.sources, features, settings.pictures, **options)
     found = find_duplicates(features, groups, settings.duplicates, settings.min_similarity, mixture.is_out)
     left_out = [one.record for one in found]
     shared: list[list[int]] = []
@@ -283,7 +310,11 @@ def search_duplicates(mixture: CuratedMixture, settings: CurateConfig, *, worker
         for group in choose_examples(shared, [""] * len(shared), settings.num_shown)
     ]
     notes = []
-    if groups.num_full_buckets:
+    if groups.num_full_buckets and groups.evidence is Evidence.embedding:
+        notes.append(
+            f"{format_count(groups.num_full_buckets, 'picture')} had more than 64 near ones, and met the 64 nearest of them."
+        )
+    elif groups.num_full_buckets:
         notes.append(
             f"{format_count(groups.num_full_buckets, 'bucket')} of similar hashes held more than 64 pictures, such as blank pages; "
             "in these each picture was compared with the 64 of the nearest brightness."

@@ -33,6 +33,7 @@ from lit_vlm.model.hub import disable_transformers_logging, raise_folder_errors
 from lit_vlm.types import UserError
 
 DUAL_ENCODERS = ("siglip", "siglip2", "clip")  # model types
+VISION_TOWERS = ("siglip_vision_model", "clip_vision_model", "dinov2")
 MATCHERS = "SigLIP, SigLIP 2 or CLIP (both towers), or of BLIP for retrieval (BlipForImageTextRetrieval)"
 NUCLEUS = 0.9  # top_p of BLIP's captioner (Li et al., arXiv 2201.12086, section 4.3)
 MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS, REPETITION_PENALTY = 20, 5, 1.1  # as in BLIP's repository
@@ -87,6 +88,26 @@ class DualEncoder:
         mask = {"attention_mask": inputs["attention_mask"]} if is_clip else {}
         features = self._model.get_text_features(input_ids=inputs["input_ids"], **mask).pooler_output
         return F.normalize(features, dim=-1).float().cpu()
+
+
+class VisionTower:
+    """Vision tower alone, such as that of SigLIP or CLIP, or DINOv2: the features are its pooled output.
+
+    Attributes:
+        digest: of the folder's files.
+    """
+
+    def __init__(self, folder: Path, config: Any, device: torch.device) -> None:
+        self.digest, self.device = compute_folder_digest(folder), device
+        self._model = load_pretrained(AutoModel, str(folder), config, torch.float32, {}).to(device).eval()
+        with disable_transformers_logging(), raise_folder_errors(str(folder), "no image processor can be read"):
+            self._processor = AutoImageProcessor.from_pretrained(folder)
+
+    @torch.inference_mode()
+    def embed_images(self, images: Sequence[Image]) -> Tensor:
+        """Compute the features of pictures, [B, E] of length 1, on the CPU."""
+        inputs = self._processor(images=list(images), return_tensors="pt").to(self.device)
+        return F.normalize(self._model(**inputs).pooler_output, dim=-1).float().cpu()
 
 
 class BlipMatcher:
@@ -179,14 +200,17 @@ def load_scorer(folder: Path, setting: str) -> ImageTextScorer:
     raise UserError(f"{setting}={folder}: {_describe_model(config, classes)}. Give a local folder of {MATCHERS}.")
 
 
-def load_dual_encoder(folder: Path, setting: str) -> DualEncoder:
-    """Load SigLIP, SigLIP 2 or CLIP for the features of pictures. Raises UserError for another model."""
+def load_picture_encoder(folder: Path, setting: str) -> DualEncoder | VisionTower:
+    """Load a model for the features of pictures. Raises UserError for another model."""
     config, classes = read_model_config(folder, setting)
-    if config.model_type not in DUAL_ENCODERS:
-        raise UserError(
-            f"{setting}={folder}: {_describe_model(config, classes)}. Give a local folder of SigLIP, SigLIP 2 or CLIP (both towers)."
-        )
-    return DualEncoder(folder, config, choose_device())
+    if config.model_type in DUAL_ENCODERS:
+        return DualEncoder(folder, config, choose_device())
+    if config.model_type in VISION_TOWERS:
+        return VisionTower(folder, config, choose_device())
+    raise UserError(
+        f"{setting}={folder}: {_describe_model(config, classes)}. Give a local folder of SigLIP, SigLIP 2, CLIP, one of their vision "
+        "towers, or DINOv2."
+    )
 
 
 def load_blip_matcher(folder: Path, setting: str) -> BlipMatcher:

@@ -25,6 +25,7 @@ from lit_vlm.curation.capfilt import (
 from lit_vlm.curation.concepts import read_concepts
 from lit_vlm.curation.contamination import read_benchmarks, search_leaks
 from lit_vlm.curation.duplicates import search_duplicates
+from lit_vlm.curation.embeddings import embed_pictures
 from lit_vlm.curation.features import Features, compute_features, hash_share, make_text_features
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, mark_left_out, require_readable
 from lit_vlm.curation.personal_data import collect_personal_data, require_packages, search_sources
@@ -41,7 +42,7 @@ from lit_vlm.data.sources import choose_all_records, open_source
 from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.fault_tolerance.run_lock import RunLock
 from lit_vlm.formatting import format_count
-from lit_vlm.model.image_text import load_blip_matcher, load_captioner, load_scorer
+from lit_vlm.model.image_text import load_blip_matcher, load_captioner, load_picture_encoder, load_scorer
 from lit_vlm.runs.run_folder import to_plain
 from lit_vlm.tasks.curate_results import OUTPUT_KEY, require_same_request, show_results, write_results
 from lit_vlm.tasks.submit import make_hashing_job, submit_curation
@@ -158,8 +159,16 @@ def hash_own_share(inputs: CurationInputs) -> None:
 
 def curate_duplicates(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
     """Search for duplicates within and across the sources."""
+    settings, embeddings = inputs.settings, None
+    encoder = load_picture_encoder(Path(settings.model), MODEL_KEY) if settings.model else None
     mixture = inputs.hash_records()
-    return mixture, search_duplicates(mixture, inputs.settings, workers=inputs.workers)
+    if encoder is not None:
+        with show_progress("encode") as on_progress:
+            options: dict[str, Any] = {"batch_size": settings.batch_size, "workers": inputs.workers}
+            embeddings = embed_pictures(
+                inputs.sources, mixture.features, encoder, inputs.index_dir, on_progress=on_progress, **options
+            )
+    return mixture, search_duplicates(mixture, settings, embeddings, workers=inputs.workers)
 
 
 def curate_contamination(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
@@ -350,10 +359,9 @@ def make_request(inputs: CurationInputs) -> dict[str, Any]:
     """Make the description of a search: its settings, and the digests of all that it reads, as JSON values."""
     used, method = to_plain(asdict(inputs.settings)), inputs.settings.method
     own = SECTIONS.get(method)
-    hidden = {"output", "num_shown", "slurm", "worker", "model", "batch_size", *SECTIONS.values()}
-    names = ("method", own) if own else [name for name in used if name not in hidden]
-    if method in (CurationMethod.prune, CurationMethod.capfilt):
-        names = (*names, "model")
+    hidden = {"output", "num_shown", "slurm", "worker", "model", "min_cosine", "batch_size", *SECTIONS.values()}
+    names = ["method", own] if own else [name for name in used if name not in hidden]
+    names += [name for name in ("model", "min_cosine") if used[name] is not None]
     request: dict[str, Any] = {"curate": flatten({name: used[name] for name in names})}
     if method is CurationMethod.contamination:
         request |= {"evaluate.files": inputs.benchmark_files, "benchmarks": list(inputs.benchmarks)}

@@ -12,7 +12,7 @@ from transformers import (
     SiglipModel,
 )
 
-from lit_vlm.model.image_text import GumbelNoise, load_blip_matcher, load_captioner, load_dual_encoder, load_scorer
+from lit_vlm.model.image_text import GumbelNoise, load_blip_matcher, load_captioner, load_picture_encoder, load_scorer
 from lit_vlm.types import UserError
 
 TEXTS = ["a red circle", "빨간 원과 파란 별이 있다"]
@@ -90,8 +90,8 @@ def test_folders_of_other_models_are_refused_with_what_they_hold(blip, dual_enco
         load_captioner(dual_encoders / "siglip", "x")
     with pytest.raises(UserError, match="a BlipForImageTextRetrieval"):
         load_blip_matcher(blip / "captions", "x")
-    with pytest.raises(UserError, match="SigLIP, SigLIP 2 or CLIP"):
-        load_dual_encoder(blip / "retrieval", "x")
+    with pytest.raises(UserError, match="SigLIP, SigLIP 2, CLIP, one of their vision"):
+        load_picture_encoder(blip / "retrieval", "x")
     with pytest.raises(UserError, match="no config.json"):
         load_scorer(tmp_path, "x")
     tower = SiglipModel.from_pretrained(dual_encoders / "siglip").vision_model

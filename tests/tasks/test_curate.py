@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from run_helpers import (
     write_data_choice,
     write_records,
 )
+from small_matchers import make_dual_encoder
+from transformers import CLIPVisionModel
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.curation import features
+from lit_vlm.model.image_text import DualEncoder
 from lit_vlm.types import UserError
 
 QUESTION, ANSWER = "<image>\n무엇이 보이나요?", "사진이 보입니다."
@@ -107,6 +111,32 @@ def test_pictures_and_texts_can_be_duplicates_on_their_own(mixture):
     assert list_left_out(output) == [("two", 0, "bytes"), ("two", 2, "text")]
 
 
+def test_features_of_a_tower_find_pictures_that_are_near_and_are_kept(mixture, tmp_path_factory, monkeypatch):
+    folder, overrides = mixture
+    tower = make_dual_encoder("clip", tmp_path_factory.mktemp("clip"))
+    asked, encoded = [*overrides, "curate.pictures=embedding", f"curate.model={tower}"], []
+    embed = DualEncoder.embed_images
+    monkeypatch.setattr(DualEncoder, "embed_images", lambda self, images: encoded.extend(images) or embed(self, images))
+    output = run_curate(folder, *asked, "curate.min_cosine=-1")
+    assert len(encoded) == 4 + 3  # pictures of each source, each once
+    evidence = {one[:2]: one[2] for one in list_left_out(output)}
+    assert evidence[("one", 1)] == evidence[("one", 3)] == evidence[("two", 4)] == "embedding"
+    run_curate(folder, *asked, "curate.min_cosine=0.5", "run_name=other")
+    assert len(encoded) == 4 + 3
+    vision = tmp_path_factory.mktemp("tower")
+    CLIPVisionModel.from_pretrained(tower).save_pretrained(vision)
+    shutil.copy(tower / "preprocessor_config.json", vision)
+    output = run_curate(
+        folder,
+        *overrides,
+        "curate.pictures=embedding",
+        f"curate.model={vision}",
+        "curate.min_cosine=-1",
+        "run_name=tower",
+    )
+    assert ("one", 1, "embedding") in list_left_out(output)
+
+
 def test_a_run_trains_on_the_selected_records(mixture):
     folder, overrides = mixture
     output = run_curate(folder, *overrides)
@@ -173,6 +203,10 @@ def test_a_mixture_without_a_readable_record_is_an_error(tmp_path):
         (["curate.method=contamination"], "evaluate.files is not set"),
         (["curate.method=contamination", "evaluate.files=x", "benchmarks=[mmsta]"], "Did you mean mmstar"),
         (["benchmarks=[mmstar]"], "curate.method=contamination only"),
+        (["curate.pictures=embedding", "curate.min_cosine=0.9"], "curate.model is not set"),
+        (["curate.pictures=embedding", "curate.model=x"], "curate.min_cosine is not set"),
+        (["curate.min_cosine=0.9"], "curate.pictures=embedding only"),
+        (["curate.pictures=embedding", "curate.method=personal"], "is for curate.method=duplicates"),
     ],
 )
 def test_settings_of_curate_are_checked_before_anything_is_read(overrides, message):
