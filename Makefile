@@ -78,11 +78,11 @@ test-outside: setup-dev .venv-outside/vllm/.setup .venv-outside/vlmeval/.setup  
 
 .PHONY: oracle
 oracle: .venv-outside/lavis/.setup  ## compute the losses of BLIP and BLIP-2 with LAVIS again, in its own environment (5 GB)
-	@$(<D)/bin/python -W ignore tests/oracle/make_lavis_fixtures.py
+	@PYTHONPATH=tests/outside/without_cuda $(<D)/bin/python -W ignore tests/oracle/make_lavis_fixtures.py
 
 .venv-outside/lavis/.setup:
 	@$(PYTHON) -m venv $(@D)
-	@$(@D)/bin/pip --quiet --disable-pip-version-check install torch==2.14.1 torchvision==0.29.1 numpy==2.4.6 pandas==3.1.1 \
+	@$(@D)/bin/pip --quiet --disable-pip-version-check install torch==2.13.0 torchvision==0.28.0 numpy==2.4.6 pandas==3.1.1 \
 		huggingface-hub==0.16.4 tokenizers==0.13.3 regex==2026.11.19 omegaconf==2.4.0 iopath==0.1.10 decord==0.6.0 webdataset==1.0.2 \
 		einops==0.8.2 ftfy==6.3.1 sentencepiece==0.2.3 scikit-image==0.26.0 pycocotools==2.0.11 spacy==3.8.18 pycocoevalcap==1.2 \
 		opencv-python-headless==4.10.0.84
