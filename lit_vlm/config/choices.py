@@ -48,6 +48,8 @@ class StageName(Enum):
     represent = "represent"  # BLIP-2, first stage: the Q-Former learns from images and captions
     generate = "generate"  # BLIP-2, second stage: soft prompts of a frozen language model
     blip_pretrain = "blip_pretrain"  # BLIP: contrast with momentum encoders and a queue, matching, captions
+    blip_caption = "blip_caption"  # BLIP, fine-tuning: captions after a prompt
+    blip_retrieval = "blip_retrieval"  # BLIP, fine-tuning: contrast and matching for retrieval
 
 
 class LearningRateSchedule(Enum):

@@ -25,6 +25,7 @@ class PairStageConfig(StageConfig):
     ALLOWED: ClassVar[tuple[str, ...]] = ("weight_decay", "warmup", "min_learning_rate", "adam_betas", "adam_eps")
     HAS_NEGATIVES: ClassVar[bool] = False  # a loss that compares the pairs of a step
     LOCAL_NEGATIVES: ClassVar[bool] = False  # its negatives are pairs of the same device
+    WRITES_CAPTIONS: ClassVar[bool] = False  # its model captions images
     NEEDS_MODEL: ClassVar[bool] = False  # it starts from a model at init_from
 
     trainable: list[ModelPart] = field(default_factory=list)  # empty: each of these stages trains what its paper trains
@@ -64,6 +65,7 @@ class GenerateStageConfig(PairStageConfig):
     """Settings of BLIP-2's second stage; the defaults are those of LAVIS's pretrain_stage2.yaml."""
 
     NEEDS_MODEL: ClassVar[bool] = True
+    WRITES_CAPTIONS: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,11 +87,42 @@ class BlipPretrainStageConfig(PairStageConfig):
     )  # best candidates of each held-out query that are re-ranked by matching; 0: none
 
 
+@dataclass(kw_only=True, slots=True)
+class BlipCaptionStageConfig(PairStageConfig):
+    """Settings of BLIP's fine-tuning for captions; the defaults are those of its caption_coco.yaml."""
+
+    NEEDS_MODEL: ClassVar[bool] = True
+    WRITES_CAPTIONS: ClassVar[bool] = True
+
+    prompt: str = "a picture of "  # text before each caption, without a loss
+    num_beams: int = ranged(3, COUNT)  # beams of the search for the captions that are scored
+    min_caption_tokens: int = ranged(5, COUNT_OR_ZERO)  # minimum tokens of such a text, with its prompt
+    max_caption_tokens: int = ranged(20, COUNT)  # maximum tokens of such a text, with its prompt
+
+
+@dataclass(kw_only=True, slots=True)
+class BlipRetrievalStageConfig(PairStageConfig):
+    """Settings of BLIP's fine-tuning for retrieval; the defaults are those of its retrieval_coco.yaml."""
+
+    HAS_NEGATIVES: ClassVar[bool] = True
+    NEEDS_MODEL: ClassVar[bool] = True
+
+    queue_size: int = ranged(57_600, COUNT)  # features of earlier steps, a multiple of data.global_batch_size
+    match_equal: bool = (
+        True  # equal texts are right for each other, as equal images are; false: as published, images alone
+    )
+    num_candidates: int = ranged(
+        256, COUNT_OR_ZERO
+    )  # best candidates of each held-out query that are re-ranked by matching; 0: none
+
+
 # Config class of each stage that learns from pairs. `StageConfig.name` selects the functions of its room in TASKS.
 PAIR_STAGE_CONFIGS: dict[StageName, type[PairStageConfig]] = {
     StageName.represent: RepresentStageConfig,
     StageName.generate: GenerateStageConfig,
     StageName.blip_pretrain: BlipPretrainStageConfig,
+    StageName.blip_caption: BlipCaptionStageConfig,
+    StageName.blip_retrieval: BlipRetrievalStageConfig,
 }
 
 PAIR_STAGES = tuple(stage.value for stage in PAIR_STAGE_CONFIGS)

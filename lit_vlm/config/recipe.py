@@ -54,10 +54,17 @@ def get_experiment(overrides: list[str]) -> str | None:
 
 
 def get_previous_stage(experiment: str, overrides: list[str] | tuple[str, ...] = ()) -> str | None:
-    """Return the previous stage of the same recipe; None for the first stage."""
+    """Return the previous stage of the same recipe; None for the first stage. Stages with one number follow the same one."""
     stages = list_stages(experiment.rpartition("/")[0], overrides)
-    position = stages.index(experiment)
-    return stages[position - 1] if position else None
+    before = stages[: stages.index(experiment)]
+    number = _get_stage_number(experiment)
+    return next((stage for stage in reversed(before) if not number or _get_stage_number(stage) != number), None)
+
+
+def _get_stage_number(experiment: str) -> str:
+    """Return the number with which the name of a stage begins; "" without one."""
+    number = experiment.rpartition("/")[2].partition("_")[0]
+    return number if number.isdigit() else ""
 
 
 def is_preference_source(source: DictConfig) -> bool:

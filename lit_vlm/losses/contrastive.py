@@ -23,6 +23,7 @@ from lit_vlm.types import IGNORE_INDEX, UserError
 # the features, V vocabulary size. Pair b of rank r is column r * B + b of a [B, W] matrix.
 
 LABEL_SMOOTHING = 0.1  # of ITC, ITG and LM in BLIP-2, and of LM in BLIP
+NO_ID = -(1 << 63)  # id of an entry of a queue without a pair
 NEGATIVE_FLOOR = 1e-4  # added to the probability of each negative, so that every other pair can be one
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # range of BLIP's temperature; BLIP-2 does not limit it
 
@@ -241,14 +242,18 @@ def compute_alpha(step: int, steps_per_epoch: int, alpha: float = 0.4) -> float:
     return alpha * min(1.0, step / (2 * steps_per_epoch))
 
 
-def compute_soft_targets(momentum_logits: Tensor, alpha: float) -> Tensor:
+def compute_soft_targets(momentum_logits: Tensor, alpha: float, matches: Tensor | None = None) -> Tensor:
     """Compute BLIP's targets, [B, B + N]: alpha of the momentum encoder's probabilities, the rest on the own pair.
 
     Args:
         momentum_logits: [B, B + N], similarities of momentum features with those of the batch, then of the queue.
+        matches: [B, B + N] bool, pairs among which the rest is divided; None: the own pair alone.
     """
     momentum_logits = momentum_logits.detach()
-    own = torch.eye(*momentum_logits.shape, dtype=momentum_logits.dtype, device=momentum_logits.device)
+    if matches is None:
+        own = torch.eye(*momentum_logits.shape, dtype=momentum_logits.dtype, device=momentum_logits.device)
+    else:
+        own = matches.to(momentum_logits) / matches.sum(1, keepdim=True)
     return alpha * momentum_logits.softmax(1) + (1 - alpha) * own
 
 
@@ -258,6 +263,7 @@ def compute_momentum_itc_loss(
     queue: FeatureQueue,
     temperature: Tensor,
     alpha: float,
+    matches: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute BLIP's image-text contrastive loss, and the logits [B, B + N] of images and of texts.
 
@@ -268,6 +274,7 @@ def compute_momentum_itc_loss(
         momentum_features: the same of the momentum encoder.
         temperature: [], limited to MIN_TEMPERATURE to MAX_TEMPERATURE here.
         alpha: see `compute_alpha`.
+        matches: see `compute_soft_targets`.
 
     Returns:
         Loss [] nats, image logits, text logits.
@@ -278,8 +285,8 @@ def compute_momentum_itc_loss(
     image_m, text_m = (tensor.detach() for tensor in momentum_features)
     all_images, all_texts = torch.cat([image_m, queue.images]), torch.cat([text_m, queue.texts])
     image_logits, text_logits = image @ all_texts.T / temperature, text @ all_images.T / temperature
-    image_targets = compute_soft_targets(image_m @ all_texts.T / temperature, alpha)
-    text_targets = compute_soft_targets(text_m @ all_images.T / temperature, alpha)
+    image_targets = compute_soft_targets(image_m @ all_texts.T / temperature, alpha, matches)
+    text_targets = compute_soft_targets(text_m @ all_images.T / temperature, alpha, matches)
     losses = (
         compute_soft_cross_entropy(image_logits, image_targets),
         compute_soft_cross_entropy(text_logits, text_targets),
@@ -296,6 +303,7 @@ class FeatureQueue(nn.Module):
         size: N; BLIP has 57,600.
         width: E.
         global_batch_size: pairs that one push adds over all ranks; N must be a multiple of it.
+        num_ids: ids that are kept of each pair, to find equal ones.
 
     Raises:
         UserError: the queue cannot be filled with whole batches.
@@ -304,8 +312,9 @@ class FeatureQueue(nn.Module):
     images: Tensor  # [N, E]
     texts: Tensor  # [N, E]
     position: Tensor  # [], next row to replace
+    ids: Tensor  # [N, num_ids] int64; NO_ID where no pair was pushed yet
 
-    def __init__(self, size: int, width: int, global_batch_size: int, seed: int = 0) -> None:
+    def __init__(self, size: int, width: int, global_batch_size: int, seed: int = 0, num_ids: int = 0) -> None:
         super().__init__()
         if global_batch_size < 1 or size < 1 or size % global_batch_size:
             raise UserError(
@@ -316,10 +325,15 @@ class FeatureQueue(nn.Module):
         for name in ("images", "texts"):
             self.register_buffer(name, F.normalize(torch.randn(size, width, generator=generator), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+        if num_ids:
+            self.register_buffer("ids", torch.full((size, num_ids), NO_ID))
 
     @torch.no_grad()
-    def push(self, image_features: Tensor, text_features: Tensor) -> None:
+    def push(self, image_features: Tensor, text_features: Tensor, ids: Tensor | None = None) -> None:
         """Replace the oldest entries by the features of all ranks, [B, E] each on this rank.
+
+        Args:
+            ids: [B, num_ids] of the pairs, for a queue that keeps them.
 
         Raises:
             UserError: the last batch of an epoch is smaller, and does not fit.
@@ -333,7 +347,18 @@ class FeatureQueue(nn.Module):
             )
         self.images[first : first + len(images)] = images.to(self.images)
         self.texts[first : first + len(texts)] = texts.to(self.texts)
+        if ids is not None:
+            self.ids[first : first + len(images)] = gather_constant(ids)
         self.position.fill_((first + len(images)) % len(self.images))
+
+
+def find_queue_matches(pair_ids: Tensor, queue: FeatureQueue) -> Tensor:
+    """Find the pairs of this rank's batch and of the queue that share an id with each pair, [B, B + N] bool.
+
+    Args:
+        pair_ids: [B, num_ids].
+    """
+    return (pair_ids[:, None] == torch.cat([pair_ids, queue.ids])[None]).any(-1)
 
 
 @torch.no_grad()

@@ -33,6 +33,10 @@ from lit_vlm.losses.contrastive import (
     compute_momentum_itc_loss,
     compute_negative_weights,
     find_local_matches,
+    find_matches,
+    find_queue_matches,
+    gather_constant,
+    gather_with_gradient,
     sample_negatives,
     update_momentum,
 )
@@ -60,6 +64,8 @@ class BlipForPretraining(nn.Module):
         seed: for the decoder and the queue.
     """
 
+    NUM_IDS = 0  # ids that the queue keeps of each pair
+
     def __init__(
         self,
         retrieval: BlipForImageTextRetrieval,
@@ -78,10 +84,7 @@ class BlipForPretraining(nn.Module):
                 "vocabulary. Add [DEC] and [ENC] to the tokenizer before the model is built (build_blip does it)."
             )
         self.retrieval, self.bos_token_id, self.enc_token_id = retrieval, bos_token_id, enc_token_id
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.text_decoder = BlipTextLMHeadModel(text_config)
-        _tie_decoder(self.text_decoder, retrieval.text_encoder)
+        self._make_decoder(seed)
         self.temperature = nn.Parameter(torch.tensor(TEMPERATURE))
         self.momentum = nn.ModuleDict(
             {
@@ -89,7 +92,14 @@ class BlipForPretraining(nn.Module):
                 for name in ("vision_model", "text_encoder", "vision_proj", "text_proj")
             }
         ).requires_grad_(False)
-        self.queue = FeatureQueue(queue_size, retrieval.config.image_text_hidden_size, global_batch_size, seed)
+        width = retrieval.config.image_text_hidden_size
+        self.queue = FeatureQueue(queue_size, width, global_batch_size, seed, self.NUM_IDS)
+
+    def _make_decoder(self, seed: int) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.text_decoder = BlipTextLMHeadModel(self.retrieval.config.text_config)
+        _tie_decoder(self.text_decoder, self.retrieval.text_encoder)
 
     def forward(
         self,
@@ -205,6 +215,58 @@ class BlipForPretraining(nn.Module):
             F.normalize(parts["vision_proj"](embeds[:, 0]), dim=-1),
             F.normalize(parts["text_proj"](hidden[:, 0]), dim=-1),
         )
+
+
+class BlipForRetrieval(BlipForPretraining):
+    """BLIP's model for fine-tuning on retrieval: contrast and matching, without a decoder.
+
+    As in LAVIS 1.0.2, all pairs with an equal id are right for each other, those of the queue included, and the negatives of
+    matching come from all ranks. The arguments are those of `BlipForPretraining`.
+    """
+
+    NUM_IDS = 2
+
+    def _make_decoder(self, seed: int) -> None:
+        """Make none."""
+
+    def compute_losses(
+        self,
+        image_embeds: tuple[Tensor, Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        alpha: float,
+        pair_ids: Tensor | None = None,
+        negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> ContrastiveLosses:
+        """Compute contrast and matching; see `BlipForPretraining.compute_losses`. There are no captions, so `itg` is 0.
+
+        Args:
+            pair_ids: [B, 2], see `find_matches`.
+            negatives: columns [B] among the pairs of all ranks.
+        """
+        assert pair_ids is not None
+        embeds, momentum_embeds = image_embeds
+        features = self._compute_features(self.retrieval, embeds, input_ids, attention_mask)
+        with torch.no_grad():
+            momentum_features = self._compute_features(self.momentum, momentum_embeds, input_ids, attention_mask)
+        itc, _, _ = compute_momentum_itc_loss(
+            features, momentum_features, self.queue, self.temperature, alpha, find_queue_matches(pair_ids, self.queue)
+        )
+        self.queue.push(*momentum_features, pair_ids)
+        if negatives is None:
+            matches = find_matches(len(input_ids), pair_ids)
+            images, texts = (gather_constant(one) for one in features)
+            negatives = (
+                sample_negatives(compute_negative_weights(features[1].detach() @ images.T / self.temperature, matches)),
+                sample_negatives(compute_negative_weights(features[0].detach() @ texts.T / self.temperature, matches)),
+            )
+        ids, mask = gather_constant(input_ids), gather_constant(attention_mask)
+        logits = self.match(
+            torch.cat([embeds, gather_with_gradient(embeds)[negatives[0]], embeds]),
+            torch.cat([input_ids, input_ids, ids[negatives[1]]]),
+            torch.cat([attention_mask, attention_mask, mask[negatives[1]]]),
+        )
+        return ContrastiveLosses(itc, compute_itm_loss(logits), itc.new_zeros(()))
 
 
 def _replace_first(input_ids: Tensor, token_id: int) -> Tensor:

@@ -1,13 +1,27 @@
-"""Vision towers of BLIP from other models, and images of another size."""
+"""Vision towers of BLIP from other models, images of another size, and the models of BLIP's fine-tuning."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BlipForImageTextRetrieval, BlipVisionConfig, BlipVisionModel, ViTModel
+from transformers import (
+    AutoConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipVisionConfig,
+    BlipVisionModel,
+    PreTrainedTokenizerBase,
+    ViTModel,
+)
 
+from lit_vlm.losses.contrastive import compute_caption_loss
+from lit_vlm.model.blip import MATCHING_TOKEN, BlipForRetrieval, load_blip_tokenizer
 from lit_vlm.model.hub import disable_transformers_logging, raise_folder_errors
-from lit_vlm.types import UserError
+from lit_vlm.model.qformer.build import tokenize_captions
+from lit_vlm.types import IGNORE_INDEX, UserError
 
 # Names of ViT's weights in transformers, and of the same ones in BLIP's tower; q, k and v are one matrix there
 _VIT_NAMES = {
@@ -96,3 +110,97 @@ def resize_positions(tower: BlipVisionModel, image_size: int) -> None:
     embeddings.position_embedding = nn.Parameter(positions.clone())
     embeddings.image_size, embeddings.num_patches, embeddings.num_positions = image_size, num_patches, num_patches + 1
     tower.config.image_size = image_size
+
+
+# ---- fine-tuning
+
+
+def build_blip_retrieval(
+    folder: str, *, global_batch_size: int, queue_size: int, image_size: int | None = None, seed: int = 0
+) -> tuple[BlipForRetrieval, PreTrainedTokenizerBase]:
+    """Build the model that is fine-tuned on retrieval from a `BlipForImageTextRetrieval`, ours or a release.
+
+    Args:
+        image_size: height and width in pixels, to which the positions are resized; None: the model's.
+
+    Raises:
+        UserError: the folder cannot be read, or the queue is no multiple of the global batch size.
+    """
+    tokenizer = load_blip_tokenizer(folder)
+    with disable_transformers_logging(), raise_folder_errors(folder, "no BlipForImageTextRetrieval can be read"):
+        retrieval = BlipForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32)
+    resize_positions(retrieval.vision_model, image_size or retrieval.config.vision_config.image_size)
+    model = BlipForRetrieval(
+        retrieval,
+        int(tokenizer.bos_token_id),
+        int(tokenizer.convert_tokens_to_ids(MATCHING_TOKEN)),
+        queue_size=queue_size,
+        global_batch_size=global_batch_size,
+        seed=seed,
+    )
+    return model, tokenizer
+
+
+def load_captioner(
+    folder: str, image_size: int | None = None
+) -> tuple[BlipForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Load a captioner, ours or a release, with its positions resized to images of another size.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    tokenizer = load_blip_tokenizer(folder)
+    with disable_transformers_logging(), raise_folder_errors(folder, "no BlipForConditionalGeneration can be read"):
+        model = BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    resize_positions(model.vision_model, image_size or model.config.vision_config.image_size)
+    return model, tokenizer
+
+
+def tokenize_with_prompt(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], prompt: str, max_tokens: int = 40
+) -> tuple[Tensor, Tensor]:
+    """Tokenize captions after a prompt, to ids and mask [B, max_tokens]; `[DEC]` is the first token, as BLIP captions."""
+    ids, mask = tokenize_captions(tokenizer, [prompt + text for text in texts], max_tokens)
+    ids[:, 0] = tokenizer.bos_token_id
+    return ids, mask
+
+
+def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Count the tokens of a prompt, the first token of the text included; they have no loss."""
+    return len(tokenizer(prompt)["input_ids"]) - 1
+
+
+def compute_prompted_loss(
+    model: BlipForConditionalGeneration,
+    pixel_values: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    num_prompt_tokens: int,
+) -> tuple[Tensor, int]:
+    """Compute the mean loss of the captions' tokens after the prompt, [] nats, and their number."""
+    embeds = model.vision_model(pixel_values=pixel_values).last_hidden_state
+    logits = model.text_decoder(input_ids, attention_mask=attention_mask, encoder_hidden_states=embeds).logits
+    labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+    labels[:, :num_prompt_tokens] = IGNORE_INDEX
+    return compute_caption_loss(logits, labels), int((labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+@torch.no_grad()
+def caption_images(
+    model: BlipForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    pixel_values: Tensor,
+    prompt: str,
+    **options: Any,
+) -> list[str]:
+    """Caption images [B, 3, H, W] after a prompt, which is taken away.
+
+    Args:
+        options: of `generate`, such as num_beams.
+    """
+    start = tokenizer(prompt)["input_ids"]
+    input_ids = torch.tensor([start] * len(pixel_values), device=pixel_values.device)
+    output = model.generate(pixel_values, input_ids=input_ids, **options)
+    shown = tokenizer.decode(start, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    return [text.removeprefix(shown).strip() for text in texts]

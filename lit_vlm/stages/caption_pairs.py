@@ -1,4 +1,4 @@
-"""The stages of BLIP-2, and BLIP's pretraining, as LightningModules that learn from pairs of an image and a caption.
+"""The stages of BLIP-2 and BLIP as LightningModules that learn from pairs of an image and a caption.
 
 They run under a plain Lightning Trainer with `CaptionDataModule`, and as stages of the command line with `PairDataModule`
 (docs/qformer.md). A step is never split into micro-batches: contrastive losses need all pairs of a step at once.
@@ -14,12 +14,13 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
-from transformers import Blip2ForConditionalGeneration, PreTrainedTokenizerBase
+from transformers import Blip2ForConditionalGeneration, BlipForConditionalGeneration, PreTrainedTokenizerBase
 
 from lit_vlm.data.caption_pairs import PairBatch
 from lit_vlm.evaluation.retrieval import PairRetrieval
 from lit_vlm.losses.contrastive import ContrastiveLosses, compute_alpha
-from lit_vlm.model.blip import BlipForPretraining
+from lit_vlm.model.blip import BlipForPretraining, BlipForRetrieval
+from lit_vlm.model.blip_parts import caption_images, compute_prompted_loss, count_prompt_tokens
 from lit_vlm.model.parts import PartSummary, summarize_modules
 from lit_vlm.model.qformer.generation import generate_captions, make_caption_labels
 from lit_vlm.model.qformer.pretraining import Blip2ForPretraining
@@ -142,6 +143,7 @@ class ContrastiveStage(PairStage):
         "a contrastive loss compares each pair with all others of its step, so the losses of micro-batches do not add "
         "up to it."
     )
+    LOSSES: ClassVar[tuple[str, ...]] = ("itc", "itm", "itg")  # that are logged besides their sum
     model: Any
 
     def __init__(self, model: nn.Module, *, num_candidates: int = 0, **settings: Any) -> None:
@@ -155,8 +157,8 @@ class ContrastiveStage(PairStage):
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Return the loss of this rank's pairs; the strategy's mean over ranks is the loss of the step."""
         losses = self.compute_losses(batch)
-        values = {"loss": losses.total, "itc": losses.itc, "itm": losses.itm, "itg": losses.itg}
-        for name, value in values.items():
+        for name in ("total", *self.LOSSES):
+            value, name = getattr(losses, name), "loss" if name == "total" else name
             self.log(f"train/{name}", value.detach(), prog_bar=name == "loss", sync_dist=True, batch_size=1)
         return losses.total
 
@@ -315,3 +317,98 @@ class GenerateStage(PairStage):
 
     def _make_labels(self, batch: PairBatch) -> Tensor:
         return make_caption_labels(batch.input_ids, batch.attention_mask, self.model.config.image_token_index)
+
+
+class RetrievalStage(ContrastiveStage):
+    """BLIP's fine-tuning for retrieval. The defaults are those of its `retrieval_coco.yaml`, 32 pairs on each of 8 GPUs.
+
+    Logs `train/loss`, `train/itc`, `train/itm` and the recalls of retrieval among the held-out pairs.
+
+    Args:
+        model: made by `build_blip_retrieval`.
+        steps_per_epoch: the share of the momentum encoder in the targets grows over two epochs.
+        match_equal: equal texts are right for each other, as equal images are; False: equal images alone, as published.
+        settings: see `ContrastiveStage`.
+    """
+
+    PARTS = {part: pattern for part, pattern in BlipStage.PARTS.items() if part != "text decoder"}
+    LOSSES = ("itc", "itm")
+    model: BlipForRetrieval
+
+    def __init__(
+        self,
+        model: BlipForRetrieval,
+        steps_per_epoch: int,
+        *,
+        learning_rate: float = 1e-5,
+        min_learning_rate: float = 0.0,
+        warmup_steps: int = 0,
+        match_equal: bool = True,
+        **settings: Any,
+    ) -> None:
+        settings |= {"learning_rate": learning_rate, "min_learning_rate": min_learning_rate}
+        super().__init__(model, warmup_steps=warmup_steps, **settings)
+        self.hparams.update(steps_per_epoch=steps_per_epoch, match_equal=match_equal)
+
+    def compute_losses(self, batch: PairBatch) -> ContrastiveLosses:
+        """Compute the losses of this rank's pairs, with the share of the momentum encoder at this step."""
+        pair_ids = batch.pair_ids if self.hparams["match_equal"] else batch.pair_ids[:, [0, 0]]
+        alpha = compute_alpha(self.global_step, self.hparams["steps_per_epoch"])
+        return self.model(batch.pixel_values, batch.input_ids, batch.attention_mask, alpha, pair_ids)
+
+
+class CaptionStage(PairStage):
+    """BLIP's fine-tuning for captions. The defaults are those of its `caption_coco.yaml`, 32 pairs on each of 8 GPUs.
+
+    The data module's `tokenize` is `tokenize_with_prompt`. Logs `train/loss` and `val/loss`, mean losses of the captions'
+    tokens with label smoothing 0.1. `predict` captions images by beam search.
+
+    Args:
+        model, tokenizer: made by `load_captioner`.
+        prompt: text before each caption, without a loss.
+        generation: options of `generate`.
+        settings: see `PairStage`.
+    """
+
+    PARTS = {"vision tower": "vision_model", "text decoder": "text_decoder", "heads": ""}
+    accumulation_error = GenerateStage.accumulation_error
+    model: BlipForConditionalGeneration
+
+    def __init__(
+        self,
+        model: BlipForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt: str = "a picture of ",
+        generation: dict[str, Any] | None = None,
+        learning_rate: float = 1e-5,
+        min_learning_rate: float = 0.0,
+        warmup_steps: int = 0,
+        **settings: Any,
+    ) -> None:
+        settings |= {"learning_rate": learning_rate, "min_learning_rate": min_learning_rate}
+        super().__init__(model, warmup_steps=warmup_steps, **settings)
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.generation = {"num_beams": 3, "min_length": 5, "max_length": 20} if generation is None else generation
+        self.num_prompt_tokens = count_prompt_tokens(tokenizer, prompt)
+        self.val_loss = MeanMetric()
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the mean loss of this rank's tokens; the strategy's mean over ranks is the loss of the step."""
+        loss, _ = self._compute_loss(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=1)
+        return loss
+
+    def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
+        """Log the mean loss of all tokens of the held-out captions."""
+        loss, num_tokens = self._compute_loss(batch)
+        self.val_loss.update(loss, weight=num_tokens)
+        self.log("val/loss", self.val_loss, on_epoch=True, on_step=False, prog_bar=True, batch_size=1)
+
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> list[str]:
+        """Caption each image."""
+        return caption_images(self.model, self.tokenizer, batch.pixel_values, self.prompt, **self.generation)
+
+    def _compute_loss(self, batch: PairBatch) -> tuple[Tensor, int]:
+        inputs = (batch.pixel_values, batch.input_ids, batch.attention_mask)
+        return compute_prompted_loss(self.model, *inputs, self.num_prompt_tokens)

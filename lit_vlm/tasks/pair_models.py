@@ -13,7 +13,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lit_vlm.config.choices import StageName
 from lit_vlm.config.pair_stages import (
+    BlipCaptionStageConfig,
     BlipPretrainStageConfig,
+    BlipRetrievalStageConfig,
     GenerateStageConfig,
     PairStageConfig,
     RepresentStageConfig,
@@ -21,8 +23,15 @@ from lit_vlm.config.pair_stages import (
 from lit_vlm.config.schema import ModelConfig, StageConfig
 from lit_vlm.data.caption_pairs import Tokenize
 from lit_vlm.files import handle_write_errors
-from lit_vlm.model.blip import build_blip, load_blip_tokenizer, save_blip_run
-from lit_vlm.model.blip_parts import load_blip_vision, make_blip_vision_config
+from lit_vlm.model.blip import build_blip, load_blip_tokenizer, save_blip_part, save_blip_run
+from lit_vlm.model.blip_parts import (
+    build_blip_retrieval,
+    count_prompt_tokens,
+    load_blip_vision,
+    load_captioner,
+    make_blip_vision_config,
+    tokenize_with_prompt,
+)
 from lit_vlm.model.hub import disable_transformers_logging, raise_folder_errors
 from lit_vlm.model.qformer.build import (
     build_blip2,
@@ -41,7 +50,14 @@ from lit_vlm.model.qformer.generation import (
 )
 from lit_vlm.model.tiny import make_tiny_blip2_vision, make_tiny_blip_vision, make_tiny_parts, make_tiny_text_encoder
 from lit_vlm.runs.run_folder import compute_parts_digest
-from lit_vlm.stages.caption_pairs import BlipStage, GenerateStage, PairStage, RepresentStage
+from lit_vlm.stages.caption_pairs import (
+    BlipStage,
+    CaptionStage,
+    GenerateStage,
+    PairStage,
+    RepresentStage,
+    RetrievalStage,
+)
 from lit_vlm.types import UserError
 
 TINY = "tiny"
@@ -309,13 +325,87 @@ def _build_blip_pretrain(
     return PairModel(built, partial(save_blip_run, model, tokenizer))
 
 
+def _resolve_blip_caption(stage: PairStageConfig, folders: dict[str, Any]) -> PairParts:
+    assert isinstance(stage, BlipCaptionStageConfig)
+    whole = find_captioner(folders["whole"])
+    config = require_model_type(whole, "init_from", "blip")
+    require_positions(stage, config.text_config.max_position_embeddings, whole)
+    tokenizer = load_blip_tokenizer(whole)
+    num_prompt_tokens = count_prompt_tokens(tokenizer, stage.prompt)
+    for name in ("max_text_tokens", "max_caption_tokens"):
+        if getattr(stage, name) <= num_prompt_tokens + 1:
+            raise UserError(
+                f"stage.{name}={getattr(stage, name)}: the prompt {stage.prompt!r} has {num_prompt_tokens} tokens, which leaves none for"
+                " the caption. Raise it, or shorten stage.prompt."
+            )
+    tokenize = partial(tokenize_with_prompt, tokenizer, prompt=stage.prompt, max_tokens=stage.max_text_tokens)
+    size = make_blip_vision_config(whole, stage.image_size).image_size
+    return PairParts(**folders | {"whole": whole}, tokenizer=tokenizer, tokenize=tokenize, image_size=size)
+
+
+def find_captioner(folder: str) -> str:
+    """Return the folder of a captioner: the one given, or `captions` in the folder of a pretraining.
+
+    Raises:
+        UserError: it is a retrieval model alone.
+    """
+    if "BlipForConditionalGeneration" in (read_config(folder).architectures or []):
+        return folder
+    captions = Path(folder) / "captions"
+    if captions.is_dir():
+        return str(captions)
+    raise UserError(
+        f"init_from={folder}: holds no captioner. Give the folder of a BlipForConditionalGeneration, such as"
+        " Salesforce/blip-image-captioning-base, or of a run of stage=blip_pretrain."
+    )
+
+
+def _build_blip_caption(parts: PairParts, stage: Any, *, optimizer: dict[str, Any], seed: int, **_: int) -> PairModel:
+    assert isinstance(stage, BlipCaptionStageConfig) and parts.whole
+    model, tokenizer = load_captioner(parts.whole, parts.image_size)
+    lengths = {"min_length": stage.min_caption_tokens, "max_length": stage.max_caption_tokens}
+    options = optimizer | {"generation": {"num_beams": stage.num_beams, **lengths}, "seed": seed}
+    built = CaptionStage(model, tokenizer, prompt=stage.prompt, **options)
+    return PairModel(built, partial(save_blip_part, model, tokenizer))
+
+
+def _resolve_blip_retrieval(stage: PairStageConfig, folders: dict[str, Any]) -> PairParts:
+    whole: Any = folders["whole"]
+    config = require_model_type(whole, "init_from", "blip")
+    if "BlipForImageTextRetrieval" not in (config.architectures or []):
+        raise UserError(
+            f"init_from={whole}: holds {', '.join(config.architectures or ['no named model'])}. Give the folder of a"
+            " BlipForImageTextRetrieval, such as Salesforce/blip-itm-base-coco, or of a run of stage=blip_pretrain."
+        )
+    require_positions(stage, config.text_config.max_position_embeddings, whole)
+    tokenizer = load_blip_tokenizer(whole)
+    tokenize = partial(tokenize_captions, tokenizer, max_tokens=stage.max_text_tokens)
+    size = make_blip_vision_config(whole, stage.image_size).image_size
+    return PairParts(**folders, tokenizer=tokenizer, tokenize=tokenize, image_size=size)
+
+
+def _build_blip_retrieval(
+    parts: PairParts, stage: Any, *, optimizer: dict[str, Any], batch: int, steps_per_epoch: int, seed: int
+) -> PairModel:
+    assert isinstance(stage, BlipRetrievalStageConfig) and parts.whole
+    sizes = {"global_batch_size": batch, "queue_size": stage.queue_size, "image_size": parts.image_size}
+    model, tokenizer = build_blip_retrieval(parts.whole, **sizes, seed=seed)
+    optimizer |= {"num_candidates": stage.num_candidates, "seed": seed}
+    built = RetrievalStage(model, steps_per_epoch, match_equal=stage.match_equal, **optimizer)
+    return PairModel(built, partial(save_blip_part, model.retrieval, tokenizer))
+
+
 RESOLVERS: dict[StageName, Callable[[PairStageConfig, dict[str, Any]], PairParts]] = {
     StageName.represent: _resolve_represent,
     StageName.generate: _resolve_generate,
     StageName.blip_pretrain: _resolve_blip_pretrain,
+    StageName.blip_caption: _resolve_blip_caption,
+    StageName.blip_retrieval: _resolve_blip_retrieval,
 }
 BUILDERS: dict[StageName, Callable[..., PairModel]] = {
     StageName.represent: _build_represent,
     StageName.generate: _build_generate,
     StageName.blip_pretrain: _build_blip_pretrain,
+    StageName.blip_caption: _build_blip_caption,
+    StageName.blip_retrieval: _build_blip_retrieval,
 }

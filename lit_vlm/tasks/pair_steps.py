@@ -15,7 +15,7 @@ from callbacks import Heartbeat, Report
 from callbacks.captions import Captions, PairExport, ValidationPulse
 from lit_vlm.checkpoint.index import RunFingerprint
 from lit_vlm.config.choices import DEBUG_FAST_STEPS, DebugMode
-from lit_vlm.config.pair_stages import GenerateStageConfig, PairStageConfig
+from lit_vlm.config.pair_stages import PairStageConfig
 from lit_vlm.config.schema import DataConfig, StageConfig, TrainerConfig, ValidationConfig
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.pair_data import PairDataModule, PairProcessor
@@ -169,7 +169,7 @@ def get_max_captions(
     chosen: Mapping[str, Any], stage: StageConfig, validation: ValidationConfig, debug: DebugMode | None
 ) -> int | None:
     """Return the maximum number of captions that are scored, for each kind and language; None: the stage writes none."""
-    if "samples" not in chosen or not isinstance(stage, GenerateStageConfig):
+    if "samples" not in chosen or not (isinstance(stage, PairStageConfig) and stage.WRITES_CAPTIONS):
         return None
     return DEBUG_FAST_STEPS if debug is DebugMode.fast else validation.max_samples
 

@@ -40,6 +40,10 @@ NEEDS = {
     "stage/dpo": ["data=builtin_preference"],
     "stage/represent": ["stage.text_encoder=tiny"],
     "stage/generate": ["init_from=owner/blip2"],
+    "stage/blip_caption": ["init_from=owner/blip"],
+    "stage/blip_retrieval": ["init_from=owner/blip", "stage.queue_size=1280"],
+    "experiment/blip/2_caption": ["data.sources.mine.path=x"],
+    "experiment/blip/2_retrieval": ["data.sources.mine.path=x"],
     "stage/blip_pretrain": ["stage.text_encoder=tiny", "stage.queue_size=1280"],
     "stage/mpo": ["data=builtin_preference"],
     "experiment/lora/1_sft": ["data.sources.mine.path=x"],
@@ -68,7 +72,18 @@ def test_every_file_composes(name):
 
 def test_the_groups_and_choices_are_those_of_the_command_line():
     assert list_groups() == ["data", "data/source", "experiment", "logger", "model", "stage", "trainer"]
-    assert list_choices("stage") == ["align", "blip_pretrain", "dpo", "generate", "highres", "mpo", "represent", "sft"]
+    assert list_choices("stage") == [
+        "align",
+        "blip_caption",
+        "blip_pretrain",
+        "blip_retrieval",
+        "dpo",
+        "generate",
+        "highres",
+        "mpo",
+        "represent",
+        "sft",
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("experiment/")])

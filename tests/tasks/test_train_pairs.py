@@ -25,7 +25,7 @@ from lit_vlm.data.pair_data import PairBatches, PairProcessor
 from lit_vlm.evaluation.retrieval import evaluate_retrieval
 from lit_vlm.model.qformer.build import load_blip2
 from lit_vlm.model.qformer.generation import generate_captions
-from lit_vlm.stages.caption_pairs import BlipStage, RepresentStage
+from lit_vlm.stages.caption_pairs import BlipStage, RepresentStage, RetrievalStage
 from lit_vlm.tasks import TASKS
 from lit_vlm.tasks.export import export
 from lit_vlm.types import UserError
@@ -40,6 +40,7 @@ SMALL = [
 ]
 REPRESENT = ["experiment=tiny_blip2/1_represent", *SMALL, "stage.num_queries=4", "stage.num_candidates=3"]
 PRETRAIN = ["experiment=tiny_blip/1_pretrain", *SMALL, "stage.queue_size=32", "stage.num_candidates=3"]
+RETRIEVAL = ["experiment=tiny_blip/2_retrieval", *SMALL, "stage.queue_size=32", "stage.num_candidates=3"]
 GENERATE = ["experiment=tiny_blip2/2_generate", *SMALL]
 
 
@@ -160,6 +161,38 @@ def test_blips_pretraining_leaves_a_retrieval_model_and_a_captioner(blip):
         assert {"[DEC]", "[ENC]"} <= AutoTokenizer.from_pretrained(folder).get_vocab().keys()
     figures = json.loads((blip / "manifest.json").read_text(encoding="utf-8"))["figures"]
     assert len([name for name in figures if name.startswith("val/")]) == 12
+
+
+def test_the_fine_tuning_starts_from_the_pretraining_and_leaves_folders_of_transformers(root, blip):
+    captions = run(root, "experiment=tiny_blip/2_caption", *SMALL, f"init_from={blip / 'hf'}")
+    model, report = BlipForConditionalGeneration.from_pretrained(captions / "hf", output_loading_info=True)
+    assert not report["missing_keys"]
+    rows = [json.loads(line) for line in (captions / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert not any(row["prediction"].startswith("a picture of") for row in rows)
+    config = parse(["experiment=tiny_blip/2_caption"])
+    assert config.init_from == str(Path("runs/tiny_blip/1_pretrain/hf").absolute())
+    config = parse(["experiment=tiny_blip/2_retrieval"])  # not the fine-tuning for captions, which has the same number
+    assert config.init_from == str(Path("runs/tiny_blip/1_pretrain/hf").absolute())
+    with pytest.raises(UserError, match="holds no captioner. Give the folder of a BlipForConditionalGeneration"):
+        copy = root / "retrieval"
+        BlipForImageTextRetrieval.from_pretrained(blip / "hf").save_pretrained(copy)
+        run(root, "task=preflight", "experiment=tiny_blip/2_caption", *SMALL, f"init_from={copy}")
+    with pytest.raises(
+        UserError, match="holds BlipForConditionalGeneration. Give the folder of a BlipForImageTextRetrieval"
+    ):
+        run(root, "task=preflight", *RETRIEVAL, f"init_from={captions / 'hf'}")
+
+
+def test_an_interrupted_fine_tuning_resumes_with_the_ids_of_its_queue(root, blip, tmp_path, monkeypatch):
+    start = f"init_from={blip / 'hf'}"
+    whole = run(root, *RETRIEVAL, start)
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        interrupt(patch, RetrievalStage, 5)
+        run(tmp_path, *RETRIEVAL, start, "checkpoint.every_steps=2")
+    folder = run(tmp_path, *RETRIEVAL, start, "checkpoint.every_steps=2")
+    require_equal_weights(folder / "hf", whole / "hf")
+    assert read_column(folder, "train/itc") == read_column(whole, "train/itc")
+    assert not any("itg" in name for name in read_rows(whole)[0])
 
 
 # ---- interrupted runs
@@ -346,6 +379,27 @@ def test_texts_that_the_tokenizer_does_not_know_are_refused_by_the_name_of_their
         UserError, match=r"data.sources.foreign: \d+% of the tokens of its texts are unknown to the tokenizer"
     ):
         run(root, "task=preflight", *choice, *overrides, "data.global_batch_size=2", "data.num_workers=0")
+
+
+def test_cocos_captions_are_several_texts_of_an_image(root, blip, tmp_path, capsys):
+    photos = save_photos(tmp_path / "photos")
+    names = sorted(path.name for path in photos.iterdir())
+    labels = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
+        "annotations": [
+            {"id": 10 * number + again, "image_id": number, "caption": f"a photograph {number} {again}"}
+            for number in range(len(names))
+            for again in range(2)
+        ],
+    }
+    (tmp_path / "captions_train2014.json").write_text(json.dumps(labels), encoding="utf-8")
+    source = {"format": "coco", "path": str(tmp_path / "captions_train2014.json"), "image_root": str(photos)}
+    choice = write_data_choice(tmp_path, sources={"coco": source})
+    overrides = [text for text in RETRIEVAL if not text.startswith("data.")]
+    start = [f"init_from={blip / 'hf'}", "data.global_batch_size=4", "data.num_workers=0"]
+    run(root, "task=preflight", *choice, *overrides, *start)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4 different images; pairs of one image are no negatives of each other" in shown and "can train" in shown
 
 
 def test_a_record_that_is_no_pair_is_set_aside_before_training(root, first, tmp_path):
