@@ -22,7 +22,7 @@ from lit_vlm.config.compose import (
     register_schema,
 )
 from lit_vlm.config.key_validation import get_setting_type
-from lit_vlm.config.schema import DPOStageConfig
+from lit_vlm.config.settings import get_stage_config_class
 
 FILES = sorted(path.relative_to(CONF_DIR).with_suffix("").as_posix() for path in CONF_DIR.rglob("*.yaml"))
 NEEDS = {
@@ -102,9 +102,9 @@ def test_every_number_of_a_recipe_carries_its_source(name):
 )
 def test_a_file_repeats_no_default(name):
     group = name.partition("/")[0]
-    hint = get_setting_type(group, DPOStageConfig)
-    defaults = asdict(hint())
     content = yaml.safe_load((CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    hint = get_setting_type(group, get_stage_config_class(content.get("name", "dpo")))
+    defaults = asdict(hint())
     restated = {key for key, value in content.items() if key != "defaults" and defaults[key] == value}
     assert restated <= {"precision"}  # set for every machine, so that the reader can compare
 
