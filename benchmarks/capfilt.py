@@ -1,6 +1,6 @@
 """Benchmark of CapFilt: the area under the ROC curve of the filter on planted false captions.
 
-    python -m benchmarks.capfilt [--steps 1500] [--records 600] [--seed 0]
+    python -m benchmarks.capfilt [--steps 1500] [--records 600] [--seeds 0 1 2]
 
 A small BLIP (text encoder and vision tower of two layers) is trained on built-in captions of one coloured shape, English. Then a
 source of other pictures is written, of which 30 % have the caption of another shape or colour, which is false of the picture because a
@@ -105,7 +105,7 @@ def write_planted(folder: Path, num_records: int, seed: int) -> tuple[list[str],
 
 def run(num_steps: int, num_records: int, seed: int) -> dict[str, Any]:
     """Train, plant, curate and measure."""
-    folder = Path(tempfile.mkdtemp(prefix="capfilt-"))
+    folder, started = Path(tempfile.mkdtemp(prefix="capfilt-")), time.process_time()
     train_blip(folder, num_steps, seed)
     trained = time.process_time()
     truths, is_true = write_planted(folder, num_records, seed)
@@ -135,8 +135,8 @@ def run(num_steps: int, num_records: int, seed: int) -> dict[str, Any]:
         "web_kept_true": sum(is_true[place] for place in web),
         "synthetic_kept": len(synthetic),
         "synthetic_kept_true": sum(truths[place] == text for place, text in synthetic),
-        "training_cpu_seconds": round(trained, 1),
-        "cpu_seconds": round(time.process_time(), 1),
+        "training_cpu_seconds": round(trained - started, 1),
+        "curation_cpu_seconds": round(time.process_time() - trained, 1),
     }
 
 
@@ -144,17 +144,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--records", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result = run(arguments.steps, arguments.records, arguments.seed)
     versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    RESULT.write_text(json.dumps(result | {"versions": versions}, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    results = []
+    for seed in arguments.seeds:
+        results.append(run(arguments.steps, arguments.records, seed))
+        print(json.dumps(results[-1], indent=2), flush=True)
+        RESULT.write_text(json.dumps({"versions": versions, "runs": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -382,6 +382,8 @@ TEXTS = {
     "Similar, and stays": "비슷하지만 남는 레코드",
     "Stays": "남는 레코드",
     "Scores": "점수",
+    "web texts": "웹 텍스트",
+    "synthetic texts": "합성 텍스트",
     "threshold": "문턱",
     "too short": "너무 짧음",
     "repeated": "반복",

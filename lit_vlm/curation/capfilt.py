@@ -26,13 +26,14 @@ from lit_vlm.curation.mixture import (
     choose_examples,
     iterate_batches,
     map_records,
+    read_images,
 )
 from lit_vlm.curation.prune import load_picture
 from lit_vlm.curation.text_hashes import normalise_text
 from lit_vlm.curation.text_quality import is_hangul
 from lit_vlm.data.generated import GeneratedTurns
-from lit_vlm.model.image_text import BlipCaptioner
-from lit_vlm.types import Language, Message, Record, RecordError, Role, Sample, Source
+from lit_vlm.model.image_text import SAMPLING, BlipCaptioner
+from lit_vlm.types import Language, LazyImage, Message, Record, RecordError, Role, Sample, Source
 
 CAPTIONS = "captions"  # name of the ledger
 WEB, SYNTHETIC = "web", "synthetic"
@@ -92,18 +93,20 @@ def caption_records(
     ledger, errors = ModelLedger(index_dir, CAPTIONS, captioner.digest), dict[int, str]()
     captions: list[str | None] = [None] * len(places)
 
-    def look_up(number: int) -> tuple[int, str, Any]:
-        source_id, position = places[number]
+    def look_up(number: int, images: tuple[LazyImage, ...] | str) -> tuple[int, str, Any]:
         try:
-            image = sources[source_id][position].images[0]
-            key = xxhash.xxh3_128_hexdigest(hash_content(image) + str(seed).encode())
+            if isinstance(images, str):
+                return number, "", images
+            image = images[0]
+            key = xxhash.xxh3_128_hexdigest(hash_content(image) + f"{seed} {SAMPLING}".encode())
             return number, key, None if key in ledger else load_picture(image)
         except RecordError as error:
             return number, "", str(error)
 
     with ThreadPoolExecutor(workers) as pool:
         for numbers in iterate_batches(range(len(places)), batch_size):
-            found = list(pool.map(look_up, numbers))
+            read = read_images(sources, [places[number] for number in numbers])
+            found = list(pool.map(look_up, numbers, read))
             errors |= {number: image for number, _, image in found if isinstance(image, str)}
             missing = {key: image for number, key, image in found if image is not None and number not in errors}
             if missing:

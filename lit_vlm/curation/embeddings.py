@@ -69,9 +69,10 @@ def embed_pictures(
             known = _read_block(path, len(contents))
             if known is None:
                 images = [
-                    (sources[features.source_ids[record]], int(features.positions[record]), number)
+                    image
                     for record in range(start, stop)
-                    for number in range(int(counts[record]))
+                    if counts[record]
+                    for image in sources[features.source_ids[record]][int(features.positions[record])].images
                 ]
                 known = _embed_block(images, contents, encoder, batch_size, pool)
                 with atomic_write(path) as draft, draft.open("wb") as stream:
@@ -99,24 +100,19 @@ def _read_block(path: Path, num_pictures: int) -> np.ndarray | None:
 
 
 def _embed_block(
-    images: Sequence[tuple[Source, int, int]],
+    images: Sequence[LazyImage],
     contents: np.ndarray,
     encoder: PictureEncoder,
     batch_size: int,
     pool: ThreadPoolExecutor,
 ) -> np.ndarray:
-    """Encode the pictures of a block, (source, position, number in the record) each: [n, E] float16."""
+    """Encode the pictures of a block, equal ones once: [n, E] float16."""
     if not images:
         return np.zeros((0, 0), np.float16)
     _, first, inverse = np.unique(contents, axis=0, return_index=True, return_inverse=True)
 
-    def load(number: int):
-        source, position, place = images[number]
-        image: LazyImage = source[position].images[place]
-        return image.load()
-
     encoded = [
-        encoder.embed_images(list(pool.map(load, numbers))).numpy()
+        encoder.embed_images(list(pool.map(lambda number: images[number].load(), numbers))).numpy()
         for numbers in iterate_batches(first.tolist(), batch_size)
     ]
     return np.concatenate(encoded).astype(np.float16)[inverse.ravel()]

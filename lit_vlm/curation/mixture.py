@@ -140,6 +140,23 @@ def iterate_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
+def read_images(sources: Sequence[Source], places: Sequence[tuple[int, int]]) -> list[tuple[LazyImage, ...] | str]:
+    """Read the pictures of records, not decoded; the message instead if a record cannot be read.
+
+    Sources are read by one thread: not all of them allow several.
+
+    Args:
+        places: (number of the source, position) of each record.
+    """
+    found: list[tuple[LazyImage, ...] | str] = []
+    for source_id, position in places:
+        try:
+            found.append(tuple(sources[source_id][position].images))
+        except RecordError as error:
+            found.append(str(error))
+    return found
+
+
 def map_records(
     sources: Sequence[Source],
     function: Callable[[Record], T | None],

@@ -23,6 +23,7 @@ from lit_vlm.curation.mixture import (
     choose_examples,
     iterate_batches,
     map_records,
+    read_images,
 )
 from lit_vlm.curation.text_hashes import normalise_text
 from lit_vlm.curation.text_quality import find_text_faults, is_hangul
@@ -101,17 +102,18 @@ def score_captions(
     ledger, errors = ModelLedger(index_dir, SCORES, scorer.digest), dict[int, str]()
     scores: list[float | None] = [None] * len(places)
 
-    def look_up(number: int) -> tuple[int, list[tuple[str, LazyImage]], str]:
-        source_id, position = places[number]
+    def look_up(number: int, images: tuple[LazyImage, ...] | str) -> tuple[int, list[tuple[str, LazyImage]], str]:
         try:
-            images = sources[source_id][position].images
+            if isinstance(images, str):
+                return number, [], images
             return number, [(make_score_key(hash_content(image), texts[number]), image) for image in images], ""
         except RecordError as error:
             return number, [], str(error)
 
     with ThreadPoolExecutor(workers) as pool:
         for numbers in iterate_batches(range(len(places)), batch_size):
-            found = list(pool.map(look_up, numbers))
+            read = read_images(sources, [places[number] for number in numbers])
+            found = list(pool.map(look_up, numbers, read))
             missing = {
                 key: (image, texts[number]) for number, keyed, _ in found for key, image in keyed if key not in ledger
             }

@@ -36,7 +36,11 @@ DUAL_ENCODERS = ("siglip", "siglip2", "clip")  # model types
 VISION_TOWERS = ("siglip_vision_model", "clip_vision_model", "dinov2")
 MATCHERS = "SigLIP, SigLIP 2 or CLIP (both towers), or of BLIP for retrieval (BlipForImageTextRetrieval)"
 NUCLEUS = 0.9  # top_p of BLIP's captioner (Li et al., arXiv 2201.12086, section 4.3)
-MAX_CAPTION_TOKENS, MIN_CAPTION_TOKENS, REPETITION_PENALTY = 20, 5, 1.1  # as in BLIP's repository
+REPETITION_PENALTY = 1.1  # as in BLIP's repository
+MIN_CAPTION_TOKENS, MAX_CAPTION_TOKENS = 1, 20  # without [DEC]; BLIP's minimum of 5 counts [DEC] and "a picture of"
+SAMPLING = (
+    f"{NUCLEUS} {REPETITION_PENALTY} {MIN_CAPTION_TOKENS} {MAX_CAPTION_TOKENS}"  # captions of other values are others
+)
 
 
 class ImageTextScorer(Protocol):

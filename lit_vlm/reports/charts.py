@@ -225,8 +225,10 @@ def _draw_bars(histogram: Histogram, x: Callable[[float], float], y: Callable[[f
 
 def _format_bin(histogram: Histogram, bin_index: int) -> str:
     low, high = histogram.edges[bin_index], histogram.edges[bin_index + 1]
-    first, last = math.ceil(low), math.ceil(high) - 1
     unit = tell(histogram.unit)
+    if low % 1 != 0.5 or high % 1 != 0.5:  # a bin of whole numbers ends between two of them
+        return tell("{low} to {high} {unit}", low=f"{low:.4g}", high=f"{high:.4g}", unit=unit)
+    first, last = math.ceil(low), math.ceil(high) - 1
     return (
         f"{first:,} {unit}"
         if first == last

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from lit_vlm.curation.mixture import Example, ResultTable, ScoreDistribution
 from lit_vlm.messages import translate
-from lit_vlm.reports.charts import draw_histogram
+from lit_vlm.reports.charts import HISTOGRAM_STYLES, draw_histogram
 from lit_vlm.reports.curation_examples import CurationExample, ShownRecord
 from lit_vlm.reports.preflight.facts import Histogram
 from lit_vlm.reports.preflight.samples import encode_data_url
@@ -50,6 +50,15 @@ class SourceCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreChart:
+    """Histogram of a score: its title, (style, name) of each series, and the drawing."""
+
+    title: str
+    legend: list[tuple[str, str]]
+    svg: Markup
+
+
+@dataclass(frozen=True, slots=True)
 class CurationPage:
     """Values of the page.
 
@@ -76,9 +85,13 @@ class CurationPage:
     scores: Sequence[ScoreDistribution] = field(default=())
 
     @property
-    def charts(self) -> list[tuple[str, Markup]]:
-        """Histogram of each score, with its title."""
-        return [(scores.name, Markup(draw_histogram(make_score_histogram(scores)))) for scores in self.scores]
+    def charts(self) -> list[ScoreChart]:
+        """Histogram of each score."""
+        histograms = [make_score_histogram(scores) for scores in self.scores]
+        return [
+            ScoreChart(one.title, list(zip(HISTOGRAM_STYLES, one.series, strict=False)), Markup(draw_histogram(one)))
+            for one in histograms
+        ]
 
 
 def make_score_histogram(distribution: ScoreDistribution) -> Histogram:

@@ -7,6 +7,7 @@ from test_preflight_page import datamodule, facts  # noqa: F401
 from test_profile_page import FP32, TraceWriter
 from test_report import folder, render_page  # noqa: F401
 
+from lit_vlm.curation.mixture import ResultTable, ScoreDistribution
 from lit_vlm.messages import set_language
 from lit_vlm.reports.curation import CurationExample, CurationPage, SourceCounts, show_record, write_curation_page
 from lit_vlm.reports.preflight.facts import Finding, Severity
@@ -53,6 +54,10 @@ def test_the_curation_page_fits_phone_and_paper(language, tmp_path, browser):  #
         [example],
         [("method", "duplicates"), ("min_similarity", "0.8")],
         command=COMMAND,
+        tables=[
+            ResultTable("Groups", ("group", "records", "asked", "kept"), [("document/ko", "1,200,000", "20.0%", "40")])
+        ],
+        scores=[ScoreDistribution("cosine of picture and text", {"ko": [0.1, 0.31], "en": [0.2, 0.25]}, 0.24)],
     )
     write_curation_page(tmp_path / "page.html", page)
     assert find_page_faults(browser, tmp_path / "page.html") == []
