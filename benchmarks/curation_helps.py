@@ -59,10 +59,10 @@ def main() -> None:
     }
     result["sources"] = {name: count_rows(facts, path) for name, path in selections.items()}
     scores: dict[str, list[dict[str, float]]] = {name: [] for name in selections}
-    for seed in options.seeds:  # all sources of a seed, so that an interrupted benchmark has pairs
-        for name, selection in selections.items():
+    for name, selection in selections.items():
+        for seed in options.seeds:
             scores[name].append(train_and_examine(folder, name, selection, seed, options.steps))
-            result["scores"] = scores
+            result["scores"] = {name: one for name, one in scores.items() if one}
             RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(render_table(result))
 

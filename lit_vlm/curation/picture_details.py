@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
+from scipy.fft import irfft2, rfft2
 from scipy.ndimage import gaussian_filter, uniform_filter
-from scipy.signal import fftconvolve
 
 MIN_DETAIL = 0.75  # of copies; benchmarks/curation.py measures what it refuses
 _SIDE, _MIN_SIDE = 192, 16  # pixels of the longer, and at least of the shorter side, at which two pictures are compared
 _WINDOW = 16  # side of the windows whose contrast is correlated, in pixels
-_COARSE, _FINE = 8.0, 0.8  # standard deviations, in pixels: slower changes are no detail, faster ones are noise of JPEG
+_COARSE, _FINE = (
+    21,
+    0.8,
+)  # side of a box and standard deviation, in pixels: slower changes are no detail, faster ones are noise of JPEG
 _MIN_LEVELS, _MIN_SHARE = (
     6.0,
     0.1,
@@ -44,16 +47,17 @@ def compare_details(first: Image.Image, second: Image.Image) -> float:
 def _find_contrast(picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """Find the contrast of a picture's brightness at a size of (columns, rows): [rows, columns]."""
     grey = np.asarray(picture.convert("L").resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0), np.float32)
-    return gaussian_filter(grey, _FINE) - gaussian_filter(grey, _COARSE)
+    return gaussian_filter(grey, _FINE) - uniform_filter(grey, _COARSE)
 
 
 def _compare_crop(whole: np.ndarray, picture: Image.Image, crop: tuple[float, float]) -> float:
     """Compare the contrast of a whole with a picture that may be a crop of it, at the place where they agree most."""
     rows, columns = (round(side * share) for side, share in zip(whole.shape, crop, strict=True))
     part = _find_contrast(picture, (columns, rows))
-    products = fftconvolve(whole, part[::-1, ::-1], mode="valid")
-    energies = fftconvolve(whole**2, np.ones_like(part), mode="valid")
-    row, column = np.unravel_index((products / np.sqrt(np.maximum(energies, 1))).argmax(), products.shape)
+    # The part moves by a few pixels only, so the sums of all places come from one circular correlation
+    products = irfft2(rfft2(whole) * rfft2(part, whole.shape).conj(), whole.shape)
+    inside = products[: whole.shape[0] - rows + 1, : whole.shape[1] - columns + 1]
+    row, column = np.unravel_index(inside.argmax(), inside.shape)
     return _correlate_windows(whole[row : row + rows, column : column + columns], part)
 
 

@@ -79,9 +79,9 @@ def _count(result: CurationResult, benchmark: str, certainty: Certainty) -> int:
 
 def _make_finding(result: CurationResult, found: ContaminationFacts) -> Finding:
     names = ", ".join(row.name for row in found.benchmarks if row.num_sure)
-    records = format_count(len(result.left_out), "record has", "records have")
+    records = format_count(len(result.left_out), "record")
     return Finding(
         Severity.warning,
-        f"{records} a picture or a question of a benchmark ({names}), so its scores would count what was trained on.",
+        f"A picture or a question of a benchmark ({names}) is in {records}, so its scores would count what was trained on.",
         "Leave them out: task=curate curate.method=contamination with the same settings, then data.drop_contaminated=true.",
     )

@@ -137,7 +137,7 @@ def test_preflight_compares_the_data_with_benchmarks_and_says_what_was_not_check
         (4, 4, "possible"),
     ]
     assert "there is no folder" in found["unchecked"]["k_viscuit"]
-    assert "3 records have a picture or a question of a benchmark (k_dtcbench)" in looked.read_findings("warning")
+    assert "A picture or a question of a benchmark (k_dtcbench) is in 3 records" in looked.read_findings("warning")
     assert "k_viscuit: not checked: there is no folder" in capsys.readouterr().out
     assert "k_viscuit was not checked" in looked.page
     assert looked.page.count("likely; picture: same view") == 1
