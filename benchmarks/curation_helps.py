@@ -5,7 +5,7 @@
 Half of the rows are built-in captions, words and numbers in Korean and English. 30 % are copies of these (JPEG quality 60, the same
 turns), 20 % have the picture of another row of their kind. The tiny model trains from scratch on all rows, on what `task=curate` keeps,
 and, as a bound that no search reaches, on the rows that were not changed, with the same steps; the exam judges. With `--prune` (overrides
-such as curate.prune.scorer=<folder>), the rows that stay go through curate.method=prune too. Finished runs are only read. The result
+such as curate.model=<folder>), the rows that stay go through curate.method=prune too. Finished runs are only read. The result
 goes to benchmarks/results/curation_helps.json.
 """
 
