@@ -26,13 +26,23 @@ CORPUS_FILE = Path(__file__).with_name("tiny_corpus.txt")
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 WORDPIECE_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NUM_HEADS = 3  # of width 32, which all kernels support: vLLM's attention for CPUs does not support 24
+# Of BLIP-2 and BLIP; a model of these parts learns retrieval in a minute (docs/qformer.md)
 _TINY_TOWER: dict[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 3,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
     "num_attention_heads": NUM_HEADS,
     "image_size": 56,
-    "patch_size": 14,
+    "patch_size": 8,
+}
+_TINY_ENCODER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
 }
 VERSION = "2"  # part of the folder's name: increase it when the content changes
 
@@ -59,24 +69,19 @@ def make_tiny_text_encoder(folder: Path, seed: int = 0) -> str:
         OSError: it cannot be written.
     """
     encoder = folder / f"tiny_bert-v{VERSION}-seed{seed}"
-    _make_once(
-        encoder,
-        lambda path: make_text_encoder(
-            path, seed, num_attention_heads=NUM_HEADS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        ),
-    )
+    _make_once(encoder, lambda path: make_text_encoder(path, seed, **_TINY_ENCODER))
     return str(encoder)
 
 
 def make_tiny_blip2_vision() -> Blip2VisionConfig:
-    """Make the config of a tiny vision tower of BLIP-2, of the size of `make_vision_tower`'s."""
+    """Make the config of a tiny vision tower of BLIP-2."""
     from transformers import Blip2VisionConfig
 
     return Blip2VisionConfig(**_TINY_TOWER)
 
 
 def make_tiny_blip_vision() -> BlipVisionConfig:
-    """Make the config of a tiny vision tower of BLIP, of the size of `make_vision_tower`'s."""
+    """Make the config of a tiny vision tower of BLIP."""
     from transformers import BlipVisionConfig
 
     return BlipVisionConfig(**_TINY_TOWER)

@@ -99,7 +99,7 @@ def test_the_first_stage_leaves_a_folder_with_the_recalls_that_it_logged(first):
 
     from lit_vlm.model.qformer.build import tokenize_captions
 
-    processor = PairProcessor(tokenizer, partial(tokenize_captions, tokenizer, max_tokens=24), 56)
+    processor = PairProcessor(tokenizer, partial(tokenize_captions, tokenizer, max_tokens=12), 56)
     batches = PairBatches(processor, build_index(sources, processor), [range(12)])
     found = evaluate_retrieval(model.eval(), [batches[0]], num_candidates=3)
     logged = {name.removeprefix("val/"): value for name, value in figures.items() if name.startswith("val/")}
@@ -270,6 +270,23 @@ def test_two_ranks_begin_with_the_contrast_of_one(first, tmp_path):
         float(read_column(first, "train/itg")[0]), rel=0.1
     )
     assert len(read_column(folder, "val/reranked_text_to_image_r1")) == 1
+
+
+def test_sweeps_jobs_and_the_list_of_runs_know_these_stages(root, first, tmp_path, capsys):
+    sweep = tmp_path / "sweep.yaml"
+    text = "method: grid\nmetric: {name: NAME, goal: maximize}\nparameters:\n  stage.learning_rate: {values: [0.001, 0.002]}\n"
+    sweep.write_text(text.replace("NAME", "val/reranked_text_to_image_r5"), encoding="utf-8")
+    run(root, "task=sweep", f"sweep={sweep}", *REPRESENT, "trials.dry_run=true")
+    assert "grid, 2 trials, by val/reranked_text_to_image_r5" in capsys.readouterr().out
+    sweep.write_text(text.replace("NAME", "val/loss"), encoding="utf-8")
+    with pytest.raises(
+        UserError, match="val/loss is not logged: these trials train represent, which logs val/image_to_text_r1"
+    ):
+        run(root, "task=sweep", f"sweep={sweep}", *REPRESENT, "trials.dry_run=true")
+    run(tmp_path, "task=submit", *REPRESENT, "submit.dry_run=true")
+    assert "experiment=tiny_blip2/1_represent" in capsys.readouterr().out
+    run(root, "task=runs")
+    assert "represent: " in capsys.readouterr().out
 
 
 # ---- wrong input
