@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import BlipVisionConfig, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
-from lit_vlm.model.blip import build_blip, save_blip
+from lit_vlm.model.blip import build_blip, save_blip, save_blip_run
 from lit_vlm.model.tiny import make_text_encoder, make_wordpiece_tokenizer
 
 SIDE = 28
@@ -31,9 +31,10 @@ def make_dual_encoder(name: str, folder: Path) -> Path:
 
 
 def make_blip(folder: Path) -> Path:
-    """Make a small BLIP with random weights: folders retrieval and captions."""
+    """Make a small BLIP with random weights: folders retrieval and captions, and hf as a run leaves it."""
     make_text_encoder(folder / "bert", **SHAPE)
     vision = BlipVisionConfig(**SHAPE, image_size=SIDE, patch_size=14)
     model, tokenizer = build_blip(str(folder / "bert"), vision, global_batch_size=4, queue_size=8, feature_width=8)
     save_blip(model.eval(), tokenizer, folder)
+    save_blip_run(model, tokenizer, folder / "hf")
     return folder

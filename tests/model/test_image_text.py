@@ -62,6 +62,15 @@ def test_scores_of_blip_are_the_probabilities_of_transformers_with_the_matching_
     torch.testing.assert_close(scorer.score(IMAGES, TEXTS), logits.softmax(-1)[:, 1], rtol=0, atol=1e-5)
 
 
+def test_the_folder_of_a_run_holds_filter_and_captioner(blip):
+    texts = (load_blip_matcher(folder, "x").score(IMAGES, TEXTS) for folder in (blip / "hf", blip / "retrieval"))
+    torch.testing.assert_close(*texts, rtol=0, atol=0)
+    captions = (
+        load_captioner(folder, "x").caption(IMAGES, [1, 2]) for folder in (blip / "hf" / "captions", blip / "captions")
+    )
+    assert next(captions) == next(captions)
+
+
 def test_a_caption_depends_on_the_picture_and_the_seed_alone(blip):
     captioner = load_captioner(blip / "captions", "curate.capfilt.captioner")
     first = [captioner.caption([IMAGES[0]], [seed])[0] for seed in (1, 2, 3)]
