@@ -41,7 +41,7 @@ class SlurmJob:
         num_workers: number of workers, one element of a job array each, as those of a sweep, which start their own trials. None:
             the job is a single run.
         worker_key: setting that tells a worker its index in the array.
-        written_by: task that writes the script, for its first line; None: submit, or sweep for workers.
+        written_by: task that writes the script of a job of one rank, for its first line; None: submit, or sweep for workers.
     """
 
     name: str
@@ -82,8 +82,9 @@ def render_batch_script(job: SlurmJob) -> str:
                 PYTHON_EXPORTS.format(root=shlex.quote(str(PROJECT_ROOT))),
             ]
         ),
-        NETWORK_HINTS,
     ]
+    if job.written_by is None:  # its ranks speak to each other
+        parts.append(NETWORK_HINTS)
     if job.submit.setup:
         # third-party scripts, e.g. conda or ~/.bashrc, use unset variables
         parts.append("\n".join(["# submit.setup", "set +u", *job.submit.setup, "set -u"]))

@@ -124,10 +124,18 @@ def check_selection(selection: Selection, source: Source, setting: str) -> None:
         raise UserError(f"{setting}: {reason}. Run task=curate again, or take the selection away.")
 
 
-def require_contamination_search(data: DataConfig) -> None:
-    """Raise UserError if `data.drop_contaminated` is set and a selection of a training source is of no search for contamination."""
+def require_contamination_search(data: DataConfig) -> dict[str, Selection]:
+    """Require that the selections of all training sources are of a search for contamination, if `data.drop_contaminated` is set.
+
+    Returns:
+        The selections, by the name of the source; {} if it is not set.
+
+    Raises:
+        UserError: one is missing, or of another search.
+    """
     if not data.drop_contaminated:
-        return
+        return {}
+    found = dict[str, Selection]()
     remedy = (
         "Look for rows of benchmarks first, with the same data settings: python run.py task=curate curate.method=contamination"
         " evaluate.files=<folder of the benchmarks> ... Or take data.drop_contaminated away."
@@ -137,10 +145,12 @@ def require_contamination_search(data: DataConfig) -> None:
         path, setting = Path(source.selection), f"data.sources.{name}.selection"
         if not path.is_file():
             raise UserError(f"data.drop_contaminated: there is no {path}. {remedy}")
-        if CurationMethod.contamination.value not in read_selection(path, setting).passes:
+        found[name] = read_selection(path, setting)
+        if CurationMethod.contamination.value not in found[name].passes:
             raise UserError(
                 f"data.drop_contaminated: {setting}={path} is of another search, so rows of benchmarks are still in it. {remedy}"
             )
+    return found
 
 
 def describe_changed_rows(known: RowsIdentity, source: Source) -> str:

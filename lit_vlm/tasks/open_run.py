@@ -12,6 +12,7 @@ from lit_vlm.data.quarantine import find_wrong_image_roots
 from lit_vlm.data.selection import require_contamination_search
 from lit_vlm.data.sources import open_source
 from lit_vlm.fault_tolerance.run_lock import RunLock
+from lit_vlm.formatting import format_count
 from lit_vlm.loggers.tracker import RunTracker
 from lit_vlm.runs.run_folder import (
     RunFolder,
@@ -95,7 +96,9 @@ def open_sources(data: DataConfig, place: RunPlace, seed: int) -> Sources:
         UserError: the run folder cannot be written, a source cannot be opened, or all images of a source are missing.
     """
     require_writable(place.dir)
-    require_contamination_search(data)
+    for name, selection in require_contamination_search(data).items():
+        left_out = format_count(len(selection.list_left_out()), "record")
+        say(f"data.drop_contaminated: {name}: {left_out} of {selection.identity.num_records:,} left out")
     options: dict[str, Any] = {
         "max_image_pixels": data.max_image_pixels,
         "seed": seed,

@@ -156,7 +156,7 @@ def test_preflight_says_that_nothing_was_compared(leaked, tmp_path, monkeypatch)
     assert set(looked.facts["contamination"]["unchecked"]) == {"k_dtcbench", "k_viscuit"}
 
 
-def test_drop_contaminated_trains_without_the_records_of_benchmarks(leaked, tmp_path):
+def test_drop_contaminated_trains_without_the_records_of_benchmarks(leaked, tmp_path, capsys):
     own = [one for one in leaked if not one.startswith(("evaluate.files", "benchmarks"))]
     asked = [*own, "stage=sft", f"run_dir={tmp_path / 'runs'}", "trainer.max_steps=1", "data.tiling=base"]
     asked += ["data.drop_contaminated=true", "data.validation.fraction=0", "run_name=clean"]
@@ -167,6 +167,7 @@ def test_drop_contaminated_trains_without_the_records_of_benchmarks(leaked, tmp_
     output = run_curate(tmp_path, *SEARCH, *leaked)
     lock = json.loads((run(*asked).dir / "mixture.lock").read_text())
     assert lock["sources"]["mine"]["records"] == 6 - 3
+    assert "data.drop_contaminated: mine: 3 records of 6 left out" in capsys.readouterr().out
     other = run_curate(tmp_path, *own)  # duplicates
     selection = f"data.sources.mine.selection={other / 'mine.selection.json'}"
     with pytest.raises(UserError, match="is of another search, so rows of benchmarks are still in it"):
