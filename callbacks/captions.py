@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 
 from callbacks.samples import Samples, ScoredAnswer, score_answer, select_samples, to_sample
 from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
 from lit_vlm.model.tensor_files import raise_os_errors
-from lit_vlm.types import UserError
+from lit_vlm.types import SampleKind, UserError
 
 
 class Captions(Samples):
     """Scores the captions of held-out images before and after training, and writes samples as `Samples` does.
 
-    Needs a stage whose `predict_step` returns the caption of each image of a batch.
+    An image is captioned once; all its held-out texts are references, as in COCO and Flickr30k. Needs a stage whose
+    `predict_step` returns the caption of each image of a batch.
     """
 
     def generate_scored_answers(self, pl_module: Any, datamodule: Any, progress: Progress) -> list[ScoredAnswer]:
         """Generate a caption of each held-out image; every rank generates all of them."""
         index = datamodule.held_out
-        samples = select_samples(index, self.max_samples)
-        batches = datamodule.make_held_out_batches(samples)
-        answers = []
-        was_training = pl_module.training
+        images: dict[int, list[int]] = {}  # samples of each image
+        for sample, image in enumerate(index.group.tolist()):
+            images.setdefault(image, []).append(sample)
+        first = sorted(samples[0] for samples in images.values())
+        chosen = (
+            [first[row] for row in select_samples(index.select(np.array(first)), self.max_samples)] if first else []
+        )
+        batches = datamodule.make_held_out_batches(chosen)
+        answers, was_training = [], pl_module.training
         pl_module.eval()
         for number in progress.iterate(range(len(batches))):
             batch = datamodule.require_readable(batches[number])
             batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
             captions = pl_module.predict_step(batch, number)
-            rows = batches.rows[number]
-            answers += [
-                score_answer(to_sample(index.get_record(row)), caption)
-                for row, caption in zip(rows, captions, strict=True)
-            ]
+            for row, caption in zip(batches.rows[number], captions, strict=True):
+                others = images[int(index.group[row])][1:]
+                references = [to_sample(index.get_record(other)).messages[-1].text.strip() for other in others]
+                shown = replace(to_sample(index.get_record(row)), kind=SampleKind.caption)  # whatever its source asks
+                answers.append(score_answer(shown, caption, references))
         pl_module.train(was_training)
         return answers
 

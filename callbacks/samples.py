@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -179,11 +179,12 @@ def _generate_batch(
     return [score_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
 
 
-def score_answer(sample: Sample, prediction: str) -> ScoredAnswer:
-    """Score an answer against the last message of its sample."""
+def score_answer(sample: Sample, prediction: str, others: Sequence[str] = ()) -> ScoredAnswer:
+    """Score an answer against the last message of its sample, and against other references; the best one counts."""
     reference = sample.messages[-1].text.strip()
-    score = compute_score(sample.kind, prediction, reference)
-    return ScoredAnswer(sample, reference, prediction, score, compute_text_scores(sample.kind, prediction, [reference]))
+    references = [reference, *others]
+    score = max(compute_score(sample.kind, prediction, text) for text in references)
+    return ScoredAnswer(sample, reference, prediction, score, compute_text_scores(sample.kind, prediction, references))
 
 
 def _average_text_scores(groups: dict[str, list[ScoredAnswer]]) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 )
 from waiting import PATIENCE
 
+from callbacks.samples import score_answer
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.data.pair_data import PairBatches, PairProcessor
 from lit_vlm.evaluation.retrieval import evaluate_retrieval
@@ -28,7 +30,7 @@ from lit_vlm.model.qformer.generation import generate_captions
 from lit_vlm.stages.caption_pairs import BlipStage, RepresentStage, RetrievalStage
 from lit_vlm.tasks import TASKS
 from lit_vlm.tasks.export import export
-from lit_vlm.types import UserError
+from lit_vlm.types import SampleKind, UserError
 
 SMALL = [
     "data.num_workers=0",
@@ -398,8 +400,9 @@ def test_texts_that_the_tokenizer_does_not_know_are_refused_by_the_name_of_their
         run(root, "task=preflight", *choice, *overrides, "data.global_batch_size=2", "data.num_workers=0")
 
 
-def test_cocos_captions_are_several_texts_of_an_image(root, blip, tmp_path, capsys):
-    photos = save_photos(tmp_path / "photos")
+def write_coco(folder: Path) -> tuple[Path, list[str]]:
+    """Write four photographs with two captions each, as COCO's file; return the folder of the pictures and their names."""
+    photos = save_photos(folder / "photos")
     names = sorted(path.name for path in photos.iterdir())
     labels = {
         "images": [{"id": number, "file_name": name} for number, name in enumerate(names)],
@@ -409,7 +412,12 @@ def test_cocos_captions_are_several_texts_of_an_image(root, blip, tmp_path, caps
             for again in range(2)
         ],
     }
-    (tmp_path / "captions_train2014.json").write_text(json.dumps(labels), encoding="utf-8")
+    (folder / "captions_train2014.json").write_text(json.dumps(labels), encoding="utf-8")
+    return photos, names
+
+
+def test_cocos_captions_are_several_texts_of_an_image(root, blip, tmp_path, capsys):
+    photos, _ = write_coco(tmp_path)
     source = {"format": "coco", "path": str(tmp_path / "captions_train2014.json"), "image_root": str(photos)}
     choice = write_data_choice(tmp_path, sources={"coco": source})
     overrides = [text for text in RETRIEVAL if not text.startswith("data.")]
@@ -417,6 +425,36 @@ def test_cocos_captions_are_several_texts_of_an_image(root, blip, tmp_path, caps
     run(root, "task=preflight", *choice, *overrides, *start)
     shown = " ".join(capsys.readouterr().out.split())
     assert "4 different images; pairs of one image are no negatives of each other" in shown and "can train" in shown
+
+
+def test_a_caption_has_all_texts_of_its_image_as_references(root, blip, tmp_path):
+    photos, _ = write_coco(tmp_path)
+    source = {"format": "coco", "path": str(tmp_path / "captions_train2014.json"), "image_root": str(photos)}
+    choice = write_data_choice(tmp_path, sources={"coco": source}, validation={"sources": {"coco": source}})
+    options = ["data.global_batch_size=4", "data.num_workers=0", "trainer.max_steps=1", f"init_from={blip / 'hf'}"]
+    folder = run(tmp_path, *choice, "experiment=tiny_blip/2_caption", *options)
+    figures = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["figures"]
+    assert figures["num_scored"] == {"caption_en": 4}  # of eight captions
+    answer = score_answer(
+        SimpleNamespace(messages=[SimpleNamespace(text="one")], kind=SampleKind.caption), "two", ["two"]
+    )
+    assert answer.score == 1.0 and answer.text_scores["chrf"] == 1.0
+
+
+def test_a_picture_that_is_lost_while_training_is_entered_and_the_run_goes_on_with_whole_steps(root, blip, tmp_path):
+    photos, names = write_coco(tmp_path)
+    source = {"format": "coco", "path": str(tmp_path / "captions_train2014.json"), "image_root": str(photos)}
+    choice = write_data_choice(tmp_path, sources={"coco": source})
+    overrides = [text for text in RETRIEVAL if not text.startswith("data.")]
+    options = ["data.global_batch_size=4", "data.num_workers=0", "stage.queue_size=16", f"init_from={blip / 'hf'}"]
+    options += ["data.on_bad_record=quarantine", "data.max_quarantined=0.5", "data.validation.fraction=0"]
+    run(tmp_path, "task=preflight", *choice, *overrides, *options)
+    (photos / names[0]).unlink()  # after it was indexed
+    folder = run(tmp_path, *choice, *overrides, *options)
+    rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["source"] for row in rows} == {"coco"} and 1 <= len(rows) <= 2
+    figures = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["figures"]
+    assert figures["samples"] == 24 and (folder / "hf" / "model.safetensors").is_file()
 
 
 def test_a_record_that_is_no_pair_is_set_aside_before_training(root, first, tmp_path):
