@@ -11,6 +11,7 @@ from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.curation.features import FEATURES_FOLDER
+from lit_vlm.data.index import shard_cache
 from lit_vlm.data.index.shard_cache import SHARD_RECORDS
 from lit_vlm.tasks.curate import curate
 
@@ -73,6 +74,25 @@ def test_two_jobs_side_by_side_share_the_records_and_the_search_hashes_nothing(s
     assert list_hashed(tmp_path) == hashed
     selection = json.loads((output / "mine.selection.json").read_text())
     assert selection["left_out"] == [[NUM_ROWS - 100, NUM_ROWS - 1]]
+
+
+def test_each_job_hashes_its_share_and_the_search_finds_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shard_cache, "SHARD_RECORDS", 10)
+    texts = [f"{number}번" for number in range(24)] + ["0번"]
+    rows = [[{"from": "human", "value": text}, {"from": "gpt", "value": "네."}] for text in texts]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows), encoding="utf-8")
+    own = ["task=curate", "data=llava_json", f"data.sources.mine.path={path}", f"run_dir={tmp_path / 'runs'}"]
+    own += ["data.index_workers=1"]
+    for worker, blocks in ((1, 1), (0, 2)):
+        curate(parse([*own, "curate.slurm=2", f"curate.worker={worker}"]))
+        assert f"job {worker} of 2: hashed {blocks} of 3 blocks of records" in capsys.readouterr().out
+        assert len(list_hashed(tmp_path)) == (1 if worker else 3)
+    hashed = list_hashed(tmp_path)
+    curate(parse(own))
+    assert list_hashed(tmp_path) == hashed
+    selection = json.loads((tmp_path / "runs/curate/duplicates/mine.selection.json").read_text())
+    assert selection["left_out"] == [[24, 24]]
 
 
 def test_a_dry_run_shows_both_scripts_and_submits_none(slurm, mixture, tmp_path, capsys):
