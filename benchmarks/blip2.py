@@ -74,7 +74,7 @@ TEXT_ENCODER = {
 TOWER = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3}
 RATES = {"learning_rate": 4e-3, "warmup_steps": 100}
 GENERATE_RATES = {"learning_rate": 5e-3, "warmup_steps": 50}
-LANGUAGE_STEPS, GENERATE_STEPS, CLEANING_STEPS = 400, 600, 400
+LANGUAGE_STEPS, GENERATE_STEPS, CLEANING_STEPS = 400, 600, 300
 
 
 # ---- data
@@ -280,7 +280,7 @@ def measure_cleaning(folder: Path, judge: Blip2ForPretraining, language: str, se
         model, tokenize, _ = train_first_stage(folder, source, CLEANING_STEPS, seed)
         answers.append(answer_questions(model, tokenize, language))
     difference = answers[1].astype(float) - answers[0]
-    half = 1.96 * difference.std(ddof=1) / math.sqrt(len(difference))
+    half = 1.96 * difference.std(ddof=1) / math.sqrt(NUM_QUESTIONS)  # as if both questions about a pair had one answer
     return {
         "threshold": threshold,
         "kept": len(kept) / len(dirty),
@@ -325,15 +325,15 @@ def measure_seed(folder: Path, language: str, seed: int, steps: int, parts: Sequ
 
 
 def render_tables(result: dict[str, Any]) -> str:
-    """Render the tables of all parts that all runs have."""
+    """Render a table of each part, with the runs that have it."""
     tables = {
         "retrieval": render_retrieval,
         "captions": render_captions,
         "filter": render_filter,
         "cleaning": render_cleaning,
     }
-    runs = result["runs"]
-    return "\n".join(render(runs) for part, render in tables.items() if all(part in run for run in runs))
+    measured = {part: [run for run in result["runs"] if part in run] for part in tables}
+    return "\n".join(render(measured[part]) for part, render in tables.items() if measured[part])
 
 
 def render_rows(head: str, rows: Sequence[Sequence[str]]) -> str:

