@@ -221,16 +221,17 @@ def curate_prune(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult
         UserError: the model cannot be used, or there is nothing to look at.
     """
     settings = inputs.settings
+    scorer = load_scorer(Path(settings.model), MODEL_KEY) if settings.model else None
     with show_progress("read") as on_progress:
         read = read_captions(inputs.sources, settings.prune.kinds, workers=inputs.workers, on_progress=on_progress)
     captions, errors, score_name = read.captions, read.errors, ""
     if not any(captions):
         raise UserError(
-            f"curate.prune.kinds: no record of the kinds {', '.join(settings.prune.kinds)} can be read, so nothing was looked at."
+            f"curate.prune.kinds: no record that can be read is of the kinds {', '.join(settings.prune.kinds)}, so there is nothing to "
+            "look at. Name other kinds whose answers are captions."
         )
     scores: list[float | None] = [None] * len(captions)
-    if settings.model is not None:
-        scorer = load_scorer(Path(settings.model), MODEL_KEY)
+    if scorer is not None:
         score_name = scorer.score_name
         numbers = [number for number, caption in enumerate(captions) if caption and caption.num_images]
         if not numbers:

@@ -130,7 +130,7 @@ def test_a_source_without_pictures_and_the_folder_of_another_model_are_errors(mi
     folder, overrides = mixture
     with pytest.raises(UserError, match="no record of the kinds text has a picture"):
         run_curate(folder, *overrides, f"curate.model={model}", "curate.prune.kinds=[text]")
-    with pytest.raises(UserError, match="no record of the kinds chart"):
+    with pytest.raises(UserError, match="no record that can be read is of the kinds chart"):
         run_curate(folder, *overrides, "curate.prune.kinds=[chart]")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
