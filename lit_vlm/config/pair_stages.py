@@ -197,6 +197,8 @@ def _find_model_errors(config: RunConfig, stage: PairStageConfig) -> Iterator[st
 
 
 def _find_batch_errors(stage: PairStageConfig, global_batch_size: int, world_size: int) -> Iterator[str]:
+    if global_batch_size < 1 or world_size < 1:
+        return  # their ranges are checked for all tasks
     if global_batch_size % world_size:
         yield (
             f"data.global_batch_size: {global_batch_size:,} pairs cannot be divided among {format_count(world_size, 'device')}, which must"

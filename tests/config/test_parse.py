@@ -180,11 +180,13 @@ def test_a_wrong_type_names_what_was_expected_and_what_was_found(override, expec
 def test_an_unknown_choice_lists_the_choices():
     (message,) = collect_errors("task=train", "stage=algin")
     assert (
-        message == "stage=algin: there is no such choice; there are align, dpo, highres, mpo, sft. Did you mean align?"
+        message
+        == "stage=algin: there is no such choice; there are align, blip_caption, blip_pretrain, blip_retrieval, dpo, generate, highres, mpo, "
+        "represent, sft. Did you mean align?"
     )
     assert (
         "a recipe" in collect_errors("experiment=tiny")[0]
-        and "tiny, varco_vision_14b" in collect_errors("recipe=tny")[0]
+        and "tiny, tiny_blip, tiny_blip2, varco_vision_14b" in collect_errors("recipe=tny")[0]
     )
 
 

@@ -1,6 +1,7 @@
 """Tests of the ranges: each number of the schema declares its range, which is checked for all tasks."""
 
 import copy
+import functools
 import math
 import typing
 from dataclasses import fields, is_dataclass
@@ -32,9 +33,26 @@ def list_number_settings():
     return [row for row in list_settings() if {int, float} & set(list_leaf_types(row.type))]
 
 
-@pytest.fixture(scope="module")
-def config():
-    return parse(["experiment=tiny/4_dpo", "task=prepare"]).config
+STAGES = {  # experiments that together have all settings of a stage
+    "tiny/4_dpo": ["task=prepare"],
+    "tiny_blip2/1_represent": ["task=preflight"],
+    "tiny_blip/2_caption": ["task=preflight"],
+    "tiny_blip/2_retrieval": ["task=preflight"],
+}
+
+
+@functools.cache
+def parse_stage(experiment: str):
+    return parse([f"experiment={experiment}", *STAGES[experiment]]).config
+
+
+@pytest.fixture
+def config(request):
+    """Config of the first stage that has the setting of the test, if it has one."""
+    row = getattr(request.node, "callspec", None) and request.node.callspec.params.get("row")
+    group, _, name = row.key.partition(".") if row else ("", "", "")
+    configs = [parse_stage(experiment) for experiment in STAGES]
+    return next(one for one in configs if group != "stage" or hasattr(one.stage, name.partition(".")[0]))
 
 
 def set_value(config, row, value):
