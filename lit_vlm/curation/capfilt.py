@@ -37,6 +37,7 @@ from lit_vlm.types import Language, LazyImage, Message, Record, RecordError, Rol
 
 CAPTIONS = "captions"  # name of the ledger
 WEB, SYNTHETIC = "web", "synthetic"
+_TITLES = {WEB: "web texts", SYNTHETIC: "synthetic texts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,13 +198,13 @@ def make_text_table(texts: Sequence[PictureText], kept: Sequence[PictureText]) -
     rows = []
     for origin in (WEB, SYNTHETIC):
         total, stay = (sum(one.origin == origin for one in some) for some in (texts, kept))
-        rows.append((f"{origin} texts", f"{total:,}", f"{stay:,}", f"{stay / max(total, 1):.1%}"))
+        rows.append((_TITLES[origin], f"{total:,}", f"{stay:,}", f"{stay / max(total, 1):.1%}"))
     return ResultTable("Texts", ("kind", "texts", "kept", "share"), rows)
 
 
 def _make_distribution(texts: Sequence[PictureText], min_score: float) -> ScoreDistribution:
     scores = {
-        f"{origin} texts": [one.score or 0.0 for one in texts if one.origin == origin] for origin in (WEB, SYNTHETIC)
+        _TITLES[origin]: [one.score or 0.0 for one in texts if one.origin == origin] for origin in (WEB, SYNTHETIC)
     }
     return ScoreDistribution(
         "probability of a match (ITM)", {name: some for name, some in scores.items() if some}, min_score
