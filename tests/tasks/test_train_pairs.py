@@ -295,7 +295,10 @@ def test_sweeps_jobs_and_the_list_of_runs_know_these_stages(root, first, tmp_pat
 
 WRONG_SETTINGS = {
     ("experiment=tiny_blip/1_pretrain", "data.global_batch_size=0"): "data.global_batch_size: must be above 0, found 0",
-    ("experiment=tiny_blip/1_pretrain", "trainer.devices=0"): "trainer.devices: must be above 0, found 0",
+    (
+        "experiment=tiny_blip/1_pretrain",
+        "trainer.devices=0",
+    ): "trainer.devices: must be above 0 and at most 4096, found 0",
     (
         "experiment=tiny_blip/1_pretrain",
         "stage.queue_size=1000",
