@@ -6,8 +6,7 @@ first line of `run.py` to the end of the interpreter, so a busy machine has litt
 imports. Each start must end with a documented status that matches its output, without a traceback and with whole files. The
 last start of a chain must leave the model and the metrics of an undisturbed run.
 
-Results are appended to FOLDER/moments.jsonl; the same command resumes after them. `benchmarks/results/signal_moments.jsonl` has the
-first ones of `200 2026`: copied to FOLDER/moments.jsonl, they are not run again.
+Results are appended to FOLDER/moments.jsonl; the same command resumes after them.
 """
 
 from __future__ import annotations
