@@ -98,10 +98,12 @@ class CurateConfig:
 
 
 # method -> settings that only it reads
-SECTIONS = {
-    CurationMethod.balance: "balance",
-    CurationMethod.prune: "prune",
-    CurationMethod.capfilt: "capfilt",
+METHOD_SETTINGS = {
+    CurationMethod.duplicates: ("duplicates", "pictures", "min_similarity"),
+    CurationMethod.contamination: ("min_overlap", "min_certainty"),
+    CurationMethod.balance: ("balance",),
+    CurationMethod.prune: ("prune",),
+    CurationMethod.capfilt: ("capfilt",),
 }
 
 

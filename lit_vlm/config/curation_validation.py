@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lit_vlm.config.choices import BalanceGroup, CurationMethod, PictureMatch
-from lit_vlm.config.curation import SECTIONS, BalanceConfig, CurateConfig
+from lit_vlm.config.choices import BalanceGroup, CurationMethod, DuplicateKind, PictureMatch
+from lit_vlm.config.curation import METHOD_SETTINGS, BalanceConfig, CurateConfig
 from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.slurm_options import find_submit_errors
 from lit_vlm.evaluation.benchmarks import BENCHMARKS
@@ -22,10 +22,14 @@ def find_curate_errors(config: RunConfig) -> Iterator[str]:
     if config.data.drop_contaminated:
         yield "data.drop_contaminated: has no effect here, task=curate looks at all records. It belongs to the run that trains."
     yield from _find_slurm_errors(config)
-    for method, section in SECTIONS.items():
-        group = getattr(curate, section)
-        if method is not curate.method and group != type(group)():
-            yield f"curate.{section}: is read with curate.method={method.value} only, and the method is {curate.method.value}."
+    defaults = CurateConfig()
+    for method, names in METHOD_SETTINGS.items():
+        for name in names:
+            if method is not curate.method and getattr(curate, name) != getattr(defaults, name):
+                yield f"curate.{name}: is read with curate.method={method.value} only, and the method is {curate.method.value}."
+    is_other_search = curate.method is CurationMethod.duplicates and curate.duplicates is not DuplicateKind.texts
+    if is_other_search and curate.min_similarity != defaults.min_similarity:
+        yield "curate.min_similarity: compares texts, so it is read with curate.duplicates=texts only."
     if curate.method is CurationMethod.contamination:
         if config.evaluate.files is None:
             yield "evaluate.files is not set: curate.method=contamination reads benchmarks from local files, <files>/<benchmark>/."
@@ -90,8 +94,7 @@ def _find_embedding_errors(curate: CurateConfig) -> Iterator[str]:
     """Yield an error message for each setting of pictures=embedding that is missing, or that has no effect."""
     is_embedding = curate.pictures is PictureMatch.embedding
     if is_embedding and curate.method is not CurationMethod.duplicates:
-        yield f"curate.pictures=embedding: is for curate.method=duplicates, and the method is {curate.method.value}."
-        return
+        return  # refused as a setting of another method
     for name, needed in (("model", "<folder of a vision tower>"), ("min_cosine", "<cosine>, e.g. 0.95")):
         value = getattr(curate, name)
         if is_embedding and value is None:

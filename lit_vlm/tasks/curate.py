@@ -11,7 +11,7 @@ from typing import Any
 
 from lit_vlm.config import Run
 from lit_vlm.config.choices import BalanceGroup, CurationMethod, Format
-from lit_vlm.config.curation import SECTIONS, CurateConfig
+from lit_vlm.config.curation import METHOD_SETTINGS, CurateConfig
 from lit_vlm.config.schema import DataConfig
 from lit_vlm.curation.balance import CONCEPTS_KEY, balance_concepts, balance_groups, match_records, read_groups
 from lit_vlm.curation.capfilt import (
@@ -359,9 +359,7 @@ def read_selections(data: DataConfig, sources: Sequence[Source]) -> list[Selecti
 def make_request(inputs: CurationInputs) -> dict[str, Any]:
     """Make the description of a search: its settings, and the digests of all that it reads, as JSON values."""
     used, method = to_plain(asdict(inputs.settings)), inputs.settings.method
-    own = SECTIONS.get(method)
-    hidden = {"output", "num_shown", "slurm", "worker", "model", "min_cosine", "batch_size", *SECTIONS.values()}
-    names = ["method", own] if own else [name for name in used if name not in hidden]
+    names = ["method", *METHOD_SETTINGS.get(method, ())]
     names += [name for name in ("model", "min_cosine") if used[name] is not None]
     request: dict[str, Any] = {"curate": flatten({name: used[name] for name in names})}
     if method is CurationMethod.contamination:

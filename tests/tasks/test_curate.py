@@ -206,7 +206,13 @@ def test_a_mixture_without_a_readable_record_is_an_error(tmp_path):
         (["curate.pictures=embedding", "curate.min_cosine=0.9"], "curate.model is not set"),
         (["curate.pictures=embedding", "curate.model=x"], "curate.min_cosine is not set"),
         (["curate.min_cosine=0.9"], "curate.pictures=embedding only"),
-        (["curate.pictures=embedding", "curate.method=personal"], "is for curate.method=duplicates"),
+        (["curate.pictures=embedding", "curate.method=personal"], "curate.method=duplicates only"),
+        (
+            ["curate.method=contamination", "evaluate.files=x", "curate.duplicates=texts"],
+            "curate.method=duplicates only",
+        ),
+        (["curate.min_overlap=0.5"], "curate.method=contamination only"),
+        (["curate.min_similarity=0.5"], "curate.duplicates=texts only"),
     ],
 )
 def test_settings_of_curate_are_checked_before_anything_is_read(overrides, message):
