@@ -118,9 +118,11 @@ class Build:
         import waiting_session  # type: ignore[import-not-found]
 
         self._remove_runs("tiny")
-        # a build of before the exam has no setting for it
-        no_exam = ["evaluate.exam_items=0"] if (self.root / "lit_vlm/evaluation/exam.py").is_file() else []
-        few = [*STAGE[1:], f"run_dir={self.folder / 'runs'}", *no_exam, "callbacks=[first_step.FirstStep]"]
+        if (self.root / "lit_vlm/evaluation/exam.py").is_file():
+            options = ["evaluate.exam_items=0", "callbacks=[first_step.FirstStep]"]
+        else:  # a build of before the exam: no setting for it, and named callbacks replace those of the recipe
+            options = ["callbacks=[throughput,language_loss,guard,export,samples,report,first_step.FirstStep]"]
+        few = [*STAGE[1:], f"run_dir={self.folder / 'runs'}", *options]
         process = self._start(few, subprocess.PIPE)
         assert process.stdout is not None
         ends = [waiting_session.sum_seconds(process.pid) for line in process.stdout if ": done. Model:" in line]
