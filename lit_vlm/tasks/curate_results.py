@@ -95,7 +95,7 @@ def write_results(
         result.counts,
         show_examples(result.examples_out),
         show_examples(result.examples_kept),
-        [(name, str(value)) for name, value in request["curate"].items()],
+        format_settings(request["curate"]),
         result.notes,
         get_command_line(),
         result.tables,
@@ -140,6 +140,15 @@ def count_sources(mixture: CuratedMixture, left_out: Sequence[int]) -> list[Sour
         masks = (features.rows["is_bad"] > 0, mixture.is_out, is_now)
         counts.append(SourceCounts(source.name, len(source), *(int((own & mask).sum()) for mask in masks)))
     return counts
+
+
+def format_settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """Format the settings of a search for its page, without those that are off. The page's title names the method."""
+    return [
+        (name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        for name, value in settings.items()
+        if name != "method" and value not in (None, False, [])
+    ]
 
 
 def show_results(output: Path, mixture: CuratedMixture, result: CurationResult, settings: CurateConfig) -> None:
