@@ -267,6 +267,17 @@ def is_same_when_redacted(left: Any, right: Any) -> bool:
     return left == right or _is_redacted_form(left, right) or _is_redacted_form(right, left)
 
 
+def is_same_setting(key: str, left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
+    """Return True if a setting may be equal in two stored runs.
+
+    A setting that one of them lacks was added or taken away by a release between them. It counts as off: null, false or empty.
+    """
+    if key in left and key in right:
+        return is_same_when_redacted(left[key], right[key])
+    value = left[key] if key in left else right[key]
+    return value is None or value is False or value in ("", [], {})
+
+
 def redact_terminal() -> None:
     """Redact everything that this process writes to stdout and stderr from now on, including tracebacks of libraries."""
     for name in ("stdout", "stderr"):

@@ -25,7 +25,7 @@ import numpy as np
 
 from lit_vlm.data.packing.plan import Plan
 from lit_vlm.distributed.sharded_state import StateKind
-from lit_vlm.redaction import is_same_when_redacted
+from lit_vlm.redaction import is_same_setting
 from lit_vlm.types import flatten
 
 INDEX_FILE, INDEX_FORMAT = "index.json", 1
@@ -195,7 +195,7 @@ class RunFingerprint:
             keys = sorted(
                 key
                 for key in own_settings.keys() | stored_settings.keys()
-                if not is_same_when_redacted(own_settings.get(key), stored_settings.get(key))
+                if not is_same_setting(key, own_settings, stored_settings)
             )
             differences += [
                 f"{key} (it has {stored_settings.get(key)}, this run {own_settings.get(key)})" for key in keys

@@ -25,7 +25,7 @@ from lit_vlm.files import (
     update_with_weight_files,
     write_json,
 )
-from lit_vlm.redaction import is_same_when_redacted, redact, redact_arguments
+from lit_vlm.redaction import is_same_setting, redact, redact_arguments
 from lit_vlm.types import Source, UserError
 
 MANIFEST = "manifest.json"
@@ -357,14 +357,15 @@ def _find_differences(
     return differences
 
 
-def _find_changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Find the settings that differ. A section that one of the two lacks counts as a section of nulls."""
-    if isinstance(old, dict) and new is None or isinstance(new, dict) and old is None:
-        old, new = old or {}, new or {}
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            key
-            for name in sorted({*old, *new})
-            for key in _find_changed_keys(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
-        ]
-    return [] if is_same_when_redacted(old, new) else [prefix]
+def _find_changed_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Find the settings that differ. A section that one of the two lacks, or that is null, has no settings."""
+    changed: list[str] = []
+    for key in sorted({*old, *new}):
+        sections = [side.get(key) for side in (old, new)]
+        if any(isinstance(section, dict) for section in sections) and all(
+            isinstance(section, dict | None) for section in sections
+        ):
+            changed += _find_changed_keys(sections[0] or {}, sections[1] or {}, f"{prefix}{key}.")
+        elif not is_same_setting(key, old, new):
+            changed.append(prefix + key)
+    return changed

@@ -26,6 +26,7 @@ from run_helpers import (
 )
 from waiting import PATIENCE
 
+from lit_vlm.checkpoint.index import RunFingerprint
 from lit_vlm.config import build_stage_overrides, parse
 from lit_vlm.runs.run_folder import open_run_folder, to_plain
 from lit_vlm.tasks import pipeline
@@ -68,6 +69,24 @@ def test_a_finished_run_started_again_is_reported_as_finished_and_trains_nothing
     output = capsys.readouterr().out
     assert "again: finished already, in " in output and "overwrite=true" in output
     assert run_output.take_snapshot() == before
+
+
+def test_a_run_of_before_a_setting_was_added_is_the_same_run_while_the_setting_is_off(capsys):
+    run_output = run(*build_overrides("older"))
+    manifest = run_output.manifest
+    del manifest["config"]["data"]["scaled_decode"]
+    (run_output.dir / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    run(*build_overrides("older"))
+    assert "older: finished already" in capsys.readouterr().out
+    assert "differs from this one in data.scaled_decode" in read_refusal(
+        *build_overrides("older", "data.scaled_decode=true")
+    )
+    stored = {"stage": "align", "settings": manifest["config"]}  # of a checkpoint
+    for added, differences in ((False, []), (True, ["data.scaled_decode (it has None, this run True)"])):
+        data = {**manifest["config"]["data"], "scaled_decode": added}
+        fingerprint = RunFingerprint("align", {**manifest["config"], "data": data})
+        assert fingerprint.find_differences(stored) == differences
 
 
 def read_refusal(*overrides):
