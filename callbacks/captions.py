@@ -11,10 +11,10 @@ from typing import Any
 import lightning as L
 import numpy as np
 
+from callbacks.export import export_to
 from callbacks.samples import Samples, ScoredAnswer, score_answer, select_samples, to_sample
-from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
-from lit_vlm.model.tensor_files import raise_os_errors
-from lit_vlm.types import SampleKind, UserError
+from lit_vlm.fault_tolerance.watchdog import Progress, get_progress
+from lit_vlm.types import SampleKind
 
 
 class Captions(Samples):
@@ -61,18 +61,9 @@ class PairExport(L.Callback):
         self.folder, self.save = Path(run_dir) / "hf", save
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        progress = get_progress(trainer)
-        with progress.use_activity(Activity.exporting):
-            try:
-                with raise_os_errors():
-                    if trainer.is_global_zero:
-                        progress.wrap(partial(self.save, self.folder))()
-            except OSError as error:
-                raise UserError(
-                    f"The model cannot be written to {self.folder}: {error.strerror or error}. Make room or change its rights; the"
-                    " same command resumes from the last checkpoint and writes it then."
-                ) from error
-            trainer.strategy.barrier("exported")
+        with export_to(self.folder, trainer) as progress:
+            if trainer.is_global_zero:
+                progress.wrap(partial(self.save, self.folder))()
 
 
 class ValidationPulse(L.Callback):

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from lit_vlm.fault_tolerance.watchdog import Activity, get_progress
+from lit_vlm.fault_tolerance.watchdog import Activity, Progress, get_progress
 from lit_vlm.model.adapters import can_export_adapter, export_adapter, get_adapter_folder
 from lit_vlm.model.export import export_model
 from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.reports.report import write_report
 from lit_vlm.types import UserError
+
+
+@contextmanager
+def export_to(folder: Path, trainer: L.Trainer) -> Iterator[Progress]:
+    """Report progress while the block writes the model to a folder; all ranks wait for its end.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    progress = get_progress(trainer)
+    with progress.use_activity(Activity.exporting):
+        try:
+            with raise_os_errors():
+                yield progress
+        except OSError as error:
+            raise UserError(
+                f"The model cannot be written to {folder}: {error.strerror or error}. Make room or change its rights; the"
+                " same command resumes from the last checkpoint and writes it then."
+            ) from error
+        trainer.strategy.barrier("exported")
 
 
 class Export(L.Callback):
@@ -33,25 +55,17 @@ class Export(L.Callback):
         self.folder, self.special_boxes = Path(run_dir) / "hf", special_boxes
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with get_progress(trainer).use_activity(Activity.exporting):
-            try:
-                with raise_os_errors():
-                    self._export(trainer, pl_module)
-            except OSError as error:
-                raise UserError(
-                    f"The model cannot be written to {self.folder}: {error.strerror or error}. Make room or change its rights; the"
-                    " same command resumes from the last checkpoint and writes it then."
-                ) from error
-            trainer.strategy.barrier("exported")
+        with export_to(self.folder, trainer) as progress:
+            self._export(trainer, pl_module, progress)
 
-    def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _export(self, trainer: L.Trainer, pl_module: L.LightningModule, progress: Progress) -> None:
         strategy: Any = trainer.strategy
-        processor, pulse = trainer.datamodule.processor, get_progress(trainer)
+        processor = trainer.datamodule.processor
         model = pl_module.model
         options: dict[str, Any] = {
             "gather_weight": strategy.whole_weights(model) if hasattr(strategy, "whole_weights") else None,
             "is_writer": trainer.is_global_zero,
-            "before_each_weight": pulse.wrap(partial(strategy.barrier, "export")),
+            "before_each_weight": progress.wrap(partial(strategy.barrier, "export")),
         }
         parts = (model, processor.tokenizer, processor.images)
         export_model(*parts, self.folder, special_boxes=self.special_boxes, **options)

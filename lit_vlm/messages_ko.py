@@ -73,6 +73,7 @@ TEXTS = {
     ", with local changes": ", 커밋하지 않은 변경 있음",
     "{samples} samples, {tokens} tokens, {time} of training": "샘플 {samples}, 토큰 {tokens}, 학습 시간 {time}",
     "{stages} stages, {samples} samples, {tokens} tokens, {time} of training": "{stages}단계, 샘플 {samples}, 토큰 {tokens}, 학습 시간 {time}",
+    "R@1: share of held-out queries whose best candidate is right, after re-ranking if there was any.": "R@1: 검증 쿼리 가운데 1순위 후보가 정답인 비율입니다. 재정렬을 했으면 그 뒤의 값입니다.",
     "Loss: first step, then the mean of the last 5 % of the steps. Held-out score: mean over kinds and languages, 0 to 1, of greedy answers to samples that were not trained on, before and after the stage.": "손실: 첫 스텝의 값과 마지막 5 % 스텝의 평균입니다. 검증 점수: 학습하지 않은 샘플에 그리디로 답한 점수(0~1)를 종류와 언어에 대해 평균한 값이며, 단계의 학습 전과 후입니다.",
     "Held-out score after each stage": "단계별 검증 점수",
     "Held-out score": "검증 점수",
