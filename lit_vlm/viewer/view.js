@@ -33,7 +33,7 @@ const MESSAGES = {
     flags: (number) => `레코드 ${number}개를 뺐습니다. 다음 설정으로 학습하면 쓰지 않습니다:`,
   },
 };
-const state = { language: "en", parts: {}, title: "", offset: 0, total: null, rows: [], current: null, flags: { num_flagged: 0, settings: [] }, token: sessionStorage.getItem("token") ?? "", urls: [], asked: 0 };
+const state = { language: "en", parts: {}, title: "", offset: 0, total: null, rows: [], current: null, flags: { num_flagged: 0, settings: [] }, token: sessionStorage.getItem("token") ?? "", urls: [], asked: 0, opened: 0 };
 
 const say = (key, ...values) => {
   const text = MESSAGES[state.language][key];
@@ -197,7 +197,9 @@ function makeFault(row) {
 }
 
 async function showRecord(place) {
+  const number = ++state.opened;
   const record = await (await load("record", place)).json();
+  if (number !== state.opened) return; // a person has opened another one
   for (const url of state.urls) URL.revokeObjectURL(url);
   Object.assign(state, { current: place, urls: [] });
   for (const button of document.querySelectorAll("#rows button")) button.setAttribute("aria-current", String(Number(button.dataset.sample) === place.sample));

@@ -18,8 +18,10 @@ Served = namedtuple("Served", "url")
 def open_record(page, source):
     page.select_option("#source", source)
     until(lambda: page.locator("#rows button .where").first.inner_text().startswith(source))
-    page.locator("#rows button").first.click()
-    page.wait_for_selector("#content .tokens")
+    button = page.locator("#rows button").first
+    button.click()
+    # The row is marked when its record is shown; the record of before is there until then.
+    until(lambda: button.get_attribute("aria-current") == "true")
 
 
 def test_a_record_is_shown_with_tiles_boxes_and_mask(viewer, open_page):
