@@ -42,7 +42,12 @@ def ask(page, text):
 
 
 def wait_for_answers(page):
-    until(lambda: page.evaluate("document.querySelector('.answer') && !document.querySelector('.busy')"))
+    # A stream ends a little after its answer; the page sends no question before that.
+    until(
+        lambda: page.evaluate(
+            "document.querySelector('.answer') && !document.querySelector('.busy') && !document.querySelector('#send').disabled"
+        )
+    )
 
 
 def read_requests(page):
