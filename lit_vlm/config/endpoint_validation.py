@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from lit_vlm.config.choices import GenerationKind, JudgeKind
-from lit_vlm.config.schema import EndpointConfig, RunConfig
+from lit_vlm.config.schema import RunConfig
+from lit_vlm.config.task_settings import EndpointConfig
 from lit_vlm.redaction import is_secret_name
 
 ENDPOINT_PATH = "/chat/completions"

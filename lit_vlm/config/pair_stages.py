@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from lit_vlm.config.choices import DebugMode, StageName, StrategyName
 from lit_vlm.config.ranges import COUNT, COUNT_OR_ZERO, ranged
-from lit_vlm.config.schema import DataConfig, EvaluateConfig, ModelConfig, PartsConfig, RunConfig, StageConfig
+from lit_vlm.config.schema import DataConfig, ModelConfig, PartsConfig, RunConfig, StageConfig
+from lit_vlm.config.task_settings import EvaluateConfig
 from lit_vlm.formatting import format_count
 from lit_vlm.types import ModelPart
 

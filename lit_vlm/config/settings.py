@@ -19,7 +19,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_vlm.config import choices, curation, mapping, pair_stages, schema
+from lit_vlm.config import choices, curation, mapping, pair_stages, schema, task_settings
 from lit_vlm.config.other_programs import KEY_ALIASES
 from lit_vlm.config.pair_stages import PAIR_STAGE_CONFIGS
 from lit_vlm.config.ranges import NumberRange
@@ -136,7 +136,7 @@ def read_field_comments() -> dict[tuple[str, str], str]:
     comments: dict[tuple[str, str], str] = {}
     owner = name = ""
     depth = 0
-    modules = (schema, pair_stages, choices, mapping, curation)
+    modules = (schema, pair_stages, choices, mapping, curation, task_settings)
     source = "\n".join(inspect.getsource(module) for module in modules)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     for token, following in itertools.pairwise(tokens):

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from lit_vlm.config.choices import ActivationCheckpointing as Level
 from lit_vlm.config.choices import StrategyName
-from lit_vlm.config.schema import PreflightConfig, StageConfig, TrainerConfig
+from lit_vlm.config.schema import StageConfig, TrainerConfig
+from lit_vlm.config.task_settings import PreflightConfig
 from lit_vlm.cost.communication import (
     BytesPerValue,
     Cluster,

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from lit_vlm.config.schema import EndpointConfig
+from lit_vlm.config.task_settings import EndpointConfig
 from lit_vlm.evaluation.reply_ledger import EndpointReply, TokenUsage, estimate_tokens
 from lit_vlm.redaction import redact_text
 from lit_vlm.types import UserError

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lit_vlm.config.schema import EndpointConfig
+from lit_vlm.config.task_settings import EndpointConfig
 from lit_vlm.evaluation.completion_client import (
     CompletionClient,
     EndpointError,

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Any
 
 from lit_vlm.config.choices import JudgeKind
-from lit_vlm.config.schema import JudgeConfig
+from lit_vlm.config.task_settings import JudgeConfig
 from lit_vlm.evaluation.endpoint import EndpointRequest, RequestFailure
 from lit_vlm.evaluation.judge_answers import AnswerRow, encode_image
 from lit_vlm.evaluation.judge_prompts import JudgePrompt

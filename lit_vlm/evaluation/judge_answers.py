@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.choices import JudgeKind
-from lit_vlm.config.schema import JudgeConfig
+from lit_vlm.config.task_settings import JudgeConfig
 from lit_vlm.data.lazy_images import BytesImage, FileImage
 from lit_vlm.formatting import format_count
 from lit_vlm.types import Language, LazyImage, RecordError, UserError

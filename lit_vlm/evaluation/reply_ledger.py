@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.config.schema import EndpointConfig
+from lit_vlm.config.task_settings import EndpointConfig
 from lit_vlm.files import append_line, handle_write_errors, read_json_lines
 from lit_vlm.types import UserError
 

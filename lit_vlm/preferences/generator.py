@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_vlm.config.choices import PairKind
-from lit_vlm.config.schema import PreferConfig
+from lit_vlm.config.task_settings import PreferConfig
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.lazy_images import EncodedImage, FileImage, resolve_image_path
 from lit_vlm.data.processor import Processor

@@ -12,7 +12,8 @@ import torch
 
 from lit_vlm.config.choices import ActivationCheckpointing as Level
 from lit_vlm.config.choices import DeviceName, StrategyName
-from lit_vlm.config.schema import PreflightConfig, StageConfig, TrainerConfig
+from lit_vlm.config.schema import StageConfig, TrainerConfig
+from lit_vlm.config.task_settings import PreflightConfig
 from lit_vlm.cost import DEVICES, Device, ModelShape
 from lit_vlm.cost.strategy import StrategyDecision, make_training_setup, select_cpu_strategy, select_strategy
 from lit_vlm.data.training_data import TrainingData

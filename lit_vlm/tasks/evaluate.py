@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import JudgeConfig
+from lit_vlm.config.task_settings import JudgeConfig
 from lit_vlm.evaluation.benchmark_files import PreparedRows
 from lit_vlm.evaluation.benchmarks import BENCHMARKS
 from lit_vlm.evaluation.evaluation_summary import (

@@ -12,7 +12,8 @@ from typing import Any
 import httpx2
 
 from lit_vlm.config.evaluate_validation import is_url
-from lit_vlm.config.schema import EndpointConfig, EvaluateConfig, JudgeConfig, ModelConfig, ServeConfig
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.config.task_settings import EndpointConfig, EvaluateConfig, JudgeConfig, ServeConfig
 from lit_vlm.evaluation.endpoint import make_lmms_eval_variables, read_api_key
 from lit_vlm.files import compute_weights_digest
 from lit_vlm.serving.answer_log import ChatAnswerLog

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_vlm.config.schema import EvaluateConfig, JudgeConfig
+from lit_vlm.config.task_settings import EvaluateConfig, JudgeConfig
 from lit_vlm.evaluation.benchmark_files import PreparedRows, format_bad_rows, open_rows, prepare_rows
 from lit_vlm.evaluation.benchmarks import BENCHMARKS, Benchmark, JudgeUse
 from lit_vlm.evaluation.evaluation_summary import (

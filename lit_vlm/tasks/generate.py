@@ -15,7 +15,8 @@ from rich.table import Table
 
 from lit_vlm.config import Run
 from lit_vlm.config.choices import GenerationKind
-from lit_vlm.config.schema import DataConfig, GenerateConfig
+from lit_vlm.config.schema import DataConfig
+from lit_vlm.config.task_settings import GenerateConfig
 from lit_vlm.curation.generation import (
     PROMPTS,
     ReplyError,

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lit_vlm.config import Run
 from lit_vlm.config.choices import JudgeKind
-from lit_vlm.config.schema import JudgeConfig
+from lit_vlm.config.task_settings import JudgeConfig
 from lit_vlm.evaluation.endpoint import ChatEndpoint, compute_request_key, make_body, read_api_key
 from lit_vlm.evaluation.judge import (
     Judgement,

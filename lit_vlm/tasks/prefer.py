@@ -14,7 +14,8 @@ from rich.table import Table
 
 from lit_vlm.config import Run
 from lit_vlm.config.choices import ScorerName
-from lit_vlm.config.schema import PreferConfig, ValidationConfig
+from lit_vlm.config.schema import ValidationConfig
+from lit_vlm.config.task_settings import PreferConfig
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.training_data import TrainingData
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED

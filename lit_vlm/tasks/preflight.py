@@ -16,15 +16,8 @@ import numpy as np
 from lit_vlm.config import Run
 from lit_vlm.config.choices import ActivationCheckpointing, StageName, StrategyName
 from lit_vlm.config.model_folders import require_model_folders
-from lit_vlm.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    PreflightConfig,
-    SourceConfig,
-    StageConfig,
-    TrainerConfig,
-)
+from lit_vlm.config.schema import CheckpointConfig, DataConfig, ModelConfig, SourceConfig, StageConfig, TrainerConfig
+from lit_vlm.config.task_settings import PreflightConfig
 from lit_vlm.cost import ModelShape, ParameterCounts
 from lit_vlm.cost.strategy import make_training_setup
 from lit_vlm.data.index.sample_index import SampleIndex

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import DataConfig, ModelConfig, ServeConfig, TrainerConfig
+from lit_vlm.config.schema import DataConfig, ModelConfig, TrainerConfig
+from lit_vlm.config.task_settings import ServeConfig
 from lit_vlm.evaluation.generation import get_end_of_answer_id
 from lit_vlm.fault_tolerance.signals import EXIT_STATUS, StopRequest, use_listener
 from lit_vlm.model.continuous_batching import ContinuousBatcher

@@ -17,8 +17,9 @@ from lit_vlm.cluster.slurm import build_sbatch_command, get_job_state, require_s
 from lit_vlm.config import ConfigError, Run, build_stage_overrides, is_pipeline, list_stages, parse
 from lit_vlm.config.choices import Format
 from lit_vlm.config.overrides import get_override_key, quote_value
-from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig, SubmitConfig, TrainerConfig, TrialsConfig
+from lit_vlm.config.schema import DataConfig, ModelConfig, StageConfig, SubmitConfig, TrainerConfig
 from lit_vlm.config.slurm_options import get_cpus_per_task
+from lit_vlm.config.task_settings import TrialsConfig
 from lit_vlm.data.readers.record_files import find_pattern_folder, is_pattern
 from lit_vlm.fault_tolerance.signals import postpone_signals
 from lit_vlm.files import handle_write_errors, read_json_or_none, write_json, write_text_atomically

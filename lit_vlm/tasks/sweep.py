@@ -18,9 +18,10 @@ from lit_vlm.cluster.slurm import get_environment_outside_job, get_own_job, is_p
 from lit_vlm.config import ConfigError, Run, parse
 from lit_vlm.config.overrides import add_implied_overrides, quote_value
 from lit_vlm.config.parse import collect_override_errors
-from lit_vlm.config.schema import DataConfig, TrainerConfig, TrialsConfig
+from lit_vlm.config.schema import DataConfig, TrainerConfig
 from lit_vlm.config.slurm_options import GPU_ACCELERATORS, get_cpus_per_task
 from lit_vlm.config.sweep_overrides import get_trial_overrides
+from lit_vlm.config.task_settings import TrialsConfig
 from lit_vlm.fault_tolerance.exit_status import INTERRUPTED, RESTART
 from lit_vlm.fault_tolerance.signals import StopRequest
 from lit_vlm.files import CorruptFileError, read_json, write_json

@@ -20,14 +20,13 @@ from lit_vlm.config.choices import DEBUG_FAST_STEPS, DebugMode, OnBadRecord
 from lit_vlm.config.schema import (
     CheckpointConfig,
     DataConfig,
-    EvaluateConfig,
     GuardConfig,
     ModelConfig,
-    PreflightConfig,
     StageConfig,
     TrainerConfig,
     ValidationConfig,
 )
+from lit_vlm.config.task_settings import EvaluateConfig, PreflightConfig
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.packing.plan import Plan
 from lit_vlm.data.processor import Processor

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lit_vlm.config.schema import EvaluateConfig
+from lit_vlm.config.task_settings import EvaluateConfig
 from lit_vlm.evaluation.benchmark_files import PreparedRows
 from lit_vlm.evaluation.benchmark_slices import BenchmarkSlices
 from lit_vlm.evaluation.benchmarks import BENCHMARKS

@@ -10,7 +10,7 @@ import pytest
 from chat_server import KEY_VARIABLE, ChatServer, Fault, complete, cut_body, drip, keep_silent
 from waiting import PATIENCE, until
 
-from lit_vlm.config.schema import EndpointConfig
+from lit_vlm.config.task_settings import EndpointConfig
 from lit_vlm.evaluation import endpoint as endpoint_module
 from lit_vlm.evaluation.completion_client import EndpointError, extract_error_text, parse_retry_after
 from lit_vlm.evaluation.endpoint import (

@@ -20,7 +20,7 @@ from waiting import PATIENCE, until
 from lit_vlm.config.choices import JudgeKind
 from lit_vlm.config.overrides import ConfigError
 from lit_vlm.config.parse import parse
-from lit_vlm.config.schema import JudgeConfig
+from lit_vlm.config.task_settings import JudgeConfig
 from lit_vlm.evaluation import endpoint as endpoint_module
 from lit_vlm.evaluation.endpoint import RequestFailure
 from lit_vlm.evaluation.judge import Vote, VoteKey, VoteStatus, combine_votes, parse_vote, summarize_judgements

@@ -6,7 +6,7 @@ import pytest
 from evaluation.chat_server import ChatServer, complete
 from harness_runs import LMMS_EVAL, make_environment
 
-from lit_vlm.config.schema import EndpointConfig
+from lit_vlm.config.task_settings import EndpointConfig
 from lit_vlm.evaluation.endpoint import make_lmms_eval_variables
 
 pytestmark = [

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from lit_vlm.config.choices import ActivationCheckpointing, StrategyName
-from lit_vlm.config.schema import CheckpointConfig, PreflightConfig, StageConfig, TrainerConfig
+from lit_vlm.config.schema import CheckpointConfig, StageConfig, TrainerConfig
+from lit_vlm.config.task_settings import PreflightConfig
 from lit_vlm.cost import (
     DEVICES,
     Device,
