@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -65,6 +66,8 @@ from lit_vlm.tasks.prepare_data import (
 )
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import SPECIAL_TOKENS, UserError
+
+DIVERGENCE_FACTOR = 1.25  # a first batch that happens to be easy has a loss some percent below the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,8 +468,28 @@ def finish(
     tracker.finish(folder)
     model = f"Model: {folder.hf_path}   " if has_model else format_export_hint(folder)
     place.say(f"done. {model}Report: {place.dir / 'report.html'}")
+    if has_diverged(figures):
+        place.say(format_divergence(figures, built.stage.config))
     if not len(prepared.indexes.held_out):
         say(format_held_out_hint(len(prepared.indexes.training)))
+
+
+def has_diverged(figures: dict[str, Any]) -> bool:
+    """Return True if the loss of the last steps is `DIVERGENCE_FACTOR` times that of the first step, or more.
+
+    A NaN compares as False: the guard reports it. So does a loss below zero, which some preference losses have.
+    """
+    first, last = figures.get("loss_first", math.nan), figures.get("loss_last", math.nan)
+    return first > 0 and last >= DIVERGENCE_FACTOR * first
+
+
+def format_divergence(figures: dict[str, Any], config: StageConfig) -> str:
+    """Format the message about a loss that rose: both losses, and the settings to change."""
+    return (
+        f"the loss rose from {figures['loss_first']:.2f} to {figures['loss_last']:.2f}, so training diverged and the model is"
+        f" worse than before. Lower stage.learning_rate ({config.learning_rate:g} now) or lengthen stage.warmup"
+        f" ({config.warmup:g} now), and run the stage again with overwrite=true."
+    )
 
 
 def collect_figures(built: BuiltTrainer) -> dict[str, Any]:

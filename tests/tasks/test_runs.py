@@ -120,6 +120,16 @@ def test_the_same_settings_give_the_same_weights_twice():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_a_run_whose_loss_rose_says_so_and_what_to_change(capsys):
+    run(*build_overrides("calm"))
+    assert "diverged" not in capsys.readouterr().out
+    run_output = run(*build_overrides("diverged", "stage.learning_rate=0.9"))
+    first, last = (run_output.manifest["figures"][name] for name in ("loss_first", "loss_last"))
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"diverged: the loss rose from {first:.2f} to {last:.2f}, so training diverged" in output and last > first
+    assert "Lower stage.learning_rate (0.9 now) or lengthen stage.warmup (0.03 now)" in output
+
+
 def test_an_interrupted_run_restarts_its_stage():
     run_output = run(*build_overrides("cut"))
     whole = run_output.load_weights()
