@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,10 +11,13 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
+from torch import nn
 
 from callbacks.export import export_to
 from callbacks.samples import Samples, ScoredAnswer, score_answer, select_samples, to_sample
 from lit_vlm.fault_tolerance.watchdog import Progress, get_progress
+from lit_vlm.model.skeleton import replace_parameters
 from lit_vlm.types import SampleKind
 
 
@@ -54,16 +58,43 @@ class PairExport(L.Callback):
     """Exports the model of a stage to `run_dir/hf` at the end of training.
 
     Args:
-        save: saves the model to a folder.
+        save: saves a model to a folder.
     """
 
-    def __init__(self, run_dir: Path, save: Callable[[Path], None]) -> None:
+    def __init__(self, run_dir: Path, save: Callable[[Any, Path], None]) -> None:
         self.folder, self.save = Path(run_dir) / "hf", save
+        self.copy: Any = None  # of a model that the strategy will shard, without its weights
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if hasattr(trainer.strategy, "whole_weights"):
+            self.copy = copy_without_weights(pl_module.model)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         with export_to(self.folder, trainer) as progress:
+            model = pl_module.model
+            if self.copy is not None:
+                model = self._gather_model(trainer, model, progress)
             if trainer.is_global_zero:
-                progress.wrap(partial(self.save, self.folder))()
+                progress.wrap(partial(self.save, model, self.folder))()
+
+    def _gather_model(self, trainer: L.Trainer, model: Any, progress: Progress) -> Any:
+        """Gather the weights of a sharded model on rank 0, one at a time, into the copy; all ranks must call it."""
+        gather_weight, weights = trainer.strategy.whole_weights(model), {}
+        for name, _ in model.named_parameters():
+            value = progress.wrap(gather_weight)(name)
+            if trainer.is_global_zero:
+                weights[name] = value.detach().to("cpu", copy=True)
+        if trainer.is_global_zero:
+            replace_parameters(self.copy, lambda name, old: nn.Parameter(weights.pop(name), old.requires_grad))
+        return self.copy
+
+
+def copy_without_weights(model: nn.Module) -> nn.Module:
+    """Copy a model with its buffers; its parameters are on `meta`, and those that stand in several places stay one."""
+    empty = {
+        id(one): nn.Parameter(torch.empty_like(one, device="meta"), one.requires_grad) for one in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
 
 
 class ValidationPulse(L.Callback):

@@ -223,7 +223,7 @@ class Checkpoint(L.Callback):
         with get_progress(trainer).use_activity(Activity.saving):
             self._wait_for_save(trainer)
             if trainer.global_step > self._saved_step:
-                pieces = list(self._shards.iter_shards()) if self._shards.is_writer else []
+                pieces = [one for one in self._shards.iter_shards() if self._shards.is_writer and not one.is_replica]
                 self.writer.start(self._make_index(trainer), pieces, asynchronous=self.asynchronous)
                 self._saved_step, self._last_save_time = trainer.global_step, time.monotonic()
             if wait or not self.asynchronous:

@@ -20,6 +20,7 @@ __all__ = [
     "compute_norms",
     "get_argument_names",
     "get_local_rows",
+    "initialize_fsdp",
     "queue_after_backward",
 ]
 
@@ -62,3 +63,8 @@ def get_local_rows(tensor: DTensor) -> tuple[Tensor, int]:
 def allocate_on_device(model: nn.Module, device: torch.device) -> None:
     """Allocate the parameters and buffers on `meta` on a device, and move the others to it."""
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+
+
+def initialize_fsdp(model: Any) -> None:
+    """Make a sharded model the root of its units, as its first forward pass would. Without it, a unit that runs first would be one."""
+    model._get_fsdp_state()._lazy_init()

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from lit_vlm.config.choices import DebugMode, StageName, StrategyName
-from lit_vlm.config.ranges import COUNT, COUNT_OR_ZERO, ranged
+from lit_vlm.config.ranges import COUNT, COUNT_OR_ZERO, SHARE_ABOVE_0, ranged
 from lit_vlm.config.schema import DataConfig, ModelConfig, PartsConfig, RunConfig, StageConfig
 from lit_vlm.config.task_settings import EvaluateConfig
 from lit_vlm.formatting import format_count
@@ -32,6 +32,11 @@ class PairStageConfig(StageConfig):
     trainable: list[ModelPart] = field(default_factory=list)  # empty: each of these stages trains what its paper trains
     image_size: int | None = ranged(None, COUNT)  # height and width in pixels of all images; null: as the vision tower
     max_text_tokens: int = ranged(32, COUNT)  # tokens to which a text is cut, special tokens included
+    min_crop_area: float = ranged(
+        1.0, SHARE_ABOVE_0
+    )  # smallest share of a training image's area that a random crop keeps; 1: no crops
+    random_flips: bool = False  # mirror half of the training images; makes captions with left or right false
+    rand_augment: bool = False  # change contrast, position and angle of training images as BLIP does, RandAugment(2, 5)
 
     def list_validation_metrics(self) -> list[str]:
         """List the names of the held-out metrics that the stage logs."""
@@ -134,7 +139,7 @@ RECALL_METRICS = tuple(
     for direction in ("image_to_text", "text_to_image")
     for cutoff in RECALL_CUTOFFS
 )
-REPLICATED = (StrategyName.auto, StrategyName.single, StrategyName.ddp)
+ZERO = (StrategyName.deepspeed_zero2, StrategyName.deepspeed_zero3, StrategyName.deepspeed_zero3_offload)
 # Settings of a section that these stages read; all others of the section must have their defaults
 _MODEL_KEYS = ("vision_tower", "language_model")
 # The caps of a micro-batch are no mistake: files of conf/data set them for the stages that have micro-batches
@@ -160,10 +165,10 @@ def find_pair_errors(config: RunConfig) -> Iterator[str]:
     assert isinstance(stage, PairStageConfig)
     name = stage.name.value
     yield from _find_model_errors(config, stage)
-    if config.trainer.strategy not in REPLICATED:
+    if config.trainer.strategy in ZERO:
         yield (
-            f"trainer.strategy: {config.trainer.strategy.value} is not there for stage={name}, which trains with ddp or on one device:"
-            " of the Q-Former's weights there is too little to share out, and queues and momentum encoders are whole on each rank."
+            f"trainer.strategy: {config.trainer.strategy.value} is not there for stage={name}: DeepSpeed gathers a weight only inside the"
+            " module that owns it, and rounds momentum encoders to the compute dtype. Use fsdp2, which shards the same, or ddp."
         )
     if "accumulate_grad_batches" in config.trainer.extra:
         yield (

@@ -68,8 +68,13 @@ def load_pixels(image: Image.Image, size: int) -> np.ndarray:
     return np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
-def make_pair(record: Record, image_size: int) -> CaptionPair:
+def make_pair(
+    record: Record, image_size: int, load: Callable[[Image.Image, int], np.ndarray] = load_pixels
+) -> CaptionPair:
     """Make the pair of a record, with its image resized to a square.
+
+    Args:
+        load: makes the pixels of an image, see `load_pixels`.
 
     Raises:
         RecordError: the record cannot be used.
@@ -77,7 +82,7 @@ def make_pair(record: Record, image_size: int) -> CaptionPair:
     text = read_caption(record)
     text_id = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
     image_id = compute_image_hash(record)
-    pixels = load_pixels(record.images[0].load(), image_size)
+    pixels = load(record.images[0].load(), image_size)
     return CaptionPair(pixels, text, image_id - (1 << 64 if image_id >= 1 << 63 else 0), text_id)
 
 

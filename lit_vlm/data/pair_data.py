@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import lightning as L
@@ -19,7 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lit_vlm.compat.lightning import set_num_steps
-from lit_vlm.data.caption_pairs import CaptionPair, PairBatch, PairCollator, Tokenize, make_pair, read_caption
+from lit_vlm.data.augmentation import Augmentation
+from lit_vlm.data.caption_pairs import (
+    CaptionPair,
+    PairBatch,
+    PairCollator,
+    Tokenize,
+    load_pixels,
+    make_pair,
+    read_caption,
+)
 from lit_vlm.data.datamodule import ResumeSampler, SignalSafeDataLoader
 from lit_vlm.data.index.fingerprint import verify_unchanged
 from lit_vlm.data.index.sample_index import SampleIndex
@@ -76,12 +85,21 @@ class PairBatches(Dataset):
     Args:
         rows: samples of each batch.
         separate_sources: the samples are from separate validation sources.
+        augmentation: of the images; its draws depend on `seed`, the number of the batch and the sample alone.
     """
 
     def __init__(
-        self, processor: PairProcessor, index: SampleIndex, rows: Any, *, separate_sources: bool = False
+        self,
+        processor: PairProcessor,
+        index: SampleIndex,
+        rows: Any,
+        *,
+        separate_sources: bool = False,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
     ) -> None:
         self.processor, self.index, self.rows, self.separate_sources = processor, index, rows, separate_sources
+        self.augmentation, self.seed = augmentation or Augmentation(), seed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -91,19 +109,23 @@ class PairBatches(Dataset):
             raise IndexError(number)
         pairs, ids = [], []
         for sample in self.rows[number]:
-            pair = self._read(int(sample))
+            pair = self._read(int(sample), number)
             if isinstance(pair, CorruptRecord):
                 return pair
             pairs.append(pair[0])
             ids.append(pair[1])
         return self.processor.collate(pairs, ids)
 
-    def _read(self, sample: int) -> tuple[CaptionPair, str] | CorruptRecord:
+    def _read(self, sample: int, batch: int) -> tuple[CaptionPair, str] | CorruptRecord:
         source = self.index.sources[self.index.source_ids[sample]].name
         for wait in (*RETRY_DELAYS, None):
             try:
                 record = self.index.get_record(sample)
-                pair = make_pair(record, self.processor.image_size)
+                load = load_pixels
+                if not self.augmentation.is_off:
+                    rng = np.random.default_rng((self.seed, batch, sample))  # a new one for each try
+                    load = partial(self.augmentation.load_pixels, rng=rng)
+                pair = make_pair(record, self.processor.image_size, load)
                 verify_unchanged(self.index, [sample], [record])
                 return pair, f"{source}/{record.id}"
             except RecordError as error:
@@ -144,6 +166,7 @@ class PairDataModule(TrainingData, L.LightningDataModule):
     Args:
         processor, sources, validation: as of `TrainingData`.
         num_workers, prefetch_factor, pin_memory: as of `DataModule`.
+        augmentation: of the training images.
         planning: further arguments of `TrainingData`.
     """
 
@@ -159,12 +182,14 @@ class PairDataModule(TrainingData, L.LightningDataModule):
         num_workers: int = 0,
         prefetch_factor: int = 4,
         pin_memory: bool = False,
+        augmentation: Augmentation | None = None,
         **planning: Any,
     ) -> None:
         L.LightningDataModule.__init__(self)
         limits = {"tokens_per_micro_batch": NO_LIMIT, "tiles_per_micro_batch": NO_LIMIT}
         TrainingData.__init__(self, processor, sources, validation, **limits, **planning)  # type: ignore[arg-type]
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
+        self.augmentation = augmentation
         self.start_step = 0  # optimizer steps that an earlier start of the run completed
 
     def setup(self, stage: str) -> None:
@@ -179,7 +204,7 @@ class PairDataModule(TrainingData, L.LightningDataModule):
         rank, world_size = self._get_rank()
         plan = self.make_plan(world_size)
         rows = StepRows(plan, rank, world_size)
-        batches = PairBatches(self.processor, plan.index, rows)
+        batches = PairBatches(self.processor, plan.index, rows, augmentation=self.augmentation, seed=self.seed)
         return self._make_loader(batches, ResumeSampler(self.start_step, len(batches)))
 
     def val_dataloader(self) -> DataLoader | list[Any]:

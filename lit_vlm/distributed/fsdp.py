@@ -15,11 +15,12 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lit_vlm.compat.lightning import set_mesh_shape
-from lit_vlm.compat.torch import allocate_on_device, get_local_rows
+from lit_vlm.compat.torch import allocate_on_device, get_local_rows, initialize_fsdp
 from lit_vlm.distributed.sharded_state import FSDPShardedState, reshard
 from lit_vlm.model.skeleton import defer_weights, read_initial_values
 from lit_vlm.types import UserError
@@ -115,9 +116,27 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     # ---- state, gradients, weights
 
+    def gather_all_units(self, model: nn.Module) -> None:
+        """Gather all weights and keep them, so that ranks may run different numbers of passes without gradients.
+
+        All ranks must call it at the same point, and `shard_all_units` before the next step.
+        """
+        initialize_fsdp(model)
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+
+    def shard_all_units(self, model: nn.Module) -> None:
+        """Free gathered weights, and gather each unit's only while it computes."""
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule) and unit is not model:  # the root keeps its weights until the backward pass
+                unit.set_reshard_after_forward(True, recurse=False)
+        reshard(model)
+
     def get_sharded_state(self, module: Any) -> FSDPShardedState:
         """Return this rank's part of the state of `module.model`, once training is set up."""
-        return FSDPShardedState(module.model, self.optimizers[0])
+        return FSDPShardedState(module.model, self.optimizers[0], self.global_rank)
 
     def gradient_sums(self, model: nn.Module) -> dict[str, float]:
         """Sum the absolute values of each existing gradient over all ranks. Every rank must call it."""
@@ -160,15 +179,26 @@ def apply_fsdp(model: VisionLanguageModel, mesh: DeviceMesh, precision: str) -> 
         for parameter in model.parameters():
             if parameter.is_meta and not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
-    units: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:  # a tied embedding belongs to the last unit only
-        units.append(embedding)
-    for unit in units:
+    for unit in list_shard_units(model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     trains = any(parameter.requires_grad for parameter in model.parameters())
     # a trained model keeps its head gathered, because its backward pass comes next; a reference model has none
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trains else True)
+    if hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
+
+
+def list_shard_units(model: Any) -> list[nn.Module]:
+    """List the modules that are sharded one by one; the rest of the model is one unit."""
+    if hasattr(model, "list_shard_units"):  # a model with layers that share modules
+        return model.list_shard_units()  # type: ignore[no-any-return]
+    units = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not isinstance(model, PreTrainedModel):
+        return units
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and embedding.weight is not head.weight:  # a tied embedding belongs to the last unit only
+        units.append(embedding)
+    return units
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -55,6 +55,7 @@ class TensorShard:
         shape: shape of the full tensor.
         start: first element of the interval in the flattened tensor; the interval ends before `start + len(values)`.
         values: [n], a live view: a copy into it changes the state.
+        is_replica: another rank writes these elements to a checkpoint; this one only reads them.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TensorShard:
     shape: tuple[int, ...]
     start: int
     values: Tensor
+    is_replica: bool = False
 
 
 class ShardedState(Protocol):
@@ -73,7 +75,7 @@ class ShardedState(Protocol):
 
     @property
     def is_writer(self) -> bool:
-        """True if this rank writes its shards to a checkpoint. Over all writers, each element occurs exactly once."""
+        """True if this rank writes its shards to a checkpoint, but for replicas. Over all writers, each element occurs once."""
         ...
 
     def sync_after_load(self, step: int) -> None:
@@ -144,11 +146,13 @@ class FSDPShardedState:
     A weight with fewer rows than ranks leaves some ranks without rows; such a rank has no shard of it.
 
     Args:
+        model: see `ReplicatedState`; of its state without gradient, parameters are sharded and buffers are whole on each rank.
         optimizer: AdamW or Adam. For any other optimizer the state has weights only.
+        rank: this rank; rank 0 writes what is whole on each rank.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
+        self.model, self.optimizer, self.rank = model, optimizer, rank
         self.has_moments = isinstance(optimizer, torch.optim.Adam)
 
     @property
@@ -168,6 +172,15 @@ class FSDPShardedState:
             for kind in MOMENTS if self.has_moments else ():
                 moment = get_adam_state(self.optimizer, parameter)[kind.value]
                 yield TensorShard(name, kind, shape, start, get_local_rows(moment)[0].view(-1))
+        yield from self._iter_buffers()
+
+    def _iter_buffers(self) -> Iterator[TensorShard]:
+        for name, value in getattr(self.model, "state_without_gradient", {}).items():
+            is_whole = not isinstance(value, DTensor)
+            rows, start = (value.detach(), 0) if is_whole else get_local_rows(value)
+            if rows.numel():
+                shard = TensorShard(name, StateKind.buffer, tuple(value.shape), start, rows.view(-1))
+                yield replace(shard, is_replica=is_whole and self.rank != 0)
 
     def sync_after_load(self, step: int) -> None:
         """Set the optimizer's step count.
@@ -260,5 +273,5 @@ def get_sharded_state(trainer: L.Trainer) -> ShardedState:
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         return ZeroShardedState(model, optimizer)
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        return FSDPShardedState(model, optimizer)
+        return FSDPShardedState(model, optimizer, trainer.global_rank)
     return ReplicatedState(model, optimizer, trainer.global_rank)

@@ -183,7 +183,7 @@ class PairRetrieval(Metric):
         def score_pairs(rows: Tensor, texts: Tensor) -> Tensor:
             scores = similarities.new_zeros(len(rows))
             mine = (states["ranks"][images[rows]] == rank).nonzero()[:, 0]
-            for part in mine.split(pairs_per_pass):
+            for part in mine.split(pairs_per_pass) if len(mine) else ():  # all candidates may be of other ranks
                 embeds = own[(images[rows[part]] - offset).cpu()].to(similarities.device)
                 tokens = (states[name][texts[part]] for name in ("input_ids", "attention_mask"))
                 scores[part] = model.match(embeds, *tokens)[:, 1].to(scores.dtype)

@@ -229,6 +229,11 @@ def compute_caption_loss(
     return total / ((targets != IGNORE_INDEX).sum() if num_tokens is None else num_tokens)
 
 
+def compute_token_loss(logits: Tensor, targets: Tensor, label_smoothing: float = LABEL_SMOOTHING) -> Tensor:
+    """Compute the loss of captions from the logits [N, V] of their predicted tokens [N] alone, [] nats; see `compute_caption_loss`."""
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
 # ---- BLIP: momentum encoder, queue and soft labels
 
 
@@ -272,15 +277,13 @@ def compute_momentum_itc_loss(
     Args:
         features: of images and of texts, [B, E] each, of length 1.
         momentum_features: the same of the momentum encoder.
-        temperature: [], limited to MIN_TEMPERATURE to MAX_TEMPERATURE here.
+        temperature: [1], see `limit_temperature`.
         alpha: see `compute_alpha`.
         matches: see `compute_soft_targets`.
 
     Returns:
         Loss [] nats, image logits, text logits.
     """
-    with torch.no_grad():
-        temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
     image, text = features
     image_m, text_m = (tensor.detach() for tensor in momentum_features)
     all_images, all_texts = torch.cat([image_m, queue.images]), torch.cat([text_m, queue.texts])
@@ -362,7 +365,22 @@ def find_queue_matches(pair_ids: Tensor, queue: FeatureQueue) -> Tensor:
 
 
 @torch.no_grad()
+def limit_temperature(temperature: Tensor) -> None:
+    """Limit BLIP's temperature to MIN_TEMPERATURE to MAX_TEMPERATURE, in place, before each step."""
+    get_own_rows(temperature).clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
+
+
+@torch.no_grad()
 def update_momentum(momentum_model: nn.Module, model: nn.Module, momentum: float = 0.995) -> None:
-    """Move the parameters of the momentum encoder towards those of the model, once per optimizer step."""
+    """Move the parameters of the momentum encoder towards those of the model, once per optimizer step.
+
+    Of parameters that FSDP2 shards, each rank moves its own rows, because both models are sharded alike.
+    """
     for slow, fast in zip(momentum_model.parameters(), model.parameters(), strict=True):
+        slow, fast = get_own_rows(slow), get_own_rows(fast)
         slow.mul_(momentum).add_(fast.to(slow), alpha=1 - momentum)
+
+
+def get_own_rows(parameter: Tensor) -> Tensor:
+    """Return this rank's rows of a sharded parameter, or a whole parameter, as a live view."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -22,7 +22,8 @@ from transformers import (
     BlipVisionModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.blip.modeling_blip_text import BlipTextLayer, BlipTextLMHeadModel
 
 from lit_vlm.files import atomic_folder
 from lit_vlm.losses.contrastive import (
@@ -37,6 +38,7 @@ from lit_vlm.losses.contrastive import (
     find_queue_matches,
     gather_constant,
     gather_with_gradient,
+    limit_temperature,
     sample_negatives,
     update_momentum,
 )
@@ -85,7 +87,7 @@ class BlipForPretraining(nn.Module):
             )
         self.retrieval, self.bos_token_id, self.enc_token_id = retrieval, bos_token_id, enc_token_id
         self._make_decoder(seed)
-        self.temperature = nn.Parameter(torch.tensor(TEMPERATURE))
+        self.temperature = nn.Parameter(torch.tensor([TEMPERATURE]))  # [1]: FSDP2 shards no scalars
         self.momentum = nn.ModuleDict(
             {
                 name: copy.deepcopy(getattr(retrieval, name))
@@ -110,9 +112,9 @@ class BlipForPretraining(nn.Module):
         pair_ids: Tensor | None = None,
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> ContrastiveLosses:
-        """Move the momentum encoders, compute the three losses of this rank's pairs, and push their features into the queue.
+        """Compute the three losses of this rank's pairs, and push their momentum features into the queue.
 
-        Call it once per optimizer step. Ranks must have equally many pairs.
+        Call it once per optimizer step, after `prepare_step`. Ranks must have equally many pairs.
 
         Args:
             pixel_values: [B, 3, H, W], normalised.
@@ -127,12 +129,17 @@ class BlipForPretraining(nn.Module):
             UserError: a pair has no negative on this rank.
         """
         image_embeds = self.encode_images(pixel_values)
-        self.update_momentum()
         with torch.no_grad():
             momentum_embeds = self.momentum["vision_model"](pixel_values=pixel_values).last_hidden_state
         return self.compute_losses(
             (image_embeds, momentum_embeds), input_ids, attention_mask, alpha, pair_ids, negatives
         )
+
+    def list_shard_units(self) -> list[nn.Module]:
+        """List the modules that FSDP2 shards one by one: layers, and the parts of layers that encoder and decoder share."""
+        layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        parts = [list(layer.children()) if isinstance(layer, BlipTextLayer) else [layer] for layer in layers]
+        return list(dict.fromkeys(unit for units in parts for unit in units))
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] by the vision tower, [B, P, C]."""
@@ -147,8 +154,12 @@ class BlipForPretraining(nn.Module):
             if name.startswith(("momentum.", "queue."))
         }
 
-    def update_momentum(self) -> None:
-        """Move all momentum encoders by one step."""
+    def prepare_step(self) -> None:
+        """Limit the temperature and move all momentum encoders by one step.
+
+        Not a part of `forward`: under FSDP2 that sees gathered copies of the weights, in which a change would be lost.
+        """
+        limit_temperature(self.temperature)
         for name, module in self.momentum.items():
             update_momentum(module, getattr(self.retrieval, name), MOMENTUM)
 

@@ -178,8 +178,7 @@ def compute_prompted_loss(
     num_prompt_tokens: int,
 ) -> tuple[Tensor, int]:
     """Compute the mean loss of the captions' tokens after the prompt, [] nats, and their number."""
-    embeds = model.vision_model(pixel_values=pixel_values).last_hidden_state
-    logits = model.text_decoder(input_ids, attention_mask=attention_mask, encoder_hidden_states=embeds).logits
+    logits = model(pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask).logits
     labels = input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
     labels[:, :num_prompt_tokens] = IGNORE_INDEX
     return compute_caption_loss(logits, labels), int((labels[:, 1:] != IGNORE_INDEX).sum())

@@ -88,8 +88,18 @@ class PairStage(L.LightningModule):
                 "devices or smaller images for a larger batch."
             )
 
+    def configure_model(self) -> None:
+        """Do nothing: the model is built already. A strategy that shards weights does so after this call."""
+
+    def on_validation_start(self) -> None:
+        """Gather sharded weights: ranks have different numbers of held-out batches and of candidates to match."""
+        if gather := getattr(self.trainer.strategy, "gather_all_units", None):
+            gather(self.model)
+
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         """Seed dropout and negatives by step and rank, so that a resumed run samples the same ones."""
+        if shard := getattr(self.trainer.strategy, "shard_all_units", None):
+            shard(self.model)  # a validation has gathered them
         torch.manual_seed(compute_seed(self.hparams["seed"], self.global_step, self.global_rank))
 
     def configure_optimizers(self) -> Any:
@@ -243,6 +253,7 @@ class BlipStage(ContrastiveStage):
         """Compute the losses of this rank's pairs, with the share of the momentum encoder at this step."""
         pair_ids = batch.pair_ids if self.hparams["match_equal"] else None
         alpha = compute_alpha(self.global_step, self.hparams["steps_per_epoch"])
+        self.model.prepare_step()
         return self.model(batch.pixel_values, batch.input_ids, batch.attention_mask, alpha, pair_ids)
 
     def compute_decay(self, step: int) -> float:
@@ -354,6 +365,7 @@ class RetrievalStage(ContrastiveStage):
         """Compute the losses of this rank's pairs, with the share of the momentum encoder at this step."""
         pair_ids = batch.pair_ids if self.hparams["match_equal"] else batch.pair_ids[:, [0, 0]]
         alpha = compute_alpha(self.global_step, self.hparams["steps_per_epoch"])
+        self.model.prepare_step()
         return self.model(batch.pixel_values, batch.input_ids, batch.attention_mask, alpha, pair_ids)
 
 

@@ -248,7 +248,7 @@ def write_pair_model(checkpoint: RunCheckpoint, stage: PairStageConfig, target: 
     model = build_pair_model(parts, stage, num_steps=1, global_batch_size=1, steps_per_epoch=1, seed=checkpoint.seed)
     load_trained_weights(checkpoint, model.stage.model)
     with explain_write_errors(target):
-        model.save(target)
+        model.save(model.stage.model, target)
 
 
 def load_trained_weights(checkpoint: RunCheckpoint, model: nn.Module) -> None:

@@ -95,10 +95,10 @@ class PairParts:
 
 @dataclass(frozen=True, slots=True)
 class PairModel:
-    """A built stage, and the function that saves its model to a folder."""
+    """A built stage, and the function that saves its model, or a copy of it, to a folder."""
 
     stage: PairStage
-    save: Callable[[Path], None]
+    save: Callable[[Any, Path], None]
 
 
 def resolve_pair_parts(
@@ -254,7 +254,7 @@ def _build_represent(parts: PairParts, stage: Any, *, optimizer: dict[str, Any],
         )
     optimizer |= {"num_candidates": stage.num_candidates, "seed": seed}
     built = RepresentStage(model, match_equal=stage.match_equal, **optimizer)
-    return PairModel(built, partial(save_blip2, model, tokenizer))
+    return PairModel(built, lambda model, folder: save_blip2(model, tokenizer, folder))
 
 
 # ---- BLIP-2, second stage
@@ -287,9 +287,8 @@ def _build_generate(parts: PairParts, stage: Any, *, optimizer: dict[str, Any], 
     else:
         first_stage, _ = load_blip2(parts.whole, needs_heads=False)
         model, tokenizer = build_blip2_generator(first_stage, parts.language_model, seed=seed)
-    return PairModel(
-        GenerateStage(model, tokenizer, seed=seed, **optimizer), partial(save_blip2_generator, model, tokenizer)
-    )
+    built = GenerateStage(model, tokenizer, seed=seed, **optimizer)
+    return PairModel(built, lambda model, folder: save_blip2_generator(model, tokenizer, folder))
 
 
 # ---- BLIP
@@ -322,7 +321,7 @@ def _build_blip_pretrain(
     )
     optimizer |= {"num_candidates": stage.num_candidates, "seed": seed}
     built = BlipStage(model, steps_per_epoch, match_equal=stage.match_equal, **optimizer)
-    return PairModel(built, partial(save_blip_run, model, tokenizer))
+    return PairModel(built, lambda model, folder: save_blip_run(model, tokenizer, folder))
 
 
 def _resolve_blip_caption(stage: PairStageConfig, folders: dict[str, Any]) -> PairParts:
@@ -366,7 +365,7 @@ def _build_blip_caption(parts: PairParts, stage: Any, *, optimizer: dict[str, An
     lengths = {"min_length": stage.min_caption_tokens, "max_length": stage.max_caption_tokens}
     options = optimizer | {"generation": {"num_beams": stage.num_beams, **lengths}, "seed": seed}
     built = CaptionStage(model, tokenizer, prompt=stage.prompt, **options)
-    return PairModel(built, partial(save_blip_part, model, tokenizer))
+    return PairModel(built, lambda model, folder: save_blip_part(model, tokenizer, folder))
 
 
 def _resolve_blip_retrieval(stage: PairStageConfig, folders: dict[str, Any]) -> PairParts:
@@ -392,7 +391,7 @@ def _build_blip_retrieval(
     model, tokenizer = build_blip_retrieval(parts.whole, **sizes, seed=seed)
     optimizer |= {"num_candidates": stage.num_candidates, "seed": seed}
     built = RetrievalStage(model, steps_per_epoch, match_equal=stage.match_equal, **optimizer)
-    return PairModel(built, partial(save_blip_part, model.retrieval, tokenizer))
+    return PairModel(built, lambda model, folder: save_blip_part(model.retrieval, tokenizer, folder))
 
 
 RESOLVERS: dict[StageName, Callable[[PairStageConfig, dict[str, Any]], PairParts]] = {

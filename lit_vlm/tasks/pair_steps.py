@@ -17,6 +17,7 @@ from lit_vlm.checkpoint.index import RunFingerprint
 from lit_vlm.config.choices import DEBUG_FAST_STEPS, DebugMode
 from lit_vlm.config.pair_stages import PairStageConfig
 from lit_vlm.config.schema import DataConfig, StageConfig, TrainerConfig, ValidationConfig
+from lit_vlm.data.augmentation import Augmentation
 from lit_vlm.data.index.sample_index import SampleIndex
 from lit_vlm.data.pair_data import PairDataModule, PairProcessor
 from lit_vlm.formatting import format_count
@@ -63,6 +64,7 @@ def prepare_pair_data(
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor,
         pin_memory=trainer.accelerator != "cpu" and torch.cuda.is_available(),
+        augmentation=Augmentation(stage.min_crop_area, stage.random_flips, stage.rand_augment),
         global_batch_size=data.global_batch_size,
         mixture=make_mixture_settings(data),
         max_steps=get_max_steps(trainer.max_steps, debug),

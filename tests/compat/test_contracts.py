@@ -64,6 +64,8 @@ ATTRIBUTES = {
         ("torch.autograd.Variable._execution_engine", ["queue_callback"]),
         ("torch.distributed.tensor._utils", ["compute_local_shape_and_global_offset"]),
         ("torch.utils._python_dispatch", ["TorchDispatchMode"]),
+        ("torch.distributed.fsdp.FSDPModule", ["_get_fsdp_state"]),
+        ("torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState", ["_lazy_init"]),
     ],
     "transformers": [("transformers.PreTrainedModel", ["_tied_weights_keys", "initialize_weights"])],
     "lightning": [

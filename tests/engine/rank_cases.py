@@ -105,7 +105,11 @@ class StateRecorder(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx + 1 == self.step * trainer.accumulate_grad_batches:
             shards = get_sharded_state(trainer)
-            self.pieces = [(p.name, p.kind.value, p.shape, p.start, p.values.clone()) for p in shards.iter_shards()]
+            self.pieces = [
+                (p.name, p.kind.value, p.shape, p.start, p.values.clone())
+                for p in shards.iter_shards()
+                if not p.is_replica
+            ]
             self.writes = shards.is_writer
 
 
@@ -133,7 +137,7 @@ def assemble(ranks: list[list[tuple]]) -> dict[tuple[str, str], torch.Tensor]:
     held: dict[tuple[str, str], torch.Tensor] = {}
     for name, kind, shape, start, values in (piece for pieces in ranks for piece in pieces):
         part, size = slice(start, start + len(values)), torch.Size(shape).numel()
-        whole.setdefault((name, kind), torch.zeros(size))[part] = values
+        whole.setdefault((name, kind), torch.zeros(size, dtype=values.dtype))[part] = values
         held.setdefault((name, kind), torch.zeros(size))[part] += 1
     assert all(bool((count == 1).all()) for count in held.values())
     return whole

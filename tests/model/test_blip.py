@@ -1,17 +1,28 @@
-"""BLIP's pretraining beside LAVIS 1.0.2: the whole loss with momentum encoders, queue and fixed negatives, in float64."""
+"""BLIP's pretraining and fine-tuning beside LAVIS 1.0.2: whole losses with momentum encoders, queue and fixed negatives, in float64."""
 
 import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from float64 import Float64
 from transformers import BertConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipVisionConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lit_vlm.losses.contrastive import compute_alpha
-from lit_vlm.model.blip import BlipForPretraining, build_blip, make_blip_config, save_blip
+from lit_vlm.losses.contrastive import NEGATIVE_FLOOR, NO_ID, compute_alpha
+from lit_vlm.model import blip
+from lit_vlm.model.blip import (
+    BlipForPretraining,
+    BlipForRetrieval,
+    build_blip,
+    make_blip_config,
+    make_captioner,
+    save_blip,
+)
+from lit_vlm.model.blip_parts import compute_prompted_loss
 from lit_vlm.model.qformer.build import load_caption_tokenizer, tokenize_captions
 from lit_vlm.model.tiny import make_text_encoder
 from lit_vlm.types import UserError
@@ -24,7 +35,7 @@ LAVIS = json.loads((ORACLE / "lavis.json").read_text(encoding="utf-8"))
 TOLERANCE = 1e-10  # both sides compute in float64; the file has 13 digits
 
 
-def make_model(world_size: int = 1) -> BlipForPretraining:
+def make_model(world_size: int = 1, kind: type[BlipForPretraining] = BlipForPretraining) -> BlipForPretraining:
     """Make the model with the made weights, momentum encoders and queue."""
     torch.set_default_dtype(torch.float64)
     vision = BlipVisionConfig(
@@ -43,7 +54,7 @@ def make_model(world_size: int = 1) -> BlipForPretraining:
     )
     config = make_blip_config(vision, text, feature_width=made.FEATURES)
     options = {"queue_size": made.QUEUE_SIZE, "global_batch_size": world_size * made.PAIRS}
-    model = BlipForPretraining(BlipForImageTextRetrieval(config), made.BOS, made.ENC, **options).double()
+    model = kind(BlipForImageTextRetrieval(config), made.BOS, made.ENC, **options).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith(("retrieval.", "text_decoder.")) and ".vision_model." not in name:
@@ -68,23 +79,92 @@ def test_blips_losses_gradients_and_queue_equal_those_of_lavis():
     negatives = tuple(torch.tensor(columns) for columns in made.make_negatives(0, 1))
     alpha = compute_alpha(theirs["step"], theirs["steps_per_epoch"])
     with Float64():
-        model.update_momentum()
+        model.prepare_step()
         losses = model.compute_losses((image, image), ids, mask, alpha, negatives=negatives)
         losses.total.backward()
     ours = {"loss": losses.total, "loss_itc": losses.itc, "loss_itm": losses.itm, "loss_lm": losses.itg}
     ours = {name: float(value.detach()) for name, value in ours.items()}
     assert ours == pytest.approx(theirs["losses"], abs=TOLERANCE)
-    parameters, gradients = dict(model.named_parameters()), {}
-    for name in theirs["gradients"]:
-        place = {"temp": "temperature"}.get(name, name if name.startswith("text_decoder.") else f"retrieval.{name}")
-        gradient = parameters[place].grad
-        probe = torch.tensor(made.make_array("probe " + name, tuple(gradient.shape)))
-        gradients[name] = float((gradient * probe).sum())
-    assert len(gradients) > 60 and gradients == pytest.approx(theirs["gradients"], abs=1e-9)
+    require_gradients(model, theirs["gradients"], 60)
     torch.testing.assert_close(
         model.queue.images, torch.tensor(theirs["queues_after"]["image_queue"]), rtol=0, atol=TOLERANCE
     )
     assert int(model.queue.position) == theirs["position_after"]
+
+
+def require_gradients(model, theirs: dict[str, float], at_least: int) -> None:
+    """Require the gradients of all parameters, each summed times made numbers, of a model whose names are those of LAVIS or ours."""
+    parameters, gradients = dict(model.named_parameters()), {}
+    for name in theirs:
+        place = {"temp": "temperature"}.get(name, name if name.startswith("text_decoder.") else f"retrieval.{name}")
+        gradient = parameters[place].grad
+        probe = torch.tensor(made.make_array("probe " + name, tuple(gradient.shape)))
+        gradients[name] = float((gradient * probe).sum())
+    assert len(gradients) > at_least and gradients == pytest.approx(theirs, abs=1e-9)
+
+
+def compute_retrieval(rank: int, world_size: int) -> tuple[Any, dict[str, float], torch.Tensor, list[torch.Tensor]]:
+    """Compute the fine-tuning for retrieval of the made pairs; returns model, losses, ids of the queue and weights of negatives."""
+    model, weights = make_model(world_size, BlipForRetrieval), []
+    image_ids = torch.tensor(made.make_image_ids(rank))[:, None].expand(-1, 2)
+    model.queue.ids.copy_(torch.tensor(made.make_queue_ids())[:, None].expand(-1, 2))
+    images = torch.tensor(made.make_images(rank))
+    negatives = iter(torch.tensor(columns) for columns in made.make_negatives(rank, world_size))
+    alpha = compute_alpha(*(LAVIS["world_1"][0]["blip"][name] for name in ("step", "steps_per_epoch")))
+    with Float64(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blip, "sample_negatives", lambda values: (weights.append(values), next(negatives))[1])
+        model.prepare_step()
+        ids, mask = map(torch.tensor, made.make_texts(rank))
+        losses = model.compute_losses((images, images), ids, mask, alpha, image_ids)
+        losses.total.backward()
+    for parameter in model.parameters():
+        if world_size > 1 and parameter.grad is not None:
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad /= world_size
+    values = {"loss": losses.total, "loss_itc": losses.itc, "loss_itm": losses.itm}
+    return model, {name: float(value.detach()) for name, value in values.items()}, model.queue.ids[:, 0], weights
+
+
+def require_retrieval(rank: int, world_size: int) -> None:
+    """Require LAVIS's losses, gradients, queue and weights of negatives; see `compute_retrieval`."""
+    theirs = LAVIS[f"world_{world_size}"][rank]["blip_retrieval"]
+    model, losses, ids, weights = compute_retrieval(rank, world_size)
+    assert losses == pytest.approx(theirs["losses"], abs=TOLERANCE)
+    require_gradients(model, theirs["gradients"], 40)
+    assert [-100 if one == NO_ID else one for one in ids.tolist()] == theirs["ids_after"]
+    for ours, name in zip(weights, ("image_weights", "text_weights"), strict=True):
+        published = torch.tensor(theirs[name])
+        # LAVIS adds nothing to the probabilities; the floor is this project's, so that a draw never fails
+        expected = torch.where(published > 0, published + NEGATIVE_FLOOR, 0.0)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_fine_tuning_for_retrieval_equals_that_of_lavis():
+    require_retrieval(0, 1)
+
+
+def test_the_fine_tuning_for_captions_equals_that_of_lavis():
+    captioner, theirs = make_captioner(make_model()).double(), LAVIS["blip_caption"]
+    captioner.vision_model = PassedFeatures()  # the made images are encoded already
+    with torch.no_grad():
+        for name, parameter in captioner.named_parameters():  # by LAVIS's names of a decoder alone
+            parameter.copy_(torch.tensor(made.make_weight(name, tuple(parameter.shape))))
+    ids, mask = map(torch.tensor, made.make_texts(0))
+    ids[:, 0] = made.BOS
+    with Float64():
+        images = torch.tensor(made.make_images(0))
+        loss, num_tokens = compute_prompted_loss(captioner, images, ids, mask, made.PROMPT_TOKENS)
+        loss.backward()
+    assert float(loss.detach()) == pytest.approx(theirs["loss"], abs=TOLERANCE)
+    assert num_tokens == int(mask.sum()) - made.PAIRS * made.PROMPT_TOKENS
+    require_gradients(captioner, theirs["gradients"], 40)
+
+
+class PassedFeatures(torch.nn.Module):
+    """Vision tower whose images are features already."""
+
+    def forward(self, pixel_values, **_):
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +221,9 @@ def test_momentum_and_queue_move_once_per_step_and_resume(text_encoder):
     before = model.momentum["text_proj"].weight.clone()
     with torch.no_grad():
         model.retrieval.text_proj.weight.add_(1.0)
+        model.temperature.fill_(0.7)
+    model.prepare_step()
+    assert model.temperature.tolist() == [0.5]  # its largest value
     losses = model(pixels, ids, mask, alpha=0.4)
     losses.total.backward()
     torch.testing.assert_close(model.momentum["text_proj"].weight, before + 0.005, rtol=0, atol=1e-6)

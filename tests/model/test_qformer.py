@@ -134,8 +134,11 @@ def test_each_pass_equals_that_of_lavis(name):
             model.compute_image_features(image)
             ours = outputs["hidden"]
         elif name == "text":
-            model.compute_text_features(ids, mask)
+            model.compute_text_features(ids, mask)  # its last layer computes the first token alone
+            first, embeddings = outputs["hidden"], model.retrieval.embeddings(input_ids=ids)
+            model.retrieval.qformer(query_embeds=embeddings, query_length=0, attention_mask=mask)
             ours = outputs["hidden"]
+            torch.testing.assert_close(first, ours[:, :1], rtol=0, atol=TOLERANCE)
         elif name == "matching":
             model.match(image, ids, mask)
             ours = outputs["hidden"][:, : made.QUERIES]

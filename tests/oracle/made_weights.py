@@ -15,6 +15,7 @@ PAD, CLS, SEP, BOS, ENC = 0, 1, 2, 28, 29
 OPT_PAD, OPT_VOCAB = 1, 26
 PAIRS, TOKENS = 3, 7  # of each rank
 QUEUE_SIZE = 12
+PROMPT_TOKENS = 2  # of a caption's prompt
 
 
 def make_array(name: str, shape: tuple[int, ...], scale: float = 0.3) -> np.ndarray:
@@ -84,3 +85,13 @@ def make_negatives(rank: int, world_size: int) -> tuple[list[int], list[int]]:
     num_pairs = world_size * PAIRS
     first = rank * PAIRS
     return [(first + b + 1) % num_pairs for b in range(PAIRS)], [(first + b + 2) % num_pairs for b in range(PAIRS)]
+
+
+def make_image_ids(rank: int) -> list[int]:
+    """Make the ids of a rank's three images: two are one image, and the third is also one of the other rank."""
+    return [[0, 0, 5], [5, 11, 5]][rank]
+
+
+def make_queue_ids() -> list[int]:
+    """Make the ids of the queue's images; some are those of the pairs, and -100 stands where no pair was."""
+    return [0, 5, 99, 11, 0, 98, 1, 97, 96, 95, -100, -100]

@@ -21,7 +21,9 @@ from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
 from lavis.models.blip_models import tie_encoder_decoder_weights
+from lavis.models.blip_models.blip_caption import BlipCaption
 from lavis.models.blip_models.blip_pretrain import BlipPretrain
+from lavis.models.blip_models.blip_retrieval import BlipRetrieval
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -226,24 +228,29 @@ def run_blip2_opt():
     return {"loss": float(output["loss"]), "gradients": sum_gradients(model)}
 
 
-def run_blip(rank, world_size):
+def make_text_models():
+    """Make BLIP's text encoder and its decoder, which are tied as in the pretraining."""
     config = med.BertConfig(**{**make_bert_config().to_dict(), "add_type_embeddings": False, "model_type": "bert"})
-    encoder = med.XBertEncoder(config, add_pooling_layer=False)
-    decoder = med.XBertLMHeadDecoder(config)
-    model = BlipPretrain.__new__(BlipPretrain)
-    nn.Module.__init__(model)
-    model.tokenizer, model.max_txt_len = Tokenizer(), made.TOKENS
+    encoder, decoder = med.XBertEncoder(config, add_pooling_layer=False), med.XBertLMHeadDecoder(config)
     tie_encoder_decoder_weights(encoder, decoder.bert, "", "/attention")
-    model.visual_encoder, model.text_encoder, model.text_decoder = Features(), encoder, decoder
+    return encoder, decoder
+
+
+def make_blip(kind, **parts):
+    """Make a model of BLIP with momentum encoders and a queue."""
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    model.tokenizer, model.max_txt_len, model.visual_encoder = Tokenizer(), made.TOKENS, Features()
+    for name, part in parts.items():
+        setattr(model, name, part)
     model.vision_proj = nn.Linear(made.VISION_WIDTH, made.FEATURES)
     model.text_proj = nn.Linear(made.HIDDEN, made.FEATURES)
     model.itm_head = nn.Linear(made.HIDDEN, 2)
     model.temp = nn.Parameter(0.07 * torch.ones([]))
     model.double()
     set_weights(model)
-    pairs = [("visual_encoder", 0), ("text_encoder", 0), ("vision_proj", 1), ("text_proj", 1)]
     model.model_pairs = []
-    for name, _ in pairs:
+    for name in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
         copy = deepcopy(getattr(model, name))
         with torch.no_grad():
             for key, parameter in copy.named_parameters():
@@ -256,9 +263,53 @@ def run_blip(rank, world_size):
         model.register_buffer(name, nn.functional.normalize(queue, dim=0))
     model.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
     model.queue_size, model.momentum, model.alpha = made.QUEUE_SIZE, 0.995, ALPHA
+    return model
+
+
+SCHEDULE = {"epoch": EPOCH, "iters": ITERATION, "num_iters_per_epoch": ITERATIONS}
+
+
+def run_blip_retrieval(rank, world_size):
+    """Run BLIP's fine-tuning for retrieval, with negatives of all ranks and images that some pairs share."""
+    model = make_blip(BlipRetrieval, text_encoder=make_text_models()[0])
+    model.register_buffer("idx_queue", torch.tensor([made.make_queue_ids()]))
+    model.negative_all_rank = True
+    fix_negatives(rank, world_size)
+    fixed, weights = torch.multinomial, []
+    torch.multinomial = lambda values, number: (weights.append(values.tolist()), fixed(values, number))[1]
+    image_ids = torch.tensor(made.make_image_ids(rank))
+    images = torch.tensor(made.make_images(rank))
+    to_float, torch.Tensor.float = torch.Tensor.float, torch.Tensor.double  # LAVIS makes the targets in float32
+    output = model({"image": images, "text_input": rank, "image_id": image_ids, **SCHEDULE})
+    torch.Tensor.float = to_float
+    output.loss.backward()
+    return {
+        "losses": {name: float(output[name]) for name in ("loss", "loss_itc", "loss_itm")},
+        "gradients": sum_gradients(model),
+        "ids_after": model.idx_queue[0].tolist(),
+        "image_weights": weights[: made.PAIRS],  # of the negative images, then of the negative texts
+        "text_weights": weights[made.PAIRS :],
+    }
+
+
+def run_blip_caption():
+    """Run BLIP's fine-tuning for captions, after a prompt of made tokens."""
+    model = BlipCaption.__new__(BlipCaption)
+    nn.Module.__init__(model)
+    model.tokenizer, model.max_txt_len, model.visual_encoder = Tokenizer(), made.TOKENS, Features()
+    model.text_decoder, model.prompt, model.prompt_length = make_text_models()[1], "made", made.PROMPT_TOKENS
+    model.double()
+    set_weights(model)
+    output = model({"image": torch.tensor(made.make_images(0)), "text_input": 0})
+    output.loss.backward()
+    return {"loss": float(output.loss), "gradients": sum_gradients(model)}
+
+
+def run_blip(rank, world_size):
+    encoder, decoder = make_text_models()
+    model = make_blip(BlipPretrain, text_encoder=encoder, text_decoder=decoder)
     before = {name: getattr(model, name).T.tolist() for name in ("image_queue", "text_queue")}
     fix_negatives(rank, world_size, num_local=made.PAIRS)
-    samples = {"epoch": EPOCH, "iters": ITERATION, "num_iters_per_epoch": ITERATIONS}
     features = {}
     for name in ("vision_proj", "text_proj", "vision_proj_m", "text_proj_m"):
         getattr(model, name).register_forward_hook(
@@ -266,7 +317,7 @@ def run_blip(rank, world_size):
                 name, nn.functional.normalize(value, dim=-1).tolist()
             )
         )
-    output = model({"image": torch.tensor(made.make_images(rank)), "text_input": rank, **samples})
+    output = model({"image": torch.tensor(made.make_images(rank)), "text_input": rank, **SCHEDULE})
     output.loss.backward()
     inner = output.intermediate_output
     return {
@@ -295,7 +346,11 @@ def work(rank, world_size, port, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     torch.set_default_dtype(torch.float64)  # LAVIS makes targets in the default type
-    results[rank] = {"blip2": run_blip2(rank, world_size), "blip": run_blip(rank, world_size)}
+    results[rank] = {
+        "blip2": run_blip2(rank, world_size),
+        "blip": run_blip(rank, world_size),
+        "blip_retrieval": run_blip_retrieval(rank, world_size),
+    }
     torch.distributed.destroy_process_group()
 
 
@@ -303,6 +358,7 @@ def main():
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     fixtures = {"vision_tower": run_vision_tower(), "blip2_passes": run_blip2_passes(), "blip2_opt": run_blip2_opt()}
+    fixtures["blip_caption"] = run_blip_caption()
     for world_size in (1, 2):
         with mp.Manager() as manager, socket.socket() as place:
             place.bind(("127.0.0.1", 0))

@@ -179,7 +179,7 @@ def save_blip2(model: Blip2ForPretraining, tokenizer: PreTrainedTokenizerBase, f
     Text head and temperature are in a file of their own, with which `load_blip2` continues the first stage.
     """
     heads = {f"text_head.{name}": value for name, value in model.text_head.state_dict().items()}
-    heads["temperature"] = model.temperature.detach()
+    heads["temperature"] = model.temperature.detach().reshape(())
     with atomic_folder(folder, replace=True) as temporary, disable_transformers_logging():
         model.retrieval.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -227,5 +227,7 @@ def load_blip2(
         retrieval = Blip2ForImageTextRetrieval.from_pretrained(folder, dtype=torch.float32)
         model = Blip2ForPretraining(retrieval, tokenizer.bos_token_id, freeze_vision_tower=freeze_vision_tower)
         if file.is_file():
-            model.load_state_dict(load_file(file), strict=False)
+            heads = load_file(file)
+            heads["temperature"] = heads["temperature"].reshape(1)
+            model.load_state_dict(heads, strict=False)
     return model, tokenizer

@@ -56,6 +56,8 @@ def convert_lavis_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     The EVA tower keeps the biases of queries and values only; that of keys is zero.
     """
     converted = {new: value for name, value in weights.items() if (new := rename_lavis_weight(name)) is not None}
+    if "temperature" in converted:
+        converted["temperature"] = converted["temperature"].reshape(1)
     for name in [name for name in converted if name.endswith("self_attn.q_bias")]:
         query, value = converted.pop(name), converted.pop(name.replace("q_bias", "v_bias"))
         converted[name.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(value), value])

@@ -5,10 +5,13 @@ stand beside the retrieval model, which is saved as it is, so that the saved fol
 
 A training step runs the Q-Former three times. The pass over queries and caption gives the features of the image and the
 caption's logits at once: under the mask of `make_itg_mask` queries do not see the caption. LAVIS runs two passes for that.
+What no loss reads is not computed: logits of padding, and outputs of texts in the last layer (`limit_text_outputs`).
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,18 +22,18 @@ from transformers.activations import ACT2FN
 
 from lit_vlm.losses.contrastive import (
     ContrastiveLosses,
-    compute_caption_loss,
     compute_itc_loss,
     compute_itm_loss,
     compute_negative_weights,
     compute_query_similarities,
+    compute_token_loss,
     find_matches,
     gather_constant,
     gather_with_gradient,
     make_itg_mask,
     sample_negatives,
 )
-from lit_vlm.types import IGNORE_INDEX, UserError
+from lit_vlm.types import UserError
 
 # Shapes: B pairs of this rank, W pairs of all ranks, P patches of an image, C width of the vision tower, Q queries, T tokens
 # of a text, D width of the Q-Former, E width of the shared features, V vocabulary size.
@@ -84,7 +87,7 @@ class Blip2ForPretraining(nn.Module):
             )
         self.retrieval, self.bos_token_id = retrieval, bos_token_id
         self.text_head = QFormerTextHead(config)
-        self.temperature = nn.Parameter(torch.tensor(TEMPERATURE))
+        self.temperature = nn.Parameter(torch.tensor([TEMPERATURE]))  # [1]: FSDP2 shards no scalars
         self.freezes_vision_tower = freeze_vision_tower
         if freeze_vision_tower:
             for name, parameter in retrieval.vision_model.named_parameters():
@@ -112,7 +115,10 @@ class Blip2ForPretraining(nn.Module):
         """Compute the shared features of texts [B, T], [B, E] of length 1; a text sees no image."""
         model = self.retrieval
         embeddings = model.embeddings(input_ids=input_ids)
-        hidden = model.qformer(query_embeds=embeddings, query_length=0, attention_mask=attention_mask).last_hidden_state
+        with limit_text_outputs(model.qformer, 1):
+            hidden = model.qformer(
+                query_embeds=embeddings, query_length=0, attention_mask=attention_mask
+            ).last_hidden_state
         return F.normalize(model.text_projection(hidden[:, 0]), dim=-1)
 
     def compute_image_features(self, image_embeds: Tensor) -> Tensor:
@@ -122,23 +128,30 @@ class Blip2ForPretraining(nn.Module):
         hidden = model.qformer(query_embeds=queries, encoder_hidden_states=image_embeds).last_hidden_state
         return F.normalize(model.vision_projection(hidden), dim=-1)
 
-    def caption_images(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def caption_images(
+        self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compute the shared features [B, Q, E] and the caption's logits [B, T, V] in one pass.
 
         Args:
             input_ids: [B, T]; the first token is replaced by `bos_token_id`.
+            positions: [B, T] bool, N positions whose logits alone are computed, [N, V]; None: all.
         """
         model = self.retrieval
         hidden = self._run_both(
             image_embeds, self._start_caption(input_ids), make_itg_mask(attention_mask, self.num_queries)
         )
         features = F.normalize(model.vision_projection(hidden[:, : self.num_queries]), dim=-1)
-        return features, self.text_head(hidden[:, self.num_queries :], model.embeddings.word_embeddings.weight)
+        texts = hidden[:, self.num_queries :]
+        return features, self.text_head(
+            texts if positions is None else texts[positions], model.embeddings.word_embeddings.weight
+        )
 
     def match(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Compute the logits of (no match, match) of each image and text, [B, 2]: the mean over the queries."""
         mask = torch.cat([attention_mask.new_ones(len(attention_mask), self.num_queries), attention_mask], dim=1)
-        hidden = self._run_both(image_embeds, input_ids, mask)
+        with limit_text_outputs(self.retrieval.qformer, 0):
+            hidden = self._run_both(image_embeds, input_ids, mask)
         return self.retrieval.itm_head(hidden[:, : self.num_queries]).mean(1)
 
     def _run_both(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -191,7 +204,13 @@ class Blip2ForPretraining(nn.Module):
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> ContrastiveLosses:
         """Compute the three losses from encoded images [B, P, C]; see `forward`."""
-        image_features, caption_logits = self.caption_images(image_embeds, input_ids, attention_mask)
+        predicted = attention_mask[:, 1:].bool()
+        image_features, caption_logits = self.caption_images(
+            image_embeds, input_ids, attention_mask, F.pad(predicted, (0, 1))
+        )
+        # Before the matching, so that its gradients do not exist beside what the matching keeps for its backward pass
+        itg = compute_token_loss(caption_logits, input_ids[:, 1:][predicted])
+        del caption_logits
         text_features = self.compute_text_features(input_ids, attention_mask)
         image_logits = compute_query_similarities(image_features, gather_constant(text_features)) / self.temperature
         text_logits = compute_query_similarities(gather_constant(image_features), text_features).T / self.temperature
@@ -208,12 +227,26 @@ class Blip2ForPretraining(nn.Module):
             torch.cat([input_ids, input_ids, ids[texts]]),
             torch.cat([attention_mask, attention_mask, mask[texts]]),
         )
-        labels = self._start_caption(input_ids).masked_fill(attention_mask == 0, IGNORE_INDEX)
-        return ContrastiveLosses(
-            itc=compute_itc_loss(image_logits, text_logits, matches),
-            itm=compute_itm_loss(matching_logits),
-            itg=compute_caption_loss(caption_logits, labels),
-        )
+        itc = compute_itc_loss(image_logits, text_logits, matches)
+        return ContrastiveLosses(itc, compute_itm_loss(matching_logits), itg)
+
+
+@contextlib.contextmanager
+def limit_text_outputs(qformer: Any, num_tokens: int) -> Iterator[None]:
+    """Compute the Q-Former's outputs for the first tokens of each text alone; the outputs of the others do not exist.
+
+    They depend on no other output of the last layer, whose feed-forward layers would compute them for nothing.
+
+    Args:
+        num_tokens: of each text; 0: only queries have outputs.
+    """
+    layer = qformer.encoder.layer[-1]
+    compute_outputs = layer.feed_forward_chunk
+    layer.feed_forward_chunk = lambda hidden: compute_outputs(hidden[:, :num_tokens])
+    try:
+        yield
+    finally:
+        del layer.feed_forward_chunk  # the method of the class again
 
 
 def make_blip2_config(
