@@ -214,7 +214,7 @@ def start_side(name: str, folder: Path) -> subprocess.Popen:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": "" if name == "lavis" else str(ROOT),
+        "PYTHONPATH": str(WITHOUT_CUDA if name == "lavis" else ROOT),
     }
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 

@@ -377,8 +377,8 @@ def update_momentum(momentum_model: nn.Module, model: nn.Module, momentum: float
     Of parameters that FSDP2 shards, each rank moves its own rows, because both models are sharded alike.
     """
     for slow, fast in zip(momentum_model.parameters(), model.parameters(), strict=True):
-        slow, fast = get_own_rows(slow), get_own_rows(fast)
-        slow.mul_(momentum).add_(fast.to(slow), alpha=1 - momentum)
+        rows = get_own_rows(slow)
+        rows.mul_(momentum).add_(get_own_rows(fast).to(rows), alpha=1 - momentum)
 
 
 def get_own_rows(parameter: Tensor) -> Tensor:
