@@ -78,4 +78,4 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
     steps.claim_run_folder(place, folder, run_lock, start)  # until here an error leaves an older run unchanged
     steps.record_start(place, folder, data, trainer, tracker, settings, steps.collect_text_facts(data))
     steps.fit(place, data, trainer, tracker, settings, data=config.data, max_oom_retries=config.guard.max_oom_retries)
-    steps.finish(place, folder, data, trainer, tracker)
+    steps.finish(place, folder, data, trainer, tracker, config.stage)

@@ -75,7 +75,7 @@ def train_pairs_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_res
     train_steps.claim_run_folder(place, folder, run_lock, start)  # until here an error leaves an older run unchanged
     train_steps.record_start(place, folder, data, trainer, tracker, settings, {})
     train_steps.fit(place, data, trainer, tracker, settings, data=config.data, max_oom_retries=0)
-    train_steps.finish(place, folder, data, trainer, tracker)
+    train_steps.finish(place, folder, data, trainer, tracker, config.stage)
 
 
 def preflight_pairs(run: Run) -> None:

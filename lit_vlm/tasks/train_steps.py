@@ -450,7 +450,12 @@ def fit(
 
 
 def finish(
-    place: RunPlace, folder: RunFolder, prepared: PreparedData, built: BuiltTrainer, tracker: RunTracker
+    place: RunPlace,
+    folder: RunFolder,
+    prepared: PreparedData,
+    built: BuiltTrainer,
+    tracker: RunTracker,
+    stage: StageConfig,
 ) -> None:
     """Write figures, report and manifest of the finished run, remove its checkpoints, and report the result. Only on rank 0."""
     if not is_rank_zero():
@@ -469,7 +474,7 @@ def finish(
     model = f"Model: {folder.hf_path}   " if has_model else format_export_hint(folder)
     place.say(f"done. {model}Report: {place.dir / 'report.html'}")
     if has_diverged(figures):
-        place.say(format_divergence(figures, built.stage.config))
+        place.say(format_divergence(figures, stage))
     if not len(prepared.indexes.held_out):
         say(format_held_out_hint(len(prepared.indexes.training)))
 
