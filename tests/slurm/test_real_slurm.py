@@ -16,6 +16,9 @@ from mini_slurm import MISSING, MiniSlurm
 from safetensors.torch import load_file
 from waiting import PATIENCE
 
+from lit_vlm.curation.features import FEATURES_FOLDER
+from lit_vlm.data.index.shard_cache import SHARD_RECORDS
+
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 pytestmark = [
     pytest.mark.timeout(3 * PATIENCE),
@@ -203,6 +206,31 @@ def test_a_grid_of_the_launcher_survives_a_requeue(slurm, tmp_path):
     assert states == ["finished"] * 2
     logs = "".join(path.read_text() for path in tmp_path.glob("runs/.submitit/*/*.out"))
     assert "is requeued" in logs and "resumes at step" in logs
+
+
+@slow
+def test_a_curation_of_an_array_hashes_each_record_once_and_searches_after_it(slurm, tmp_path):
+    num_rows = 2 * SHARD_RECORDS + 100  # three blocks, the last one short; its rows repeat the first
+    texts = [f"{number % (num_rows - 100)}번 질문" for number in range(num_rows)]
+    rows = [{"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "네."}]} for text in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = [sys.executable, str(RUN), "task=curate", "data=llava_json", "data.sources.mine.path=rows.jsonl"]
+    line += ["curate.slurm=2", "submit.partition=low", "submit.cpus_per_task=1"]
+    slurm.run(*line, cwd=tmp_path, timeout=PATIENCE)
+    output = tmp_path / "runs/curate/duplicates"
+    jobs = [json.loads((folder / "slurm.json").read_text())["job"] for folder in (output, output / "search")]
+    last = slurm.wait(jobs[1])
+    logs = {path.name: path.read_text(errors="replace") for path in output.rglob("slurm-*.log")}
+    assert (last["JobState"], last["ExitCode"]) == ("COMPLETED", "0:0"), logs
+    said = "".join(logs.values())
+    assert "job 0 of 2: hashed 2 of 3 blocks of records" in said and "job 1 of 2: hashed 1 of 3" in said, logs
+    array = [one for one in slurm.run("scontrol", "--oneliner", "show", "job", jobs[0]).splitlines() if one]
+    ended = [dict(word.split("=", 1) for word in one.split() if "=" in word)["EndTime"] for one in array]
+    assert len(array) == 2 and max(ended) <= last["StartTime"]
+    hashed = list((tmp_path / "runs/index" / FEATURES_FOLDER).glob("*.rows.npy"))
+    assert len(hashed) == 3 and json.loads((output / "mine.selection.json").read_text())["left_out"] == [
+        [num_rows - 100, num_rows - 1]
+    ]
 
 
 @slow
