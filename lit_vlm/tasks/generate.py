@@ -17,15 +17,8 @@ from lit_vlm.config import Run
 from lit_vlm.config.choices import GenerationKind
 from lit_vlm.config.schema import DataConfig
 from lit_vlm.config.task_settings import GenerateConfig
-from lit_vlm.curation.generation import (
-    PROMPTS,
-    ReplyError,
-    ReplyStatus,
-    choose_language,
-    find_unsuitable,
-    make_messages,
-    render_prompt,
-)
+from lit_vlm.curation.generation import ReplyError, ReplyStatus, make_messages
+from lit_vlm.curation.generation_prompts import PROMPTS, choose_language, find_unsuitable, render_prompt
 from lit_vlm.data.generated import GENERATED_SUFFIX, GeneratedTurns, write_generated
 from lit_vlm.data.selection import RowsIdentity, identify_rows
 from lit_vlm.data.sources import open_source

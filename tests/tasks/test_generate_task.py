@@ -14,7 +14,7 @@ from chat_server import ChatServer, complete
 from lit_vlm.config.overrides import ConfigError
 from lit_vlm.config.parse import parse
 from lit_vlm.config.schema import SourceConfig
-from lit_vlm.curation.generation import PROMPTS
+from lit_vlm.curation.generation_prompts import PROMPTS
 from lit_vlm.data.sources import open_source
 from lit_vlm.evaluation import endpoint as endpoint_module
 from lit_vlm.tasks.generate import generate
