@@ -35,11 +35,12 @@ from PIL import Image
 from benchmarks.planted_rows import DUPLICATES, OTHERS, draw_texture, load_photos, make_sentence, plant
 from lit_vlm.config.choices import Certainty, DuplicateKind, PictureMatch
 from lit_vlm.config.schema import SourceConfig
-from lit_vlm.curation.contamination import find_leaks, read_benchmarks
+from lit_vlm.curation.benchmark_features import read_benchmarks
+from lit_vlm.curation.contamination import find_leaks
 from lit_vlm.curation.duplicates import find_duplicates, group_pictures
-from lit_vlm.curation.features import compute_features
+from lit_vlm.curation.features import PictureHasher, compute_features
 from lit_vlm.curation.matching import match_pictures, match_texts
-from lit_vlm.curation.picture_hashes import NUM_VIEWS, hash_picture
+from lit_vlm.curation.picture_hashes import NUM_VIEWS
 from lit_vlm.curation.text_hashes import (
     NUM_PERMUTATIONS,
     compute_signatures,
@@ -226,9 +227,11 @@ def measure_hashing(folder: Path, count: int) -> dict[str, Any]:
     for name in names["textures"]:
         draw_texture(rng, 640, 480).save(folder / name, quality=90)
     photos = [Image.fromarray(array).convert("RGB").resize((640, 480)) for array in load_photos()]
-    for number, photo in enumerate(photos):
-        photo.save(folder / f"photo{number}.jpg", quality=90)
-    names["photographs"] = [f"photo{number % len(photos)}.jpg" for number in range(count)]
+    names["photographs"] = [f"photo{number}.jpg" for number in range(count)]
+    for number, name in enumerate(names["photographs"]):
+        photos[number % len(photos)].save(
+            folder / name, quality=90, comment=str(number)
+        )  # equal bytes are decoded once
     result: dict[str, Any] = {"pictures": count}
     for kind, files in names.items():
         rates = {part: count / seconds for part, seconds in time_hashing(folder, files).items()}
@@ -241,13 +244,14 @@ def time_hashing(folder: Path, names: list[str]) -> dict[str, float]:
     times: dict[str, list[float]] = {"decode": [], "decode and hash": []}
     for _ in range(3):
         for part in times:
-            began = measure_cpu()
+            began, hasher = measure_cpu(), PictureHasher()
             for name in names:
                 image = FileImage(name, folder, "", 10**8)
-                loaded = image.load()
-                if part != "decode":
-                    image.content()
-                    hash_picture(loaded)
+                if part == "decode":
+                    image.load()
+                else:
+                    hasher.add(image)
+            hasher.get_hashes()
             times[part].append(measure_cpu() - began)
     return {part: float(np.median(seconds)) for part, seconds in times.items()}
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lit_vlm.curation.picture_hashes import hash_picture
+from lit_vlm.data.lazy_images import hash_pixels
 from lit_vlm.data.synthetic import BuiltinSource
 from lit_vlm.types import Language
 
@@ -97,7 +97,7 @@ def iterate_base_rows(seed: int) -> Iterator[tuple[str, Image.Image, list[str]]]
             kind, image = "photo", parts.pop()()
         else:
             kind, image = "texture", draw_texture(rng)
-        digest = hash_picture(image).pixels.tobytes()
+        digest = hash_pixels(np.asarray(image))
         if digest not in seen:
             seen.add(digest)
             yield kind, image, turns

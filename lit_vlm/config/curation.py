@@ -76,7 +76,9 @@ class CurateConfig:
     worker: int | None = ranged(None, COUNT_OR_ZERO)  # index of this job in the array, set by its script
     output: str | None = None  # folder of selections, lists and page; null: <run folder>/<method>
     duplicates: DuplicateKind = DuplicateKind.rows  # method=duplicates: which records are duplicates
-    pictures: PictureMatch = PictureMatch.perceptual  # how far two pictures may differ and still be the same
+    pictures: PictureMatch = (
+        PictureMatch.perceptual
+    )  # how far two pictures may differ and still be the same; contamination: embedding too
     min_cosine: float | None = ranged(
         None, COSINE
     )  # pictures=embedding: cosine from which two pictures are the same; it depends on the tower, e.g. 0.95

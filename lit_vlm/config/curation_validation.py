@@ -25,12 +25,19 @@ def find_curate_errors(config: RunConfig) -> Iterator[str]:
     defaults = CurateConfig()
     for method, names in METHOD_SETTINGS.items():
         for name in names:
+            if name == "pictures" and curate.method is CurationMethod.contamination:
+                continue
             if method is not curate.method and getattr(curate, name) != getattr(defaults, name):
                 yield f"curate.{name}: is read with curate.method={method.value} only, and the method is {curate.method.value}."
     is_other_search = curate.method is CurationMethod.duplicates and curate.duplicates is not DuplicateKind.texts
     if is_other_search and curate.min_similarity != defaults.min_similarity:
         yield "curate.min_similarity: compares texts, so it is read with curate.duplicates=texts only."
     if curate.method is CurationMethod.contamination:
+        if curate.pictures in (PictureMatch.bytes, PictureMatch.pixels):
+            yield (
+                f"curate.pictures={curate.pictures.value}: curate.method=contamination always compares bytes, pixels and views. Leave it "
+                "out, or set embedding to compare the features of a tower too."
+            )
         if config.evaluate.files is None:
             yield "evaluate.files is not set: curate.method=contamination reads benchmarks from local files, <files>/<benchmark>/."
         for name in config.benchmarks:
@@ -93,7 +100,7 @@ def find_balance_errors(balance: BalanceConfig) -> Iterator[str]:
 def _find_embedding_errors(curate: CurateConfig) -> Iterator[str]:
     """Yield an error message for each setting of pictures=embedding that is missing, or that has no effect."""
     is_embedding = curate.pictures is PictureMatch.embedding
-    if is_embedding and curate.method is not CurationMethod.duplicates:
+    if is_embedding and curate.method not in HASHING_METHODS:
         return  # refused as a setting of another method
     for name, needed in (("model", "<folder of a vision tower>"), ("min_cosine", "<cosine>, e.g. 0.95")):
         value = getattr(curate, name)

@@ -26,6 +26,7 @@ from lit_vlm.curation.picture_details import MIN_DETAIL, compare_details
 from lit_vlm.curation.picture_hashes import find_same_views
 from lit_vlm.curation.text_hashes import estimate_similarities
 from lit_vlm.data.index.build import map_parallel
+from lit_vlm.data.lazy_images import hash_pixels
 from lit_vlm.formatting import format_count
 from lit_vlm.types import RecordError, Source
 
@@ -42,7 +43,7 @@ class Evidence(StrEnum):
 
 
 _ORDER = tuple(Evidence)
-_PAIRS_PER_TASK = 64  # of pictures whose details are compared
+_PAIRS_PER_TASK = 64  # of pictures whose details are compared, or pictures whose pixels are
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,8 @@ def group_pictures(
     contents = find_first(features.images["content"])
     if match is PictureMatch.bytes:
         return PictureGroups(contents, contents, {}, 0)
-    pixels = find_first(features.images["pixels"])
+    loader = PictureLoader(sources, features)
+    pixels = find_same_pixels(features.images["reduction"], contents, loader.load, workers)
     if match is PictureMatch.pixels:
         return PictureGroups(contents, pixels, {}, 0)
     firsts = np.unique(pixels)
@@ -123,7 +125,7 @@ def group_pictures(
             Evidence.view,
         )
         first, second = confirm_views(features, firsts[pairs.first], firsts[pairs.second])
-        loader, views = PictureLoader(sources, features), list(zip(first.tolist(), second.tolist(), strict=True))
+        views = list(zip(first.tolist(), second.tolist(), strict=True))
         same = list(confirm_details(views, loader.load, loader.load, workers))
     neighbours = defaultdict[int, list[int]](list)
     for one, other in same:
@@ -181,6 +183,41 @@ def find_first(digests: np.ndarray) -> np.ndarray:
     view = np.ascontiguousarray(digests).view([("a", "u8"), ("b", "u8")]).ravel()
     _, first, inverse = np.unique(view, return_index=True, return_inverse=True)
     return first[inverse.ravel()].astype(np.int64)
+
+
+def find_same_pixels(
+    reductions: np.ndarray, contents: np.ndarray, load: Callable[[int], Image.Image], workers: int
+) -> np.ndarray:
+    """Find the number of the first picture with the same pixels for each one: [N] int64.
+
+    Only pictures of an equal reduction and other bytes are decoded; there are few besides copies.
+
+    Args:
+        reductions: digests of the pictures' size and reduction, [N, 2] uint64.
+        contents: number of the first picture with the same bytes, [N].
+    """
+    firsts = np.unique(contents)
+    _, groups, sizes = np.unique(find_first(reductions[firsts]), return_inverse=True, return_counts=True)
+    digests = digest_pixels(firsts[sizes[groups.ravel()] > 1].tolist(), load, workers)
+    same, result = dict[bytes, int](), np.arange(len(contents))
+    for picture, digest in digests.items():
+        result[picture] = same.setdefault(digest, picture)
+    return result[contents]
+
+
+def digest_pixels(pictures: list[int], load: Callable[[int], Image.Image], workers: int) -> dict[int, bytes]:
+    """Digest size and pixels of pictures by their number. One that cannot be read any more is missing."""
+
+    def digest(picture: int) -> bytes | None:
+        try:
+            return hash_pixels(np.asarray(load(picture)))
+        except RecordError:
+            return None
+
+    tasks = [tuple(pictures[start : start + _PAIRS_PER_TASK]) for start in range(0, len(pictures), _PAIRS_PER_TASK)]
+    found = dict(map_parallel(lambda task: [digest(picture) for picture in task], tasks, workers))
+    both = ((picture, one) for task in tasks for picture, one in zip(task, found[task], strict=True))
+    return {picture: one for picture, one in both if one is not None}
 
 
 def find_duplicates(

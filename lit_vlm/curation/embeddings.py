@@ -5,10 +5,11 @@ Shapes: N pictures, E width of the features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,14 @@ from lit_vlm.types import LazyImage, Source
 
 BLOCK_RECORDS = 512  # of one file of features: an interrupted pass goes on with the block at which it stopped
 BLOCK_PICTURES = 2048  # compared with as many at a time
+
+
+class NearPairs(NamedTuple):
+    """Pairs of a picture and one of others, by their numbers [n] int64, with the cosines of their features [n] float32."""
+
+    pictures: np.ndarray
+    others: np.ndarray
+    cosines: np.ndarray
 
 
 class PictureEncoder(Protocol):
@@ -56,30 +65,32 @@ def embed_pictures(
     Raises:
         RecordError: a picture cannot be decoded any more.
     """
-    folder, parts = index_dir / FEATURES_FOLDER, list[np.ndarray]()
-    counts, num_records = features.rows["num_images"], len(features.rows)
+    parts, counts, num_records = list[np.ndarray](), features.rows["num_images"], len(features.rows)
     with ThreadPoolExecutor(workers) as pool:
+        store = EmbeddingStore(encoder, index_dir, batch_size, pool)
         for start in _list_block_starts(features):
             stop = min(
                 start + BLOCK_RECORDS, int(np.searchsorted(features.source_ids, features.source_ids[start], "right"))
             )
             first = int(features.first_images[start])
             contents = features.images["content"][first : first + int(counts[start:stop].sum())]
-            path = folder / f"{hash_parts('embeddings', encoder.digest, contents.tobytes().hex())}.embeddings.npy"
-            known = _read_block(path, len(contents))
-            if known is None:
-                images = [
-                    image
-                    for record in range(start, stop)
-                    if counts[record]
-                    for image in sources[features.source_ids[record]][int(features.positions[record])].images
-                ]
-                known = _embed_block(images, contents, encoder, batch_size, pool)
-                with atomic_write(path) as draft, draft.open("wb") as stream:
-                    np.save(stream, known, allow_pickle=False)
-            parts.append(known)
+            records = [record for record in range(start, stop) if counts[record]]
+            parts.append(store.embed(contents, partial(_list_images, sources, features, records)))
             if on_progress:
                 on_progress("pictures", stop, num_records)
+    return join_embeddings(parts)
+
+
+def _list_images(sources: Sequence[Source], features: Features, records: Sequence[int]) -> list[LazyImage]:
+    return [
+        image
+        for record in records
+        for image in sources[features.source_ids[record]][int(features.positions[record])].images
+    ]
+
+
+def join_embeddings(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Join the features of blocks, [N, E] float16; blocks without a picture have no width."""
     width = max((part.shape[1] for part in parts), default=0)
     return np.concatenate([np.zeros((0, width), np.float16), *(part for part in parts if len(part))])
 
@@ -91,6 +102,50 @@ def _list_block_starts(features: Features) -> list[int]:
     return [one for start, end in zip(starts.tolist(), ends, strict=True) for one in range(start, end, BLOCK_RECORDS)]
 
 
+class EmbeddingStore:
+    """Features of blocks of pictures, by the pictures' bytes and the model.
+
+    Args:
+        index_dir: folder of the store.
+        batch_size: pictures that the model sees at once.
+        pool: threads that decode.
+    """
+
+    def __init__(self, encoder: PictureEncoder, index_dir: Path, batch_size: int, pool: ThreadPoolExecutor) -> None:
+        self.encoder, self.batch_size, self.pool = encoder, batch_size, pool
+        self.folder = index_dir / FEATURES_FOLDER
+
+    def embed(self, contents: np.ndarray, list_images: Callable[[], Sequence[LazyImage]]) -> np.ndarray:
+        """Compute the features of a block of pictures, or read them if they are there: [n, E] float16.
+
+        Args:
+            contents: digests of their bytes, [n, 2] uint64.
+            list_images: lists the pictures; called if their features are not there.
+
+        Raises:
+            RecordError: a picture cannot be decoded.
+        """
+        key = hash_parts("embeddings", self.encoder.digest, contents.tobytes().hex())
+        path = self.folder / f"{key}.embeddings.npy"
+        known = _read_block(path, len(contents))
+        if known is None:
+            known = self._encode(list_images(), contents)
+            with atomic_write(path) as draft, draft.open("wb") as stream:
+                np.save(stream, known, allow_pickle=False)
+        return known
+
+    def _encode(self, images: Sequence[LazyImage], contents: np.ndarray) -> np.ndarray:
+        """Encode pictures, equal ones once: [n, E] float16."""
+        if not images:
+            return np.zeros((0, 0), np.float16)
+        _, first, inverse = np.unique(contents, axis=0, return_index=True, return_inverse=True)
+        encoded = [
+            self.encoder.embed_images(list(self.pool.map(lambda number: images[number].load(), numbers))).numpy()
+            for numbers in iterate_batches(first.tolist(), self.batch_size)
+        ]
+        return np.concatenate(encoded).astype(np.float16)[inverse.ravel()]
+
+
 def _read_block(path: Path, num_pictures: int) -> np.ndarray | None:
     try:
         known = np.load(path)
@@ -99,23 +154,34 @@ def _read_block(path: Path, num_pictures: int) -> np.ndarray | None:
     return known if known.dtype == np.float16 and known.ndim == 2 and len(known) == num_pictures else None
 
 
-def _embed_block(
-    images: Sequence[LazyImage],
-    contents: np.ndarray,
-    encoder: PictureEncoder,
-    batch_size: int,
-    pool: ThreadPoolExecutor,
-) -> np.ndarray:
-    """Encode the pictures of a block, equal ones once: [n, E] float16."""
-    if not images:
-        return np.zeros((0, 0), np.float16)
-    _, first, inverse = np.unique(contents, axis=0, return_index=True, return_inverse=True)
+class _Nearest:
+    """The nearest pictures of each picture of a block, collected over blocks of others: at most `WINDOW` of each."""
 
-    encoded = [
-        encoder.embed_images(list(pool.map(lambda number: images[number].load(), numbers))).numpy()
-        for numbers in iterate_batches(first.tolist(), batch_size)
-    ]
-    return np.concatenate(encoded).astype(np.float16)[inverse.ravel()]
+    def __init__(self, block: Tensor) -> None:
+        self.block, self.device = block, block.device
+        self.cosines = torch.full((len(block), 0), -2.0, device=self.device)
+        self.numbers = torch.zeros((len(block), 0), dtype=torch.long, device=self.device)
+        self.num_found = torch.zeros(len(block), dtype=torch.long, device=self.device)
+
+    def add(self, others: Tensor, start: int, min_cosine: float, *, earlier: bool = False) -> None:
+        """Compare with other pictures, [n, E], which are numbered from `start`; earlier: each row with those before it only."""
+        cosines = self.block @ others.T
+        if earlier:
+            cosines = cosines.tril(-1) - torch.ones_like(cosines).triu() * 2
+        self.num_found += (cosines >= min_cosine).sum(1)
+        numbers = torch.arange(start, start + len(others), device=self.device).expand_as(cosines)
+        joined = torch.cat([self.cosines, cosines], 1)
+        self.cosines, order = joined.topk(min(WINDOW, joined.shape[1]), 1)
+        self.numbers = torch.cat([self.numbers, numbers], 1).gather(1, order)
+
+    def list_pairs(self, min_cosine: float) -> tuple[Tensor, Tensor, Tensor]:
+        """List the pairs that are near enough: rows of the block, numbers of others, and cosines."""
+        rows, columns = torch.nonzero(self.cosines >= min_cosine, as_tuple=True)
+        return rows.cpu(), self.numbers[rows, columns].cpu(), self.cosines[rows, columns].cpu()
+
+
+def _normalize(embeddings: np.ndarray) -> Tensor:
+    return F.normalize(torch.from_numpy(np.ascontiguousarray(embeddings, np.float32)), dim=-1)
 
 
 def match_embeddings(embeddings: np.ndarray, min_cosine: float) -> Matches:
@@ -127,28 +193,36 @@ def match_embeddings(embeddings: np.ndarray, min_cosine: float) -> Matches:
         embeddings: [N, E]; their length does not matter.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    values = F.normalize(torch.from_numpy(np.ascontiguousarray(embeddings, np.float32)), dim=-1)
-    firsts, seconds, num_full = list[Tensor](), list[Tensor](), 0
+    values = _normalize(embeddings)
+    firsts, seconds, num_full = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, dtype=torch.long)], 0
     for start in range(0, len(values), BLOCK_PICTURES):
-        block = values[start : start + BLOCK_PICTURES].to(device)
-        best = torch.full((len(block), 0), -2.0, device=device)
-        places = torch.zeros((len(block), 0), dtype=torch.long, device=device)
-        found = torch.zeros(len(block), dtype=torch.long, device=device)
-        for low in range(0, start + len(block), BLOCK_PICTURES):
-            others = values[low : min(low + BLOCK_PICTURES, start + len(block))].to(device)
-            cosines = block @ others.T
-            if low == start:
-                cosines = (
-                    cosines.tril(-1) - torch.ones_like(cosines).triu() * 2
-                )  # each pair once, and no picture with itself
-            found += (cosines >= min_cosine).sum(1)
-            numbers = torch.arange(low, low + len(others), device=device).expand_as(cosines)
-            joined = torch.cat([best, cosines], 1)
-            best, order = joined.topk(min(WINDOW, joined.shape[1]), 1)
-            places = torch.cat([places, numbers], 1).gather(1, order)
-        rows, columns = torch.nonzero(best >= min_cosine, as_tuple=True)
-        firsts.append(places[rows, columns].cpu())
-        seconds.append(rows.cpu() + start)
-        num_full += int((found > WINDOW).sum())
-    empty = torch.zeros(0, dtype=torch.long)
-    return Matches(torch.cat([empty, *firsts]).numpy(), torch.cat([empty, *seconds]).numpy(), num_full)
+        nearest = _Nearest(values[start : start + BLOCK_PICTURES].to(device))
+        stop = start + len(nearest.block)
+        for low in range(0, stop, BLOCK_PICTURES):
+            others = values[low : min(low + BLOCK_PICTURES, stop)].to(device)
+            nearest.add(others, low, min_cosine, earlier=low == start)
+        rows, numbers, _ = nearest.list_pairs(min_cosine)
+        firsts.append(numbers)
+        seconds.append(rows + start)
+        num_full += int((nearest.num_found > WINDOW).sum())
+    return Matches(torch.cat(firsts).numpy(), torch.cat(seconds).numpy(), num_full)
+
+
+def match_other_embeddings(embeddings: np.ndarray, others: np.ndarray, min_cosine: float) -> NearPairs:
+    """Find the pairs of a picture and one of others whose features have at least this cosine, exactly, in blocks.
+
+    A picture is paired with the `WINDOW` nearest of the others.
+
+    Args:
+        embeddings, others: [N, E] and [M, E]; their length does not matter.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    values, targets = _normalize(embeddings), _normalize(others)
+    pairs = [(torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0))]
+    for start in range(0, len(values), BLOCK_PICTURES) if len(targets) else ():
+        nearest = _Nearest(values[start : start + BLOCK_PICTURES].to(device))
+        for low in range(0, len(targets), BLOCK_PICTURES):
+            nearest.add(targets[low : low + BLOCK_PICTURES].to(device), low, min_cosine)
+        rows, numbers, cosines = nearest.list_pairs(min_cosine)
+        pairs.append((rows + start, numbers, cosines))
+    return NearPairs(*(torch.cat(parts).numpy() for parts in zip(*pairs, strict=True)))

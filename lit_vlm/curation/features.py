@@ -2,19 +2,27 @@
 
 Each shard of a source is a pair of files in the index folder, named by a hash of the content of its records and of the version of
 the features. So an interrupted pass resumes with the shard at which it stopped, another pass finds the features again, and features
-of another version are not read. A picture file that changed since is hashed again (its size and modification time are kept).
+of another version are counted, and computed anew. A picture file that changed since is hashed again (its size and modification time are kept).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from lit_vlm.curation.picture_hashes import HASH_VERSION, NUM_VIEWS, THUMBNAIL_SIDE, PictureHash, hash_picture
+from lit_vlm.curation.picture_hashes import (
+    HASH_VERSION,
+    NUM_VIEWS,
+    THUMBNAIL_SIDE,
+    digest_reduction,
+    hash_reduced,
+    reduce_picture,
+)
 from lit_vlm.curation.text_hashes import (
     NUM_PERMUTATIONS,
     TEXT_VERSION,
@@ -29,11 +37,12 @@ from lit_vlm.curation.text_hashes import (
 from lit_vlm.data.index.build import map_parallel
 from lit_vlm.data.index.fingerprint import compute_stamp
 from lit_vlm.data.index.shard_cache import ShardRange, get_origin, hash_parts, list_shard_ranges, lock_source
-from lit_vlm.data.lazy_images import hash_pixels
+from lit_vlm.data.lazy_images import EncodedImage, hash_pixels
 from lit_vlm.files import atomic_write
 from lit_vlm.types import LazyImage, Record, RecordError, Source
 
 FEATURES_FOLDER = "curation"  # in the index folder
+_PENDING_PICTURES = 256  # reduced and not hashed yet: 3 MB
 ROW = np.dtype(
     [
         ("stamp", "u8"),  # of its picture files
@@ -48,13 +57,13 @@ ROW = np.dtype(
 IMAGE = np.dtype(
     [
         ("content", "u8", 2),  # digest of the encoded bytes
-        ("pixels", "u8", 2),  # digest of size and pixels
+        ("reduction", "u8", 2),  # digest of size and reduced pixels
         ("views", "u8", NUM_VIEWS),
         ("brightness", "f4"),  # mean level
         ("thumbnail", "u1", (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)),
     ]
 )
-IMAGE_FIELDS = ("content", "pixels", "views", "brightness")  # read into memory; thumbnails stay on disk
+IMAGE_FIELDS = ("content", "reduction", "views", "brightness")  # read into memory; thumbnails stay on disk
 OnProgress = Callable[[str, int, int], None]
 
 
@@ -69,6 +78,7 @@ class Features:
         images: pictures of all records: field -> [N, ...].
         thumbnails: [n, S, S, 3] of each shard, on disk, in the order of the pictures.
         errors: (source name, error) of the records that cannot be read; they are never left out by a pass.
+        num_outdated: shards of which the store had features of an older version only.
     """
 
     source_ids: np.ndarray
@@ -78,6 +88,7 @@ class Features:
     images: dict[str, np.ndarray]
     thumbnails: list[np.ndarray]
     errors: list[tuple[str, str]]
+    num_outdated: int = 0
 
     def read_thumbnails(self, numbers: np.ndarray) -> np.ndarray:
         """Read the thumbnails of pictures: [n, S, S, 3] uint8."""
@@ -120,6 +131,11 @@ class FeatureStore:
             return None
         return (rows, images) if int(rows["num_images"].sum()) == len(images) else None
 
+    def is_outdated(self, shard: ShardRange) -> bool:
+        """Return True if the features of a shard are there in an older version only."""
+        versions = (version for version in range(HASH_VERSION, 0, -1) if self._get_paths(shard, version)[0].is_file())
+        return next(versions, HASH_VERSION) < HASH_VERSION
+
     def write(self, shard: ShardRange, features: ShardFeatures) -> None:
         """Write the features of a shard; the rows come last, so that a pair of files is complete."""
         rows_path, images_path = self._get_paths(shard)
@@ -127,8 +143,8 @@ class FeatureStore:
             with atomic_write(path) as draft, draft.open("wb") as stream:
                 np.save(stream, values, allow_pickle=False)
 
-    def _get_paths(self, shard: ShardRange) -> tuple[Path, Path]:
-        key = hash_parts("curation", HASH_VERSION, TEXT_VERSION, shard.content_key)
+    def _get_paths(self, shard: ShardRange, version: int | None = None) -> tuple[Path, Path]:
+        key = hash_parts("curation", version or HASH_VERSION, TEXT_VERSION, shard.content_key)
         return self.folder / f"{key}.rows.npy", self.folder / f"{key}.images.npy"
 
 
@@ -143,17 +159,18 @@ def compute_features(
         on_progress: called after each shard.
     """
     store, parts = FeatureStore(index_dir), dict[tuple[int, int], dict[int, str]]()
-    all_shards: list[ShardRange] = []
+    all_shards, num_outdated = list[ShardRange](), 0
     for source_id, source in enumerate(sources):
         with lock_source(source, index_dir, FEATURES_FOLDER):
             shards, done = list_shard_ranges(source_id, source, index_dir), 0
+            num_outdated += sum(map(store.is_outdated, shards))
             for shard, errors in map_parallel(partial(_update_shard, sources, store), shards, workers):
                 parts[source_id, shard.start] = errors
                 done += len(shard)
                 if on_progress:
                     on_progress(source.name, done, len(source))
         all_shards += shards
-    return _join_shards(sources, store, all_shards, parts)
+    return replace(_join_shards(sources, store, all_shards, parts), num_outdated=num_outdated)
 
 
 def make_text_features(sources: Sequence[Source], errors: dict[int, str]) -> Features:
@@ -216,8 +233,8 @@ def extract_features(
     Args:
         known: rows and pictures that were extracted before; those of unchanged files are taken over.
     """
-    rows, images, shingles, errors = np.zeros(len(positions), ROW), list[np.ndarray](), list[np.ndarray](), {}
-    hashed: dict[bytes, PictureHash] = {}  # by content: a picture with several conversations is decoded once
+    rows, shingles, errors = np.zeros(len(positions), ROW), list[np.ndarray](), {}
+    images, hasher = list[np.ndarray | list[int]](), PictureHasher()
     ends = np.cumsum(known[0]["num_images"]) if known else None
     for number, position in enumerate(positions):
         shingles.append(np.zeros(0, np.uint64))
@@ -228,7 +245,7 @@ def extract_features(
                 rows[number] = known[0][number]
                 images.append(np.array(known[1][ends[number] - rows[number]["num_images"] : ends[number]]))
                 continue
-            found = hash_images(record, hashed)
+            found = [hasher.add(image) for image in record.images]
         except RecordError as error:
             rows[number]["is_bad"] = 1
             errors[number] = str(error)
@@ -236,9 +253,11 @@ def extract_features(
         shingles[number] = fill_text(rows[number], record)
         rows[number]["num_images"] = len(found)
         images.append(found)
-    fresh = [number for number, hashes in enumerate(shingles) if len(hashes)]
+    fresh = [number for number, own in enumerate(shingles) if len(own)]
     rows["signature"][fresh] = compute_signatures([shingles[number] for number in fresh])
-    return ShardFeatures(rows, np.concatenate([np.zeros(0, IMAGE), *images]), errors)
+    hashes = hasher.get_hashes()
+    joined = [part if isinstance(part, np.ndarray) else hashes[part] for part in images]
+    return ShardFeatures(rows, np.concatenate([np.zeros(0, IMAGE), *joined]), errors)
 
 
 def _is_current(known: np.void, row: np.void) -> bool:
@@ -255,30 +274,47 @@ def fill_text(row: np.void, record: Record) -> np.ndarray:
     return hashes
 
 
-def hash_images(record: Record, hashed: dict[bytes, PictureHash]) -> np.ndarray:
-    """Hash the pictures of a record: [n] of IMAGE.
+class PictureHasher:
+    """Hasher of pictures: each content is decoded once, and many pictures are hashed together."""
 
-    Args:
-        hashed: hashes of the pictures seen before, by their content; added to.
+    def __init__(self) -> None:
+        self._numbers: dict[bytes, int] = {}  # by content: a picture may have several conversations
+        self._hashed, self._digests, self._reduced = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
 
-    Raises:
-        RecordError: a picture cannot be decoded.
-    """
-    result = np.zeros(len(record.images), IMAGE)
-    for row, image in zip(result, record.images, strict=True):
-        fill_image(row, image, hashed)
-    return result
+    def add(self, image: LazyImage) -> int:
+        """Read a picture. Returns the number of its hashes. Raises RecordError if it cannot be decoded."""
+        content, picture = load_unknown(image, self._numbers)
+        if picture is not None:
+            reduced = reduce_picture(picture)
+            self._numbers[content] = len(self._numbers)
+            self._digests.append(np.stack([np.frombuffer(content, np.uint64), digest_reduction(reduced, picture.size)]))
+            self._reduced.append(reduced)
+            if len(self._reduced) == _PENDING_PICTURES:
+                self._hash_pending()
+        return self._numbers[content]
+
+    def get_hashes(self) -> np.ndarray:
+        """Get the hashes of all pictures that were added, by their number: [n] of IMAGE."""
+        self._hash_pending()
+        return np.concatenate([np.zeros(0, IMAGE), *self._hashed])
+
+    def _hash_pending(self) -> None:
+        if not self._reduced:
+            return
+        rows, digests = np.zeros(len(self._reduced), IMAGE), np.stack(self._digests)
+        rows["content"], rows["reduction"] = digests[:, 0], digests[:, 1]
+        rows["views"], rows["thumbnail"] = hash_reduced(np.stack(self._reduced))
+        rows["brightness"] = rows["thumbnail"].mean((1, 2, 3))
+        self._hashed.append(rows)
+        self._digests, self._reduced = [], []
 
 
-def fill_image(row: np.void, image: LazyImage, hashed: dict[bytes, PictureHash]) -> None:
-    """Fill in the hashes of a picture, a row of IMAGE. Raises RecordError if it cannot be decoded."""
+def load_unknown(image: LazyImage, known: Container[bytes]) -> tuple[bytes, Image.Image | None]:
+    """Hash the encoded bytes of a picture as `hash_content`, and load it unless the hash is known. Raises RecordError."""
+    if isinstance(image, EncodedImage):
+        return image.load_unless(known)
     content = hash_content(image)
-    if content not in hashed:
-        hashed[content] = hash_picture(image.load())
-    found = hashed[content]
-    row["content"] = np.frombuffer(content, np.uint64)
-    row["pixels"], row["views"], row["thumbnail"] = found.pixels, found.views, found.thumbnail
-    row["brightness"] = found.thumbnail.mean()
+    return content, None if content in known else image.load()
 
 
 def hash_content(image: LazyImage) -> bytes:

@@ -1,6 +1,7 @@
-"""Hashes of pictures: the same pixels, and the same view after re-encoding, resizing or a crop of about 5 %.
+"""Hashes of pictures, to find the same pixels, and the same view after re-encoding, resizing or a crop of about 5 %.
 
-A perceptual hash sees shape and no colour, and it takes two pages of text, or two drawings on white, for one. So it only finds
+All come from one reduction to 64 x 64 pixels. Equal pixels have equal reductions, so only pictures with an equal one need their
+pixels compared. A perceptual hash sees shape and no colour, and it takes two pages of text, or two drawings on white, for one. So it only finds
 candidates. Thumbnails in colour confirm a candidate, after the best alignment by a small crop.
 
 Shapes: N pictures or pairs, S side of a thumbnail in pixels, V views of a picture.
@@ -9,7 +10,6 @@ Shapes: N pictures or pairs, S side of a thumbnail in pixels, V views of a pictu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import xxhash
@@ -17,13 +17,15 @@ from PIL import Image
 from scipy.fft import dct
 
 HASH_VERSION = (
-    1  # increase it when a picture gets another hash or thumbnail; stored ones of another version are not read
+    2  # increase it when a picture gets another hash or thumbnail; stored ones of another version are not read
 )
 HASH_SIDE = 8  # low frequencies of each axis
 HASH_BITS = HASH_SIDE * HASH_SIDE
 THUMBNAIL_SIDE = 32
 MAX_BITS = 10  # differing bits of a candidate, in one of its views
 _SIDE, _VIEW_SIDE = 64, 61  # a view is 95 % of the side
+_MIN_GAP = 1.5  # pixels are averaged by whole factors down to at least so many times the side, then interpolated
+_HASHED_PICTURES = 64  # at a time: about 6 MB
 _VIEW_CORNERS = ((1, 1), (0, 0), (0, 3), (3, 0), (3, 3))  # (top, left)
 NUM_VIEWS = 1 + len(_VIEW_CORNERS)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's mode L
@@ -48,52 +50,63 @@ _BLOCK = 4  # side of the blocks whose differences are compared, in thumbnail pi
 _COMPARED_PAIRS = 512  # aligned at a time: about 20 MB
 
 
-@dataclass(frozen=True, slots=True)
-class PictureHash:
-    """Hashes of a decoded picture.
-
-    Attributes:
-        pixels: digest of size and pixels, [2] uint64.
-        views: perceptual hash of the whole picture, then of crops to 95 %: centre and corners, [V] uint64.
-        thumbnail: [S, S, 3] uint8.
-    """
-
-    pixels: np.ndarray
-    views: np.ndarray
-    thumbnail: np.ndarray
+def reduce_picture(picture: Image.Image) -> np.ndarray:
+    """Reduce a decoded RGB picture to what its hashes are made of: [_SIDE, _SIDE, 3] uint8."""
+    factor = max(1, int(min(picture.size) / (_SIDE * _MIN_GAP)))
+    box = (0, 0, picture.width / factor, picture.height / factor)
+    small = picture.reduce(factor) if factor > 1 else picture  # five times as fast as an interpolation of all pixels
+    small = small.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, box, reducing_gap=_MIN_GAP)
+    return np.frombuffer(small.tobytes(), np.uint8).reshape(_SIDE, _SIDE, 3)
 
 
-def hash_picture(picture: Image.Image) -> PictureHash:
-    """Hash a decoded RGB picture.
+def digest_reduction(reduced: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Digest a reduced picture and its (width, height), [2] uint64; equal pixels have equal ones."""
+    return np.frombuffer(xxhash.xxh3_128(reduced.tobytes() + f"{size}".encode()).digest(), np.uint64)
+
+
+def hash_reduced(reduced: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hash reduced pictures, [N, _SIDE, _SIDE, 3] uint8; many at once, because one alone costs ten times as much.
 
     The perceptual hash is pHash with 64 bits: low DCT frequencies of the grey picture against their median.
+
+    Returns:
+        Hashes of the whole picture, then of crops to 95 %: centre and corners, [N, V] uint64; and thumbnails, [N, S, S, 3] uint8.
     """
-    pixels = xxhash.xxh3_128(picture.tobytes(), seed=picture.width).digest()
-    small = picture.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
-    colours = np.asarray(small, np.float32)
-    grey = colours @ _LUMA
-    crops = (grey[top : top + _VIEW_SIDE, left : left + _VIEW_SIDE] for top, left in _VIEW_CORNERS)
-    views = np.array([_hash_grey(grey, _BASES[_SIDE]), *(_hash_grey(crop, _BASES[_VIEW_SIDE]) for crop in crops)])
-    rows = (_HALVES @ colours.reshape(_SIDE, _SIDE * 3)).reshape(THUMBNAIL_SIDE, _SIDE, 3)
-    thumbnail = _HALVES @ rows
-    return PictureHash(np.frombuffer(pixels, np.uint64), views, np.rint(thumbnail).astype(np.uint8))
+    views = np.zeros((len(reduced), NUM_VIEWS), np.uint64)
+    thumbnails = np.zeros((len(reduced), THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8)
+    for start in range(0, len(reduced), _HASHED_PICTURES):
+        part = slice(start, start + _HASHED_PICTURES)
+        colours = reduced[part].astype(np.float32)
+        views[part] = _hash_views((colours.reshape(-1, 3) @ _LUMA).reshape(-1, _SIDE, _SIDE))
+        rows = (_HALVES @ colours.reshape(-1, _SIDE, _SIDE * 3)).reshape(-1, THUMBNAIL_SIDE, _SIDE, 3)
+        thumbnails[part] = np.rint(_HALVES @ rows)
+    return views, thumbnails
 
 
-def _make_basis(side: int) -> np.ndarray:
-    """Make the low frequencies of the DCT of a side: [HASH_SIDE, side]."""
-    return dct(np.eye(side), axis=0, norm="ortho")[:HASH_SIDE].astype(np.float32)
+def _make_basis(side: int, start: int = 0) -> np.ndarray:
+    """Make the low frequencies of the DCT of a side that begins at a pixel: [HASH_SIDE, _SIDE]."""
+    basis = np.zeros((HASH_SIDE, _SIDE), np.float32)
+    basis[:, start : start + side] = dct(np.eye(side), axis=0, norm="ortho")[:HASH_SIDE]
+    return basis
 
 
 # Averages of _SIDE / THUMBNAIL_SIDE pixels; exact, for levels are whole numbers
 _HALVES = np.kron(np.eye(THUMBNAIL_SIDE), np.full(_SIDE // THUMBNAIL_SIDE, THUMBNAIL_SIDE / _SIDE)).astype(np.float32)
-_BASES = {side: _make_basis(side) for side in (_SIDE, _VIEW_SIDE)}
+# Bases of the whole side and of the sides of the views, and of each view those of its rows and columns
+_STARTS = sorted({start for corner in _VIEW_CORNERS for start in corner})
+_BASES = np.concatenate([_make_basis(_SIDE), *(_make_basis(_VIEW_SIDE, start) for start in _STARTS)])
+_VIEW_BASES = [(0, 0), *((1 + _STARTS.index(top), 1 + _STARTS.index(left)) for top, left in _VIEW_CORNERS)]
 
 
-def _hash_grey(grey: np.ndarray, basis: np.ndarray) -> np.uint64:
-    frequencies = (basis @ grey @ basis.T).ravel()
+def _hash_views(grey: np.ndarray) -> np.ndarray:
+    """Hash all views of grey pictures, [N, _SIDE, _SIDE]: [N, V] uint64."""
+    count = 1 + len(_STARTS)
+    products = (_BASES @ grey @ _BASES.T).reshape(-1, count, HASH_SIDE, count, HASH_SIDE)
+    chosen = [products[:, row, :, column] for row, column in _VIEW_BASES]
+    frequencies = np.stack(chosen, 1).reshape(-1, NUM_VIEWS, HASH_BITS)
     # Noise of an unstructured picture must not decide a bit, so a frequency has to exceed the median by a little
-    middle = np.partition(frequencies, HASH_BITS // 2)[HASH_BITS // 2]
-    return np.packbits(frequencies > middle + 1e-2).view(np.uint64)[0]
+    middle = np.partition(frequencies, HASH_BITS // 2, axis=2)[..., HASH_BITS // 2, None]
+    return np.packbits(frequencies > middle + 1e-2, axis=2).view(np.uint64)[..., 0]
 
 
 def find_same_views(thumbnails: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -138,11 +138,23 @@ class EncodedImage:
     def content(self) -> bytes:
         """Hash the encoded bytes, for `content.py`. Raises RecordError if they cannot be read."""
         with self._open() as stream:
-            try:
-                return hash_stream(stream)
-            except OSError as error:
-                reason = f"{self._description} cannot be read: {describe_error(error)}"
-                raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
+            return self._hash(stream)
+
+    def load_unless(self, known: Container[bytes]) -> tuple[bytes, Image.Image | None]:
+        """Hash as `content`, and load as `load` unless the hash is known; the file is opened once. Raises RecordError."""
+        with self._open() as stream:
+            content = self._hash(stream)
+            if content in known:
+                return content, None
+            with open_image(stream, self._description, self.origin, self.max_pixels) as image:
+                return content, decode_upright(image, stream)
+
+    def _hash(self, stream: BinaryIO) -> bytes:
+        try:
+            return hash_stream(stream)
+        except OSError as error:
+            reason = f"{self._description} cannot be read: {describe_error(error)}"
+            raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
 
     @contextmanager
     def _open_image(self) -> Iterator[tuple[Image.Image, BinaryIO]]:

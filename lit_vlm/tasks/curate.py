@@ -14,6 +14,7 @@ from lit_vlm.config.choices import BalanceGroup, CurationMethod, Format
 from lit_vlm.config.curation import METHOD_SETTINGS, CurateConfig
 from lit_vlm.config.schema import DataConfig
 from lit_vlm.curation.balance import CONCEPTS_KEY, balance_concepts, balance_groups, match_records, read_groups
+from lit_vlm.curation.benchmark_features import read_benchmarks
 from lit_vlm.curation.capfilt import (
     SYNTHETIC,
     WEB,
@@ -23,12 +24,13 @@ from lit_vlm.curation.capfilt import (
     read_web_texts,
 )
 from lit_vlm.curation.concepts import read_concepts
-from lit_vlm.curation.contamination import read_benchmarks, search_leaks
+from lit_vlm.curation.contamination import find_near_pictures, search_leaks
 from lit_vlm.curation.duplicates import search_duplicates
 from lit_vlm.curation.embeddings import embed_pictures
-from lit_vlm.curation.features import Features, compute_features, hash_share, make_text_features
+from lit_vlm.curation.features import FEATURES_FOLDER, Features, compute_features, hash_share, make_text_features
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, mark_left_out, require_readable
 from lit_vlm.curation.personal_data import collect_personal_data, require_packages, search_sources
+from lit_vlm.curation.picture_hashes import HASH_VERSION
 from lit_vlm.curation.prune import prune_captions, read_captions, score_captions
 from lit_vlm.data.index.shard_cache import hash_parts
 from lit_vlm.data.selection import (
@@ -89,9 +91,13 @@ class CurationInputs:
     def hash_records(self) -> CuratedMixture:
         """Hash texts and pictures of all records, or read the hashes that are there."""
         with show_progress("hash") as on_progress:
-            return self.make_mixture(
-                compute_features(self.sources, self.index_dir, workers=self.workers, on_progress=on_progress)
+            features = compute_features(self.sources, self.index_dir, workers=self.workers, on_progress=on_progress)
+        if features.num_outdated:
+            say(
+                f"{self.index_dir / FEATURES_FOLDER}: the hashes of {format_count(features.num_outdated, 'block')} of records are of an older "
+                f"version than {HASH_VERSION} and were not read; their pictures were hashed anew."
             )
+        return self.make_mixture(features)
 
 
 def curate(run: Run) -> None:
@@ -177,7 +183,9 @@ def curate_contamination(inputs: CurationInputs) -> tuple[CuratedMixture, Curati
     Raises:
         UserError: no benchmark could be read.
     """
-    mixture, files = inputs.hash_records(), Path(inputs.benchmark_files or "")
+    settings, files = inputs.settings, Path(inputs.benchmark_files or "")
+    encoder = load_picture_encoder(Path(settings.model), MODEL_KEY) if settings.model else None
+    mixture = inputs.hash_records()
     names, max_pixels = inputs.benchmarks or list(BENCHMARKS), inputs.data.max_image_pixels
     benchmarks = read_benchmarks(names, files, inputs.index_dir, max_pixels=max_pixels, workers=inputs.workers)
     for name, reason in benchmarks.unchecked.items():
@@ -186,10 +194,22 @@ def curate_contamination(inputs: CurationInputs) -> tuple[CuratedMixture, Curati
         raise UserError(
             f"evaluate.files={files}: no benchmark could be read, so nothing was checked; see the reasons above."
         )
+    near = None
+    if encoder is not None:
+        with show_progress("encode") as on_progress:
+            options: dict[str, Any] = {"batch_size": settings.batch_size, "workers": inputs.workers}
+            asked = (
+                inputs.sources,
+                mixture.features,
+                benchmarks,
+                encoder,
+                inputs.index_dir,
+                settings.min_cosine or 1.0,
+            )
+            near = find_near_pictures(*asked, on_progress=on_progress, **options)
     with show_progress("search") as on_progress:
-        options: dict[str, Any] = {"workers": inputs.workers, "on_progress": on_progress}
-        result = search_leaks(mixture, inputs.settings, benchmarks, inputs.index_dir, max_pixels=max_pixels, **options)
-    return mixture, result
+        options = {"max_pixels": max_pixels, "workers": inputs.workers, "on_progress": on_progress}
+        return mixture, search_leaks(mixture, settings, benchmarks, inputs.index_dir, near=near, **options)
 
 
 def curate_personal(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lit_vlm.config.choices import Certainty
 from lit_vlm.config.curation import CurateConfig
 from lit_vlm.config.schema import DataConfig
-from lit_vlm.curation.contamination import BenchmarkFeatures, read_benchmarks, search_leaks
+from lit_vlm.curation.benchmark_features import BenchmarkFeatures, read_benchmarks
+from lit_vlm.curation.contamination import search_leaks
 from lit_vlm.curation.features import compute_features
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult
 from lit_vlm.evaluation.benchmarks import BENCHMARKS
@@ -52,7 +54,7 @@ def check_contamination(
         nothing_out = np.zeros(len(features.rows), bool)
         mixture = CuratedMixture(list(sources), [], [None] * len(sources), features, nothing_out)
         settings = CurateConfig(num_shown=num_shown)
-        options = {"max_pixels": max_pixels, "workers": workers}
+        options: dict[str, Any] = {"max_pixels": max_pixels, "workers": workers}
         result = search_leaks(mixture, settings, benchmarks, index_dir, on_progress=on_progress, **options)
     facts.contamination = _summarize(result, benchmarks, len(features.rows))
     if result.left_out:

@@ -1,6 +1,7 @@
 """Hashes of pictures and texts, and the search among them: what is found, and what is not."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -8,9 +9,16 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage import data as photos
 
 from lit_vlm.curation import matching
+from lit_vlm.curation.duplicates import find_same_pixels
 from lit_vlm.curation.matching import iterate_ranges, match_pictures, match_texts
 from lit_vlm.curation.picture_details import MIN_DETAIL, compare_details
-from lit_vlm.curation.picture_hashes import NUM_VIEWS, find_same_views, hash_picture
+from lit_vlm.curation.picture_hashes import (
+    NUM_VIEWS,
+    digest_reduction,
+    find_same_views,
+    hash_reduced,
+    reduce_picture,
+)
 from lit_vlm.curation.text_hashes import (
     NUM_PERMUTATIONS,
     compute_signatures,
@@ -35,6 +43,27 @@ def reencode(image: Image.Image, quality: int) -> Image.Image:
 
 def paint(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(image)[:, :, [2, 0, 1]])
+
+
+class PictureHash(NamedTuple):
+    reduction: np.ndarray
+    views: np.ndarray
+    thumbnail: np.ndarray
+
+
+def hash_picture(picture: Image.Image) -> PictureHash:
+    reduced = reduce_picture(picture)
+    views, thumbnails = hash_reduced(reduced[None])
+    return PictureHash(digest_reduction(reduced, picture.size), views[0], thumbnails[0])
+
+
+def test_pictures_have_the_same_hashes_alone_and_among_others():
+    pictures = [change(photo) for photo in (PHOTO, OTHER) for change in (paint, lambda image: image)] * 20
+    views, thumbnails = hash_reduced(np.stack([reduce_picture(one) for one in pictures]))
+    assert len(views) > 64
+    for number in range(4):
+        alone = hash_picture(pictures[number])
+        assert (views[number::4] == alone.views).all() and (thumbnails[number::4] == alone.thumbnail).all()
 
 
 def is_found(first: Image.Image, second: Image.Image) -> bool:
@@ -87,15 +116,41 @@ def test_red_and_blue_of_one_shape_differ_although_their_perceptual_hash_is_the_
     assert not is_found(red, blue)
 
 
-def test_the_digest_of_pixels_depends_on_every_pixel_and_on_the_shape():
-    pixels = np.zeros((4, 9, 3), np.uint8)
-    changed = pixels.copy()
-    changed[3, 8, 2] = 1
+def test_equal_pixels_have_equal_reductions_and_the_size_counts():
+    photo = np.asarray(PHOTO)
     digests = {
-        hash_picture(Image.fromarray(one)).pixels.tobytes() for one in (pixels, changed, pixels.reshape(9, 4, 3))
+        hash_picture(Image.fromarray(one)).reduction.tobytes()
+        for one in (photo, photo[:, ::-1], photo.reshape(320, 240, 3))
     }
     assert len(digests) == 3
-    assert hash_picture(Image.fromarray(pixels.copy())).pixels.tobytes() in digests
+    assert hash_picture(Image.fromarray(photo.copy())).reduction.tobytes() in digests
+    flat = (Image.new("RGB", size, "white") for size in ((64, 96), (96, 64)))
+    assert len({hash_picture(one).reduction.tobytes() for one in flat}) == 2
+
+
+def test_pictures_of_one_reduction_are_the_same_only_if_all_pixels_are():
+    photo = np.asarray(PHOTO.resize((640, 480)))
+    swapped = photo.copy()
+    swapped[0, :2] = photo[0, 1::-1]  # two neighbours: averages of whole blocks do not tell
+    assert (swapped != photo).any()
+    pictures = [photo, swapped, photo.copy(), swapped.copy(), np.zeros_like(photo), photo.copy()]
+    pictures[-1][479, 600:] = 7
+    loaded, decoded = [Image.fromarray(one) for one in pictures], []
+    digests = np.stack([hash_picture(one).reduction for one in loaded])
+    assert (digests[:4] == digests[0]).all()
+    contents = np.arange(len(pictures))
+
+    def load(number: int) -> Image.Image:
+        decoded.append(number)
+        return loaded[number]
+
+    found = find_same_pixels(digests, contents, load, workers=1)
+    assert found.tolist() == [0, 1, 0, 1, 4, 5]
+    assert 4 not in decoded  # no other picture has its reduction
+    contents[2] = 0  # the same bytes: known without a look
+    decoded.clear()
+    assert find_same_pixels(digests, contents, load, workers=1).tolist() == [0, 1, 0, 1, 4, 5]
+    assert 2 not in decoded
 
 
 def write_page(*lines: str, size=(220, 160)) -> Image.Image:

@@ -2,15 +2,21 @@
 
 import io
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 from made_benchmarks import make_rows, write_parquet
 from PIL import Image
 from run_helpers import make_llava_record, read_lines, run, run_curate, save_photos, write_records
+from small_matchers import make_dual_encoder
 from test_preflight import run_preflight_with
 
 from lit_vlm.config import ConfigError, parse
-from lit_vlm.curation.contamination import cut_options
+from lit_vlm.curation.benchmark_features import cut_options, read_benchmarks
+from lit_vlm.curation.contamination import judge_picture
+from lit_vlm.curation.duplicates import Evidence
+from lit_vlm.model.image_text import load_picture_encoder
 from lit_vlm.types import UserError
 
 QUESTION, ANSWER = "<image>\n무엇이 보이나요?", "사진이 보입니다."
@@ -103,6 +109,36 @@ def test_a_question_whose_options_were_left_out_is_found(tmp_path):
     output = run_curate(tmp_path, *overrides)
     lines = read_lines(output / "left_out.jsonl")
     assert [(one["row"], one["certainty"], one["overlap"]) for one in lines] == [(0, "possible", 1.0)]
+
+
+def test_pictures_that_are_near_in_the_features_of_a_tower_are_possible_leaks(leaked, tmp_path, monkeypatch):
+    tower = make_dual_encoder("clip", tmp_path / "clip")
+    search = [*SEARCH, *leaked, "curate.pictures=embedding", f"curate.model={tower}"]
+    output = run_curate(tmp_path, *search, "curate.min_cosine=-1")
+    lines = {line["position"]: line for line in read_lines(output / "left_out.jsonl")}
+    plain = read_lines(run_curate(tmp_path, *SEARCH, *leaked, "run_name=plain") / "left_out.jsonl")
+    assert [lines[one["position"]] | {"cosine": None} for one in plain] == plain  # what is surer is found as before
+    cat = lines[0]  # it is no picture of the benchmark; this tower has random weights
+    assert (cat["picture"], cat["certainty"], cat["left_out"]) == ("embedding", "possible", False)
+    assert f"picture: near, cosine {cat['cosine']:.3f}" in (output / "page.html").read_text("utf-8")
+    places = dict(override.split("=", 1) for override in leaked)
+    rows = read_benchmarks(["k_dtcbench"], Path(places["evaluate.files"]), tmp_path, max_pixels=10**8, workers=1)
+    picture = Image.open(Path(places["data.sources.mine.image_root"]) / "고양이.png").convert("RGB")
+    images = [picture, *(rows.load_picture(number) for number in range(8))]
+    own, *others = load_picture_encoder(tower, "curate.model").embed_images(images)
+    cosines = [float(own @ other) for other in others]
+    assert cat["row"] == int(np.argmax(cosines)) and abs(cat["cosine"] - max(cosines)) < 1e-3
+    above = run_curate(tmp_path, *search, f"curate.min_cosine={max(cosines) + 1e-3}", "run_name=above")
+    assert all(line["position"] != 0 for line in read_lines(above / "left_out.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("evidence", "overlap", "certainty"),
+    [("bytes", 0.0, "certain"), ("pixels", 0.0, "certain"), ("view", 0.0, "likely"), ("embedding", 0.0, "possible")]
+    + [("embedding", 0.9, "likely")],  # near features, and the question of the same row
+)
+def test_the_certainty_of_a_picture_depends_on_how_it_matches(evidence, overlap, certainty):
+    assert judge_picture(Evidence(evidence), overlap).value == certainty
 
 
 def test_the_least_certainty_decides_what_goes(leaked, tmp_path):

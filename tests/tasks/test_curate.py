@@ -162,13 +162,13 @@ def test_a_second_search_adds_to_a_selection(mixture):
 def test_an_interrupted_search_decodes_no_picture_twice(mixture, monkeypatch):
     folder, overrides = mixture
     decoded = []
-    hash_picture = features.hash_picture
+    reduce_picture = features.reduce_picture
 
     def count(picture):
         decoded.append(picture.size)
-        return hash_picture(picture)
+        return reduce_picture(picture)
 
-    monkeypatch.setattr(features, "hash_picture", count)
+    monkeypatch.setattr(features, "reduce_picture", count)
     output = run_curate(folder, *overrides)
     found, num_decoded = list_left_out(output), len(decoded)
     assert num_decoded == 4 + 3  # of each source, each file once
@@ -180,6 +180,25 @@ def test_an_interrupted_search_decodes_no_picture_twice(mixture, monkeypatch):
     for path in (folder / "runs" / "index" / "curation").glob("*.npy"):
         path.write_bytes(path.read_bytes()[:100])  # cut off
     assert list_left_out(run_curate(folder, *overrides)) == found
+
+
+def test_hashes_of_another_version_are_named_and_not_read(mixture, monkeypatch, capsys):
+    folder, overrides = mixture
+    with monkeypatch.context() as changed:
+        changed.setattr(features, "HASH_VERSION", features.HASH_VERSION - 1)
+        run_curate(folder, *overrides)
+    assert "older version" not in capsys.readouterr().out
+    kept = {path: path.read_bytes() for path in (folder / "runs/index/curation").glob("*.npy")}
+    assert len(kept) == 2 * 2
+    output = run_curate(folder, *overrides)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"the hashes of 2 blocks of records are of an older version than {features.HASH_VERSION} and were not read"
+        in said
+    )
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert len(list((folder / "runs/index/curation").glob("*.npy"))) == 2 * len(kept)
+    assert run_curate(folder, *overrides) == output and "older version" not in capsys.readouterr().out
 
 
 def test_the_output_of_another_search_is_not_replaced(mixture):
@@ -207,6 +226,12 @@ def test_a_mixture_without_a_readable_record_is_an_error(tmp_path):
         (["curate.pictures=embedding", "curate.model=x"], "curate.min_cosine is not set"),
         (["curate.min_cosine=0.9"], "curate.pictures=embedding only"),
         (["curate.pictures=embedding", "curate.method=personal"], "curate.method=duplicates only"),
+        (["curate.method=contamination", "evaluate.files=x", "curate.pictures=bytes"], "always compares bytes, pixels"),
+        (["curate.method=contamination", "evaluate.files=x", "curate.pictures=embedding"], "curate.model is not set"),
+        (
+            ["curate.method=contamination", "evaluate.files=x", "curate.min_cosine=0.9"],
+            "curate.pictures=embedding only",
+        ),
         (
             ["curate.method=contamination", "evaluate.files=x", "curate.duplicates=texts"],
             "curate.method=duplicates only",
