@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compare import page, report
-from benchmarks.compare.cases import HF_TUNED, OURS, Case, make_case
+from benchmarks.compare.cases import HF_TUNED, LONG_BATCH, OURS, Case, make_case
 from benchmarks.compare.clock import measure_interleaved
 from benchmarks.compare.contender import Contender, Placement, make_ours, setup_process
 from benchmarks.compare.counts import count_step
@@ -167,6 +167,8 @@ def measure_peak(case: Case, name: str, placement: Placement) -> int:
 def compare_peaks(case: Case, placement: Placement) -> dict[str, Any]:
     """Compare the peak memory of a large micro-batch with a real vocabulary against HF Trainer.
 
+    Also measure this library alone on a longer micro-batch, and compute the size of all logits that HF Trainer would make.
+
     Raises:
         UserError: too little memory is free.
     """
@@ -181,12 +183,19 @@ def compare_peaks(case: Case, placement: Placement) -> dict[str, Any]:
     del contenders
     peaks = {name: measure_peak(case, name, placement) for name in (OURS, HF_TUNED)}
     ratio = peaks[OURS] / peaks[HF_TUNED]
+    long = replace(case, batch=LONG_BATCH)
+    long_data = report.describe_data(long)
     return {
         "case": case.name,
         "data": report.describe_data(case),
         "gate": differences,
         "peak_memory": peaks,
         "ratio": ratio,
+        "long": {
+            "data": long_data,
+            "peak_memory": measure_peak(long, OURS, placement),
+            "computed_logits": 4 * long_data["tokens"] * case.model_size.vocab,  # float32
+        },
     } | {"versions": get_package_versions()}
 
 

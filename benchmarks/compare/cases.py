@@ -142,7 +142,8 @@ def convert_to_gpu_recipe(recipe: Recipe, contender: str) -> Recipe:
 
 
 TRL = (TRL_SHIPPED, TRL_TUNED)
-LARGE_BATCH = 12  # samples of about 350 tokens. For 16,384 tokens, logits and their gradients would take over 30 GB
+# samples of about 350 tokens: 6,000 tokens, which HF Trainer's logits allow, and 16,000, which they do not
+LARGE_BATCH, LONG_BATCH = 17, 47
 SFT_CONTENDERS = (OURS, *TRL, HF_TUNED, HF_SORTED)
 
 

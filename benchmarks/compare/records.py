@@ -113,7 +113,7 @@ class RecordGenerator:
         count = 0
         while count < tokens:
             words.append(self.rng.choice(self.words))
-            count += len(self.processor.template.tokenize_text(" " + words[-1]))
+            count += len(self.processor.template.plain_tokenizer.encode(" " + words[-1], add_special_tokens=False))
         return " ".join(words)
 
     def _make_image(self, rows: int, columns: int) -> DecodedImage:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from datetime import date
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lit_vlm.data.template_date import freeze_date, is_date_dependent, validate_determinism
+from lit_vlm.data.word_tokens import WordTokenizer
 from lit_vlm.formatting import format_count
 from lit_vlm.types import IMAGE_TOKEN, ControlToken, ImagePlaceholder, Message, Role, UserError
 
@@ -123,7 +125,8 @@ class ChatTemplate:
         self._control_pattern = re.compile("|".join(map(re.escape, literals)))
         self._strips_role = {role: self._detect_stripping(role) for role in (Role.user, Role.assistant)}
         self.get_pieces = lru_cache(maxsize=4096)(self._build_pieces)
-        self.tokenize_text = lru_cache(maxsize=8192)(self._tokenize_text)
+        # [tokens] int32 as bytes
+        self.tokenize_text = lru_cache(maxsize=8192)(WordTokenizer(self.plain_tokenizer).encode)
 
     def __reduce__(self):  # pickled for a spawned loader worker, without the caches
         return type(self), (self.tokenizer, self.image_token, self.day)
@@ -136,15 +139,15 @@ class ChatTemplate:
             image_tokens: number of placeholders of each image, in the order of the images in the text.
         """
         shape, texts = _extract_shape(messages)
-        ids: list[int] = []
-        mask: list[bool] = []
+        ids: list[bytes] = []  # int32
+        mask: list[bytes] = []  # bool
         images = iter(image_tokens)
         answers = tuple(message.supervised for message in messages if message.role is Role.assistant)
         supervised, pending = False, ""
 
-        def put(new: list[int] | tuple[int, ...]) -> None:
-            ids.extend(new)
-            mask.extend([supervised] * len(new))
+        def put(new: bytes) -> None:
+            ids.append(new)
+            mask.append((b"\1" if supervised else b"\0") * (len(new) // 4))
 
         def flush() -> None:
             nonlocal pending
@@ -161,15 +164,18 @@ class ChatTemplate:
                         pending += part
                     else:
                         flush()
-                        put([self._get_control_id(part)])
+                        put(_pack(self._get_control_id(part)))
             elif isinstance(piece, SpecialToken):
                 flush()
-                put([piece.token_id] * (next(images) if piece.token_id == self.image_token_id else 1))
+                put(_pack(piece.token_id) * (next(images) if piece.token_id == self.image_token_id else 1))
             else:
                 flush()
                 supervised = piece.on
         flush()
-        return TokenSequence(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
+        # joined as bytearray, because arrays of bytes would be read-only
+        return TokenSequence(
+            np.frombuffer(bytearray().join(ids), np.int32), np.frombuffer(bytearray().join(mask), bool)
+        )
 
     def holds_thoughts(self, message: Message) -> bool:
         """Return True if an answer begins with thoughts that the vocabulary has tokens for: as text they would be others."""
@@ -185,9 +191,6 @@ class ChatTemplate:
                 f"The data uses the control token {control.token}, which this model's vocabulary lacks. "
                 f"Add it with model.special_tokens, or read the source with markup=off."
             ) from None
-
-    def _tokenize_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.plain_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _apply_stripping(self, role: Role, parts: tuple[str | ControlToken, ...]) -> tuple[str | ControlToken, ...]:
         """Strip the parts as the template would: some templates strip the whitespace around a message."""
@@ -359,6 +362,10 @@ class ChatTemplate:
             )
         if position < len(rendered):
             yield rendered[position:]
+
+
+def _pack(token_id: int) -> bytes:
+    return token_id.to_bytes(4, sys.byteorder)
 
 
 def _format_error(error: Exception) -> str:

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +27,7 @@ from lit_vlm.data.decoding import (
     get_orientation,
     get_upright_size,
     open_image,
+    verify_upright,
 )
 from lit_vlm.types import Fault, LazyImage, Record, RecordError
 
@@ -123,6 +124,11 @@ class EncodedImage:
         """Load the image as upright RGB. Raises RecordError if it cannot be decoded completely."""
         with self._open_image() as (image, stream):
             return decode_upright(image, stream)
+
+    def verify(self) -> tuple[int, int]:
+        """Check that the image decodes completely; return its upright (height, width). Raises RecordError as `load`."""
+        with self._open_image() as (image, stream):
+            return verify_upright(image, stream)
 
     def load_at_least(self, height: int, width: int) -> Image.Image:
         """Load as `load`, but a JPEG at the smallest scale of 1/1, 1/2, 1/4, 1/8 that has at least this size in pixels."""
@@ -260,7 +266,7 @@ def resolve_image_path(path: str, root: Path, origin: str, more_roots: Sequence[
     """
     validate_image_path(path, origin)
     try:
-        roots = [folder.resolve() for folder in (root, *more_roots)]
+        roots = [_resolve_root(folder) for folder in (root, *more_roots)]
         # Checked before any lookup, so that the error does not reveal whether a file outside of the roots exists.
         candidates = [_resolve_inside(folder / path, roots, path, origin) for folder in roots]
         found = [candidate for candidate in candidates if candidate.exists()]
@@ -288,6 +294,12 @@ def resolve_image_path(path: str, root: Path, origin: str, more_roots: Sequence[
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would block for ever
         raise RecordError(origin, f"image {format_untrusted(path)} is not a regular file", REMEDY, Fault.unreadable)
     return found[0]
+
+
+@lru_cache(maxsize=64)
+def _resolve_root(folder: Path) -> Path:
+    """Resolve a root once in a process: every image needs it, and a look-up costs a system call for each folder above it."""
+    return folder.resolve()
 
 
 def _is_same_content(file: Path, other: Path) -> bool:

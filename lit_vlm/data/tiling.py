@@ -120,6 +120,12 @@ def _select_square_form(settings: ImageSettings, single_image: bool) -> SquareFo
 def _make_base_view(image: Image.Image, settings: ImageSettings, single_image: bool) -> Image.Image:
     side, form = settings.tile_size, _select_square_form(settings, single_image)
     if form is not SquareForm.crop:
+        if form is SquareForm.pad and image.height < image.width <= MAX_SQUARE_PX:
+            # Pillow resizes rows first: those above and below the image keep their colour, so they are added afterwards
+            height, image = image.width, image.resize((side, image.height), settings.resample)
+            canvas = Image.new("RGB", (side, height), _compute_mean_colour(settings))
+            canvas.paste(image, (0, (height - image.height) // 2))
+            return canvas.resize((side, side), settings.resample)
         square = _pad_to_square(image, settings) if form is SquareForm.pad else image
         return square.resize((side, side), settings.resample)
     shortest = min(image.size)
@@ -140,9 +146,13 @@ def _pad_to_square(image: Image.Image, settings: ImageSettings) -> Image.Image:
     if side > MAX_SQUARE_PX:  # a line of pixels would become a canvas of gigabytes
         image = image.resize([max(1, edge * SHRUNK_SQUARE_PX // side) for edge in image.size], settings.resample)
         side = max(image.size)
-    canvas = Image.new("RGB", (side, side), tuple(int(value * 255) for value in settings.mean))
+    canvas = Image.new("RGB", (side, side), _compute_mean_colour(settings))
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
+
+
+def _compute_mean_colour(settings: ImageSettings) -> tuple[int, ...]:
+    return tuple(int(value * 255) for value in settings.mean)
 
 
 def _stack_tiles(views: list[Image.Image], side: int) -> np.ndarray:

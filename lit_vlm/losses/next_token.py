@@ -22,6 +22,7 @@ from lit_vlm.types import LOGITS_CHUNK_TOKENS
 # Shapes: R rows (supervised positions), C rows of a chunk, D width, V vocabulary size, n tokens with rows of their own.
 
 TokenScores: TypeAlias = tuple[Tensor, ...]
+LOGSUMEXP_ELEMENTS = 1 << 24  # logits whose log-sum-exp is computed at a time
 
 
 def compute_next_token_loss(token_losses: Tensor, num_step_tokens: int) -> Tensor:
@@ -84,7 +85,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
             parts, log_normalizers, kept = [], [], []
             for start in range(0, len(hidden), chunk_size):
                 logits = _compute_logits(hidden[start : start + chunk_size].to(dtype), matrix, token_ids, token_matrix)
-                log_normalizer = logits.float().logsumexp(-1)
+                log_normalizer = _compute_log_normalizer(logits)
                 parts.append(
                     _compute_chunk_scores(logits, targets[start : start + chunk_size], log_normalizer, statistics)
                 )
@@ -110,14 +111,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
             part = slice(start, start + chunk_size)
             inputs = hidden[part].to(dtype)
             logits = kept[0] if kept else _compute_logits(inputs, matrix, token_ids, token_matrix)
-            d_logits = (logits.float() - log_normalizers[part, None]).exp_().neg_()
+            # in place: logits that were kept, or computed just now, are not needed again
+            d_logits = logits.float().sub_(log_normalizers[part, None]).exp_().neg_()
             d_logits[torch.arange(len(d_logits), device=d_logits.device), targets[part]] += 1
             d_logits = d_logits.mul_(gradient[part, None]).to(dtype)
             if token_ids is not None:
                 d_new = d_logits[:, token_ids]
                 d_logits.index_fill_(1, token_ids, 0.0)
             if d_hidden is not None:
-                d_hidden[part] = d_logits @ matrix if d_new is None else d_logits @ matrix + d_new @ token_matrix
+                product = d_logits @ matrix
+                no_rows = d_new is None or token_matrix is None
+                d_hidden[part] = product if no_rows else product + d_new @ token_matrix  # type: ignore[operator]
             if wants_weight:
                 d_weight = _accumulate(d_weight, d_logits.T @ inputs)
             if wants_token_rows and d_new is not None:
@@ -143,6 +147,12 @@ def _compute_logits(hidden: Tensor, matrix: Tensor, token_ids: Tensor | None, to
     if token_ids is None or token_rows is None:
         return logits
     return logits.index_copy_(-1, token_ids, F.linear(hidden, token_rows))
+
+
+def _compute_log_normalizer(logits: Tensor) -> Tensor:
+    """Compute the log-sum-exp of each row in float32, [C]. Its temporary tensor is as large as what it gets."""
+    rows = max(1, LOGSUMEXP_ELEMENTS // logits.shape[-1])
+    return torch.cat([part.float().logsumexp(-1) for part in logits.split(rows)])
 
 
 def _compute_chunk_scores(logits: Tensor, targets: Tensor, log_normalizer: Tensor, statistics: bool) -> TokenScores:

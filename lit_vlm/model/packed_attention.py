@@ -16,6 +16,9 @@ from transformers.masking_utils import sdpa_mask
 
 from lit_vlm.types import UserError
 
+# mean tokens of a segment from which a kernel call of its own is cheaper than a place in a padded group
+MIN_UNPADDED_TOKENS = 64
+
 # Shapes: T tokens in the row, B segments, Q queries (T, or those that a layer needs), R scored positions, G spans of one
 # group, L the maximum number of queries in it, M the maximum number of keys.
 
@@ -109,6 +112,12 @@ class Segments:
     def max_num_keys(self) -> int:
         """Maximum number of keys that a query may attend to."""
         return max(span.num_keys for span in self.spans)
+
+    @cached_property
+    def is_cheaper_unpadded(self) -> bool:
+        """True when a kernel call for each segment costs less than padding and gathering: long segments, all positions."""
+        is_whole_row = self._query_lengths == self.lengths and max(self._prefixes) < 0
+        return is_whole_row and sum(self.lengths) >= MIN_UNPADDED_TOKENS * len(self.lengths)
 
     def get_groups(self, window: int | None = None) -> list[PaddedGroup]:
         """Group spans of similar length, padded to the longest; `window` is the sliding window in tokens."""
@@ -336,8 +345,15 @@ def _run_grouped_attention(
     dropout: float,
     window: int | None,
 ) -> Tensor:
-    """Run one SDPA call for each padded group of spans; return [1, Q, H, D]."""
-    gqa = query.shape[1] != key.shape[1]
+    """Run one SDPA call for each long segment, or for each padded group of spans; return [1, Q, H, D]."""
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    if segments.is_cheaper_unpadded and not window and query.device.type == "cpu":
+        # views of one split: its backward pass is one concatenation, not a sum of tensors as long as the row
+        parts = (tensor.split(segments.lengths, dim=2) for tensor in (query, key, value))
+        outs = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, **options) for q, k, v in zip(*parts, strict=True)
+        ]
+        return torch.cat([out.transpose(1, 2) for out in outs], dim=1)
     # [Q, heads * D]: the heads of a token are contiguous
     q_row, *kv_rows = (tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value))
     index = None if len(q_row) == len(kv_rows[0]) else _index_positions(segments.query_positions, len(kv_rows[0]))
@@ -346,16 +362,8 @@ def _run_grouped_attention(
         queries = group.queries if index is None else index[group.queries]
         q = _gather_heads(q_row, queries, query.shape[-1])
         k, v = (_gather_heads(row, group.keys, query.shape[-1]) for row in kv_rows)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=group.mask,
-            is_causal=group.mask is None,
-            scale=scaling,
-            dropout_p=dropout,
-            enable_gqa=gqa,
-        )
+        is_causal = group.mask is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, is_causal=is_causal, **options)
         results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [G * L, H * D]
     return torch.cat(results).index_select(0, segments.group_output_index).unflatten(1, (query.shape[1], -1))[None]
 

@@ -70,7 +70,9 @@ def test_each_bad_file_is_reported_with_its_fault_and_none_is_read(cases, audit)
         header, pixels = return_record_error(lambda image=image: image.size), return_record_error(image.load)
         if case.expected is None:
             continue
-        named = isinstance(pixels, RecordError) and pixels.fault is case.expected
+        verified = return_record_error(image.verify)
+        named = isinstance(verified, RecordError) and (verified.fault, verified.reason) == (pixels.fault, pixels.reason)
+        named = named and isinstance(pixels, RecordError) and pixels.fault is case.expected
         named = named and pixels.origin == f"train.jsonl:{number}" and "image" in pixels.reason
         # The header is valid or gives the same fault; for most classes the header is enough.
         by_header = isinstance(header, RecordError) and header.fault is case.expected
@@ -90,7 +92,7 @@ def test_each_odd_but_good_file_is_read_exactly(cases):
         count += 1
         image = open_image(root, number, case)
         pixels = np.asarray(image.load())
-        if image.size != pixels.shape[:2] or pixels.shape != case.reference.shape:
+        if not image.size == image.verify() == pixels.shape[:2] or pixels.shape != case.reference.shape:
             wrong.append((case.path, image.size, pixels.shape, case.reference.shape))
         elif np.abs(pixels - case.reference.astype(float)).mean() > case.tolerance:
             wrong.append((case.path, np.abs(pixels - case.reference.astype(float)).mean()))

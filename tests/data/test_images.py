@@ -13,9 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageFile, ImageOps
 
 from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
+from lit_vlm.data import decoding
 from lit_vlm.data.collate import collate
 from lit_vlm.data.lazy_images import FORMATS, ArrayImage, BytesImage, FileImage
 from lit_vlm.data.tiling import compute_decode_size, load_tiles, split_into_tiles
@@ -104,6 +106,30 @@ def test_each_format_is_decoded_to_the_photograph(root, photos, image_format):
         assert loaded.mode == "RGB" and loaded.size == (120, 80)
         difference = np.abs(np.asarray(loaded, float) - np.asarray(photo, float)).mean()
         assert difference < (0.01 if image_format in ("PNG", "BMP") else 12)
+
+
+@pytest.mark.parametrize("size", [(120, 80), (17, 33), (1, 1), (8, 301)])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_has_the_pixels_of_pillow(root, photos, size, subsampling, progressive):
+    for quality in (30, 75, 95):
+        data = encode(photos[0].resize(size), "JPEG", quality=quality, subsampling=subsampling, progressive=progressive)
+        (root / "a.jpg").write_bytes(data)
+        image = open_image(root, "a.jpg")
+        assert np.array_equal(np.asarray(image.load()), np.asarray(Image.open(io.BytesIO(data))))
+        assert image.verify() == image.size == size[::-1]
+
+
+def test_a_jpeg_is_decoded_by_pillow_if_another_libjpeg_gives_other_pixels(root, photos, monkeypatch):
+    data = encode(photos[0], "JPEG")
+    (root / "a.jpg").write_bytes(data)
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args, **options: 255 - decode(*args, **options))
+    decoding._has_pixels_of_pillow.cache_clear()
+    try:
+        assert np.array_equal(np.asarray(open_image(root, "a.jpg").load()), np.asarray(Image.open(io.BytesIO(data))))
+    finally:
+        decoding._has_pixels_of_pillow.cache_clear()
 
 
 def test_images_can_be_sent_to_other_processes(root, photos):

@@ -9,6 +9,7 @@ from transformers import AddedToken
 
 from lit_vlm.data.chat_template import ChatTemplate
 from lit_vlm.data.processor import Processor, check_vocabulary
+from lit_vlm.data.word_tokens import WordTokenizer
 from lit_vlm.model.vocabulary import wrap_chat_template
 from lit_vlm.reports.preflight.samples import prepare_sample
 from lit_vlm.types import SPECIAL_TOKENS, ControlToken, ImagePlaceholder, Message, RecordError, Role, UserError
@@ -308,7 +309,7 @@ def test_a_tokenizer_that_tokenises_pieces_and_the_whole_differently_is_refused(
 
     backend = processor.template.plain_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Metaspace()  # like SentencePiece: a space before every piece
-    processor.template.tokenize_text.cache_clear()
+    monkeypatch.setattr(processor.template, "tokenize_text", WordTokenizer(backend).encode)
     with pytest.raises(UserError, match="byte-level tokenizer"):
         check_vocabulary(processor)
 

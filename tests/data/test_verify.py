@@ -9,7 +9,6 @@ from functools import partial
 import numpy as np
 import pytest
 from index_cases import LinesSource, make_rows, save_photo, write
-from PIL import Image
 from waiting import until
 
 from lit_vlm.data.index import shard_cache
@@ -42,8 +41,8 @@ def store(tmp_path):
 def decoded(monkeypatch) -> list[str]:
     """Paths of the images that are decoded."""
     paths: list[str] = []
-    load = FileImage.load
-    monkeypatch.setattr(FileImage, "load", lambda self: paths.append(self.path) or load(self))
+    verify = FileImage.verify
+    monkeypatch.setattr(FileImage, "verify", lambda self: paths.append(self.path) or verify(self))
     return paths
 
 
@@ -131,7 +130,7 @@ def test_another_template_needs_no_second_pass(lines, store, processor, decoded)
 def test_a_wrong_header_is_found(tmp_path, monkeypatch):
     save_photo(tmp_path / "a.jpg", width=90, height=60)
     path = write(tmp_path / "a.jsonl", [{"turns": ["q", "a"], "images": [["a.jpg", 0]]}])
-    monkeypatch.setattr(FileImage, "load", lambda self: Image.new("RGB", (90, 61)))
+    monkeypatch.setattr(FileImage, "verify", lambda self: (61, 90))
     ((_, error),) = verify_images([LinesSource(path)], None)
     assert error.fault is Fault.broken and "header says 90 x 60 pixels, decoded it has 90 x 61" in str(error)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lit_vlm.losses import next_token
 from lit_vlm.losses.next_token import compute_token_log_probs
 from lit_vlm.types import LOGITS_CHUNK_TOKENS
 
@@ -72,6 +73,21 @@ def test_under_autocast_products_use_its_type_and_sums_stay_in_float32(chunk):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.dtype == torch.float32
         assert torch.cosine_similarity(mine.flatten(), other.flatten(), dim=0) > 0.9999
+
+
+def test_the_sum_over_the_vocabulary_is_taken_in_parts_of_the_same_value(monkeypatch):
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    for elements in (1, 100, 10_000):
+        monkeypatch.setattr(next_token, "LOGSUMEXP_ELEMENTS", elements)
+        assert torch.equal(next_token._compute_log_normalizer(logits), logits.logsumexp(-1))
+
+
+def test_a_second_backward_pass_through_overwritten_logits_is_refused():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    (log_probs,) = next_token.compute_token_log_probs(hidden, weight, torch.tensor([1, 2, 8]))
+    log_probs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        log_probs.sum().backward()
 
 
 def test_no_more_than_a_chunk_of_logits_is_saved_for_the_backward_pass():

@@ -89,6 +89,23 @@ def test_a_token_sees_its_prefix_and_its_segment_up_to_itself(way, tails, window
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
+def test_long_segments_without_padding_have_the_results_and_gradients_of_padded_groups(monkeypatch):
+    def run(min_tokens):
+        monkeypatch.setattr(packed_attention, "MIN_UNPADDED_TOKENS", min_tokens)
+        segments, tensors = Segments(LENGTHS, CPU), make_qkv(sum(LENGTHS))
+        assert segments.is_cheaper_unpadded == (min_tokens == 1)
+        out = packed_attention._run_grouped_attention(*tensors, segments, None, 0.0, None)
+        factors = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+        return out, *torch.autograd.grad((out * factors).sum(), tensors)
+
+    for unpadded, padded in zip(run(1), run(1000), strict=True):
+        torch.testing.assert_close(unpadded, padded, atol=1e-12, rtol=1e-10)
+    assert not Segments(LENGTHS, CPU, PREFIXES).is_cheaper_unpadded
+    monkeypatch.setattr(packed_attention, "MIN_UNPADDED_TOKENS", 1)
+    assert not Segments(LENGTHS, CPU, None, TAILS).is_cheaper_unpadded
+    assert not Segments(LENGTHS, CPU, PREFIXES).is_cheaper_unpadded
+
+
 def test_no_kernel_call_has_a_key_twice():
     """So the sum of a key's gradients has one order, even on a device where additions race."""
     calls = Segments(LENGTHS, CPU, PREFIXES).varlen_calls

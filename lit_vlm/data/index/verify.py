@@ -94,11 +94,12 @@ def find_image_fault(record: Record, known_faults: dict[bytes, RecordError | Non
 def _check_decoding(image: LazyImage, origin: str) -> RecordError | None:
     """Decode an image; return the error, or None."""
     try:
-        height, width = image.size
-        picture = image.load()
+        size = height, width = image.size
+        verify = getattr(image, "verify", None)  # an image of a custom source may have no such method
+        decoded = verify() if verify else image.load().size[::-1]
     except RecordError as error:
         return error
-    if picture.size == (width, height):
+    if decoded == size:
         return None
-    reason = f"its image's header says {width} x {height} pixels, decoded it has {picture.width} x {picture.height}"
+    reason = f"its image's header says {width} x {height} pixels, decoded it has {decoded[1]} x {decoded[0]}"
     return RecordError(origin, reason, "Replace the image, or set such records aside", Fault.broken)
