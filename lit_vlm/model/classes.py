@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 
 from lit_vlm.anyres import ModelClass
+from lit_vlm.imports import pause_collector
 from lit_vlm.model.projectors import get_projector
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def get_transformers_class(model_class: ModelClass) -> type[Any]:
     """Return transformers' class of models."""
     import transformers
 
-    return getattr(transformers, MODEL_NAMES[model_class])
+    with pause_collector():  # transformers imports a class at its first use
+        return getattr(transformers, MODEL_NAMES[model_class])
 
 
 def get_model_class(config: VisionLanguageConfig) -> type[Any]:

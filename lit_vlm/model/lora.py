@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import peft
 import torch
-from peft import inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lit_vlm.config.schema import LoraConfig
 from lit_vlm.model.parts import get_modules, iter_parameters
 from lit_vlm.types import ModelPart, UserError
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 MODULE_PATTERNS = {
     ModelPart.vision_tower: r"model\.vision_tower\.",
@@ -30,6 +32,8 @@ def add_lora(model: nn.Module, part: ModelPart, lora: LoraConfig, seed: int = 0)
     Raises:
         UserError: a LoRA target is no linear layer of the part.
     """
+    import peft  # late: 0.2 s that a stage without LoRA does not need
+
     linear = {
         name.rsplit(".", 1)[-1]
         for module in get_modules(model, part)
@@ -50,7 +54,7 @@ def add_lora(model: nn.Module, part: ModelPart, lora: LoraConfig, seed: int = 0)
         target_modules=rf"{MODULE_PATTERNS[part]}(.*\.)?({names})",
     )
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    inject_adapter_in_model(config, model, adapter_name=str(part))
+    peft.inject_adapter_in_model(config, model, adapter_name=str(part))
     for layer in find_lora_layers(model).values():  # peft has disabled the adapters of an earlier part
         layer.set_adapter(list(layer.lora_A))
     for name, parameter in model.named_parameters():
@@ -90,4 +94,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 def find_lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """Find the layers with LoRA adapters, by module name."""
+    if "peft" not in sys.modules:  # it makes these layers, so there are none
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

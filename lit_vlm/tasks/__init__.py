@@ -10,6 +10,7 @@ from lit_vlm.config.choices import Task
 from lit_vlm.config.model_folders import require_model_folders
 from lit_vlm.config.parse import Run
 from lit_vlm.config.tasks import TaskEntry
+from lit_vlm.imports import pause_collector
 
 
 def _import_lazily(entry: TaskEntry) -> Callable[[Run], None]:
@@ -19,7 +20,9 @@ def _import_lazily(entry: TaskEntry) -> Callable[[Run], None]:
         module, name = entry.get_function(run.config.stage).split(":")
         if run.config.task is not Task.preflight:  # there it is a finding
             require_model_folders(run)
-        getattr(import_module(module), name)(run)
+        with pause_collector():
+            function = getattr(import_module(module), name)
+        function(run)
 
     return run_task
 

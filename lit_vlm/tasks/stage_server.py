@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from lit_vlm.imports import pause_collector
 from lit_vlm.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,8 +125,9 @@ class ForkedProcess:
 
 def serve(descriptor: int, modules: Sequence[str]) -> None:
     """Import modules, then run each requested command in a fork, until the client closes its end of the socket."""
-    for module in modules:
-        import_module(module)
+    with pause_collector():  # a fork then shares the modules: a collection would write into their pages
+        for module in modules:
+            import_module(module)
     connection = socket.socket(fileno=descriptor)
     requests = connection.makefile("rb")
     for line in requests:

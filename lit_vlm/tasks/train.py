@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from lit_vlm.config import Run
 from lit_vlm.distributed.ranks import is_restarted
 from lit_vlm.fault_tolerance.run_lock import RunLock
+from lit_vlm.imports import pause_collector
 from lit_vlm.loggers.tracker import RunTracker
 from lit_vlm.runs.run_folder import require_finished_parent, to_plain
 from lit_vlm.tasks.open_run import RunPlace, choose_start_point, open_run, open_sources, report_finished
@@ -42,7 +43,8 @@ def train_once(run: Run, run_lock: RunLock, tracker: RunTracker, *, is_restart: 
     tracker.check(folder)
     start = choose_start_point(place, folder, config.resume_from, is_restart=is_restart)
 
-    from lit_vlm.tasks import train_steps as steps  # late: torch and Lightning, which a finished run does not need
+    with pause_collector():
+        from lit_vlm.tasks import train_steps as steps  # late: torch and Lightning, which a finished run does not need
 
     chosen = steps.select_callbacks(
         config.callbacks, config.trainer, config.debug, config.evaluate, config.benchmarks, export=config.export

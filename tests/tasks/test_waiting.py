@@ -21,7 +21,7 @@ FORBIDDEN = {
     "a finished run": {*UNUSED, *MODEL_CLASSES, *LIGHTNING, "torch", "transformers", "tokenizers", "pyarrow"},
     "a wrong path": {*UNUSED, *MODEL_CLASSES, *LIGHTNING, "torch", "transformers", "tokenizers", "pyarrow"},
     "a second preflight": {*UNUSED, *MODEL_CLASSES, *LIGHTNING, "peft", "accelerate"},
-    "a first step": UNUSED,
+    "a first step": {*UNUSED, "peft", "openai", "optuna", "fastapi", "matplotlib", "skimage"},
 }
 FEW = ["trainer.max_steps=1", "data.index_workers=1", "data.validation.max_samples=1", "overwrite=false"]
 
