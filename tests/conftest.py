@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+
+gc.disable()  # until all tests are collected: modules and tests stay to the end, so collections find nothing
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", WANDB_SILENT="true")
 os.environ["LC_ALL"] = "C.UTF-8"  # pages and messages in English
@@ -24,6 +27,12 @@ from lit_vlm.model.tiny import make_language_model, make_tiny_parts, make_vision
 from lit_vlm.types import ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 pytest_plugins = ["margins"]  # --margins=FILE
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # collections during the tests do not look at modules and collected tests
+    gc.enable()
+
 
 torch.set_num_threads(1)  # two threads on a busy machine are slower than one at this size
 
