@@ -51,18 +51,17 @@ IMAGE_SIZE, BATCH, SHARE_FALSE = 56, 32, 0.3
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-def train_blip(folder: Path, num_steps: int, seed: int) -> None:
-    """Train a small BLIP on true captions, and save its two folders."""
+def train_blip(folder: Path, training: list[BuiltinSource], num_steps: int, seed: int) -> None:
+    """Train a small BLIP on true captions, and save its two folders, `retrieval` and `captions`."""
     make_text_encoder(folder / "bert", **SHAPE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     vision = BlipVisionConfig(**SHAPE, image_size=IMAGE_SIZE, patch_size=14)
     options = {"global_batch_size": BATCH, "queue_size": 8 * BATCH, "feature_width": 32, "seed": seed}
     model, tokenizer = build_blip(str(folder / "bert"), vision, **options)
-    training = BuiltinSource("captions", "caption", language=Language.en, num_samples=4000, seed=seed)
     tokenize = partial(tokenize_captions, tokenizer, max_tokens=12)
     data = CaptionDataModule(
-        [training], [], tokenize, image_size=IMAGE_SIZE, global_batch_size=BATCH, num_steps=num_steps, seed=seed
+        training, [], tokenize, image_size=IMAGE_SIZE, global_batch_size=BATCH, num_steps=num_steps, seed=seed
     )
-    stage = BlipStage(model, steps_per_epoch=len(training) // BATCH, learning_rate=1e-3, warmup_steps=50)
+    stage = BlipStage(model, steps_per_epoch=sum(map(len, training)) // BATCH, learning_rate=1e-3, warmup_steps=50)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -106,7 +105,8 @@ def write_planted(folder: Path, num_records: int, seed: int) -> tuple[list[str],
 def run(num_steps: int, num_records: int, seed: int) -> dict[str, Any]:
     """Train, plant, curate and measure."""
     folder, started = Path(tempfile.mkdtemp(prefix="capfilt-")), time.process_time()
-    train_blip(folder, num_steps, seed)
+    captions = BuiltinSource("captions", "caption", language=Language.en, num_samples=4000, seed=seed)
+    train_blip(folder, [captions], num_steps, seed)
     trained = time.process_time()
     truths, is_true = write_planted(folder, num_records, seed)
     settings = [f"data.sources.mine.path={folder / 'web.json'}", "data.sources.mine.kind=caption"]
