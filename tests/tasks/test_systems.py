@@ -38,6 +38,13 @@ from lit_vlm.types import Language, ModelPart
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("llava", "kollava", "aiku", "hf_", "varco_vision_2", "varco_vision_small")
 SYSTEMS = [name for name in list_recipes() if name.startswith(NAMES)]
+ONE_OF_EACH = (
+    "llava_v1_5",
+    "llava_next",
+    "llava_onevision",
+    "aiku_korean_small",
+    "varco_vision_small_0_5b",
+)  # the others are long
 STEPS = 60
 
 
@@ -155,8 +162,10 @@ def run_twin(
     return outputs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", SYSTEMS)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=pytest.mark.slow if name in ONE_OF_EACH else pytest.mark.long) for name in SYSTEMS],
+)
 def test_the_twin_of_a_recipe_runs_all_its_stages_and_learns(recipe, twin_parts, captions, tmp_path):
     outputs = run_twin(recipe, twin_parts, captions, tmp_path)
     losses = [output.read_column("train/loss") for output in outputs]
