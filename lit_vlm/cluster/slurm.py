@@ -91,24 +91,38 @@ def get_own_job() -> str | None:
 
 
 def requeue(job: str) -> str | None:
-    """Requeue a job, which Slurm ends soon after. Return None on success, else the error message of Slurm."""
+    """Requeue the own job, which Slurm ends soon after. Return None on success, else the error message of Slurm.
+
+    A controller under load may requeue it without an answer in time, and a preempted job is requeued by Slurm itself. So after
+    an error the number of restarts decides.
+    """
     try:
         done = _call_slurm(["scontrol", "requeue", job])
     except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return None if done.returncode == 0 else (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+        refusal = str(error)
+    else:
+        if done.returncode == 0:
+            return None
+        refusal = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+    restarts = _read_job(job).get("Restarts", "0")
+    return None if int(restarts) > int(os.environ.get("SLURM_RESTART_COUNT", "0")) else refusal
 
 
 def is_preempted(job: str) -> bool:
     """Return whether Slurm is preempting the job. SIGTERM alone does not distinguish this from scancel."""
-    try:
-        done = _call_slurm(["scontrol", "--oneliner", "show", "job", job])
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    fields = dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
+    fields = _read_job(job)
     preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "(null)")
     # excludes a job that is being cancelled
     return preempted and fields.get("JobState") in ("RUNNING", "SIGNALING")
+
+
+def _read_job(job: str) -> dict[str, str]:
+    """Read what Slurm knows of a job, by field; {} if it does not answer."""
+    try:
+        done = _call_slurm(["scontrol", "--oneliner", "show", "job", job])
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
 
 
 def _call_slurm(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

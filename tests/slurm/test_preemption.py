@@ -242,6 +242,15 @@ def test_a_rank_that_exits_with_the_others_ignores_further_signals():
             time.sleep(0.01)
 
 
+def test_a_job_that_slurm_requeued_without_an_answer_in_time_counts_as_requeued(tmp_path, monkeypatch):
+    late = "print('JobId=5 JobState=COMPLETING Restarts=2') if 'show' in sys.argv else sys.exit('Socket timed out')"
+    monkeypatch.setenv("PATH", get_path_with(make_fake_slurm(tmp_path / "bin", scontrol=late)))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert requeue("5") is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # it was restarted before, and not again
+    assert requeue("5") == "Socket timed out"
+
+
 FAILS = """
 import pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

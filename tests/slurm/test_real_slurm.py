@@ -127,7 +127,7 @@ def test_a_preempted_run_ends_with_the_weights_of_an_undisturbed_one(slurm, tmp_
     other = slurm.sbatch("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=sleep 1")
     assert slurm.wait(other)["JobState"] == "COMPLETED"
     assert run.wait_until_finished()["Restarts"] == "1"
-    assert run.log.count("saved at step") == 1  # Slurm may end the job before it has said that it is requeued
+    assert run.log.count("saved at step") == 1 and f"job {run.number} is requeued" in run.log
     assert "resumes at step" in run.log and "Traceback" not in run.log
     run.require_same_weights(undisturbed(case))
 
