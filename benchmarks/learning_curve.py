@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from lit_vlm.evaluation.exam import EXAM_FILE, read_answers
-from lit_vlm.reports.charts import ChartLine, draw_line_chart
+from lit_vlm.reports.charts import LINE_FRAME, ChartLine, draw_line_chart
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, CHART = (ROOT / name for name in ("benchmarks/results/learning_curve.json", "docs/images/learning_curve.svg"))
@@ -36,6 +36,7 @@ LINES = {  # name in the chart: kinds
     "documents": ("document",),
     "OCR with boxes": ("ocr",),
 }
+LEGEND_LEFT = (0, 170, 245, 345)  # left edges of the legend's columns, in pixels
 COLOURS = ("#2563eb", "#0d9488", "#d97706", "#9333ea", "#dc2626", "#64748b", "#65a30d")
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#6b7280}.end{text-anchor:end}.middle{text-anchor:middle}.grid{stroke:#8884}"
@@ -134,10 +135,15 @@ def draw_curve(result: dict[str, Any]) -> str:
         for name, colour in zip(names, COLOURS, strict=True)
     )
     legend = "".join(
-        f'<text class="{name}" x="{215 + 150 * (number // 4)}" y="{28 + 13 * (number % 4)}">{title}</text>'
+        f'<text class="{name}" x="{44 + LEGEND_LEFT[number % 4]}" y="{LINE_FRAME.height + 14 + 18 * (number // 4)}">{title}</text>'
         for number, (name, title) in enumerate(zip(names, LINES, strict=True))
     )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {re.sub(r"^<svg|</svg>$", "", drawing).strip()}'
+    drawing = (
+        re.sub(r"^<svg|</svg>$", "", drawing)
+        .strip()
+        .replace(f' {LINE_FRAME.height}"', f' {LINE_FRAME.height + 44}"', 1)
+    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {drawing}'
     position = head.index(">") + 1
     return f"{head[:position]}<style>{style}</style>{head[position:]}{legend}</svg>\n"
 
