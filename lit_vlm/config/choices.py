@@ -185,6 +185,7 @@ class CurationMethod(Enum):
     capfilt = (
         "capfilt"  # BLIP's CapFilt: a captioner writes captions, and a filter keeps those that match (curate.model)
     )
+    labels = "labels"  # answers that are classes and seem wrong, by cleanlab on the features of a tower (curate.model)
     personal = "personal"  # records whose text has a phone, resident registration or card number; pictures are not read
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lit_vlm.config.choices import BalanceGroup, Certainty, CurationMethod, DuplicateKind, PictureMatch, TextRule
-from lit_vlm.config.ranges import COSINE, COUNT, COUNT_OR_ZERO, GRID, NODES, SHARE, SHARE_ABOVE_0, ranged
+from lit_vlm.config.ranges import COSINE, COUNT, COUNT_OR_ZERO, FOLDED, GRID, NODES, SHARE, SHARE_ABOVE_0, ranged
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,6 +66,19 @@ class CapfiltConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LabelsConfig:
+    """Settings of curate.method=labels: which answers are classes, and which suspected records leave."""
+
+    max_classes: int = ranged(100, COUNT)  # a source with more different answers has no classes
+    min_pictures: int = ranged(
+        10, FOLDED
+    )  # a class with fewer different pictures is not checked: each of five parts is judged by the others
+    min_quality: float | None = ranged(
+        None, SHARE
+    )  # suspected records leave if the probability of their label is lower; 1: all of them; null: none leaves
+
+
+@dataclass(kw_only=True, slots=True)
 class CurateConfig:
     """Settings of task=curate: find records of data.sources that should not be trained on, and select the others."""
 
@@ -92,8 +105,9 @@ class CurateConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)  # method=balance
     prune: PruneConfig = field(default_factory=PruneConfig)  # method=prune
     capfilt: CapfiltConfig = field(default_factory=CapfiltConfig)  # method=capfilt
+    labels: LabelsConfig = field(default_factory=LabelsConfig)  # method=labels
     model: str | None = (
-        None  # local folder. prune: SigLIP, SigLIP 2, CLIP, or BLIP for retrieval; capfilt: the last; pictures=embedding: a tower
+        None  # local folder. prune: SigLIP, SigLIP 2, CLIP, or BLIP for retrieval; capfilt: the last; labels, pictures=embedding: a tower
     )
     batch_size: int = ranged(32, COUNT)  # with curate.model: pictures that the model sees at once
     num_shown: int = ranged(24, COUNT_OR_ZERO)  # examples on the page, of each result
@@ -106,6 +120,7 @@ METHOD_SETTINGS = {
     CurationMethod.balance: ("balance",),
     CurationMethod.prune: ("prune",),
     CurationMethod.capfilt: ("capfilt",),
+    CurationMethod.labels: ("labels",),
 }
 
 

@@ -52,6 +52,8 @@ def find_curate_errors(config: RunConfig) -> Iterator[str]:
         yield from _find_prune_errors(curate)
     elif curate.method is CurationMethod.capfilt:
         yield from _find_capfilt_errors(config)
+    elif curate.method is CurationMethod.labels:
+        yield from _find_label_errors(curate)
     else:
         yield from _find_embedding_errors(curate)
 
@@ -107,7 +109,7 @@ def _find_embedding_errors(curate: CurateConfig) -> Iterator[str]:
         if is_embedding and value is None:
             yield f"curate.{name} is not set: curate.pictures=embedding needs it. Set curate.{name}={needed}."
         elif not is_embedding and value is not None:
-            readers = "curate.method=prune, curate.method=capfilt and " if name == "model" else ""
+            readers = "curate.method=prune, capfilt or labels, and with " if name == "model" else ""
             yield f"curate.{name}: is read with {readers}curate.pictures=embedding only."
 
 
@@ -132,6 +134,14 @@ def _find_capfilt_errors(config: RunConfig) -> Iterator[str]:
         if source.generated is not None:
             yield f"data.sources.{name}.generated: curate.method=capfilt writes such a file from the records' own turns. Leave it out."
     yield from _find_kind_errors("curate.capfilt.kinds", config.curate.capfilt.kinds)
+
+
+def _find_label_errors(curate: CurateConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of curate.method=labels."""
+    if curate.model is None:
+        yield "curate.model is not set: curate.method=labels compares pictures by the features of a tower. Set curate.model=<folder of a vision tower>."
+    if curate.min_cosine is not None:
+        yield "curate.min_cosine: is read with curate.pictures=embedding only."
 
 
 def _find_kind_errors(setting: str, kinds: list[str]) -> Iterator[str]:

@@ -47,6 +47,7 @@ class NumberRange:
 
 COUNT = NumberRange(0, MAX_COUNT, excludes_low=True)
 COUNT_OR_ZERO = NumberRange(0, MAX_COUNT)
+FOLDED = NumberRange(5, MAX_COUNT)  # so many are in five parts, one in each
 ABOVE_0 = NumberRange(0, excludes_low=True)
 AT_LEAST_0 = NumberRange(0)
 SHARE = NumberRange(0, 1, text="within 0 and 1")

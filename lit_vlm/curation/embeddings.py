@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -75,13 +75,14 @@ def embed_pictures(
             first = int(features.first_images[start])
             contents = features.images["content"][first : first + int(counts[start:stop].sum())]
             records = [record for record in range(start, stop) if counts[record]]
-            parts.append(store.embed(contents, partial(_list_images, sources, features, records)))
+            parts.append(store.embed(contents, partial(list_images, sources, features, records)))
             if on_progress:
                 on_progress("pictures", stop, num_records)
     return join_embeddings(parts)
 
 
-def _list_images(sources: Sequence[Source], features: Features, records: Sequence[int]) -> list[LazyImage]:
+def list_images(sources: Sequence[Source], features: Features, records: Sequence[int]) -> list[LazyImage]:
+    """List the pictures of records, not decoded."""
     return [
         image
         for record in records
@@ -102,8 +103,17 @@ def _list_block_starts(features: Features) -> list[int]:
     return [one for start, end in zip(starts.tolist(), ends, strict=True) for one in range(start, end, BLOCK_RECORDS)]
 
 
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Model that makes features of texts as well."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Compute the features of texts, [n, E] of length 1."""
+        ...
+
+
 class EmbeddingStore:
-    """Features of blocks of pictures, by the pictures' bytes and the model.
+    """Features of blocks of pictures, by the pictures' bytes and the model, and of blocks of texts.
 
     Args:
         index_dir: folder of the store.
@@ -114,6 +124,11 @@ class EmbeddingStore:
     def __init__(self, encoder: PictureEncoder, index_dir: Path, batch_size: int, pool: ThreadPoolExecutor) -> None:
         self.encoder, self.batch_size, self.pool = encoder, batch_size, pool
         self.folder = index_dir / FEATURES_FOLDER
+
+    @property
+    def reads_texts(self) -> bool:
+        """True if the model makes features of texts."""
+        return isinstance(self.encoder, TextEncoder)
 
     def embed(self, contents: np.ndarray, list_images: Callable[[], Sequence[LazyImage]]) -> np.ndarray:
         """Compute the features of a block of pictures, or read them if they are there: [n, E] float16.
@@ -126,10 +141,26 @@ class EmbeddingStore:
             RecordError: a picture cannot be decoded.
         """
         key = hash_parts("embeddings", self.encoder.digest, contents.tobytes().hex())
+        return self._read_or_make(key, len(contents), lambda: self._encode(list_images(), contents))
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Compute the features of a block of texts, or read them if they are there: [n, E] float16."""
+        encoder = self.encoder
+        assert isinstance(encoder, TextEncoder)
+        key = hash_parts("text embeddings", encoder.digest, *texts)
+        batches = iterate_batches(texts, self.batch_size)
+        return self._read_or_make(
+            key,
+            len(texts),
+            lambda: np.concatenate([encoder.embed_texts(batch).numpy() for batch in batches]).astype(np.float16),
+        )
+
+    def _read_or_make(self, key: str, count: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Read the features of a block, or make and write them."""
         path = self.folder / f"{key}.embeddings.npy"
-        known = _read_block(path, len(contents))
+        known = _read_block(path, count)
         if known is None:
-            known = self._encode(list_images(), contents)
+            known = make()
             with atomic_write(path) as draft, draft.open("wb") as stream:
                 np.save(stream, known, allow_pickle=False)
         return known
@@ -146,12 +177,12 @@ class EmbeddingStore:
         return np.concatenate(encoded).astype(np.float16)[inverse.ravel()]
 
 
-def _read_block(path: Path, num_pictures: int) -> np.ndarray | None:
+def _read_block(path: Path, count: int) -> np.ndarray | None:
     try:
         known = np.load(path)
     except (OSError, ValueError, EOFError):
         return None
-    return known if known.dtype == np.float16 and known.ndim == 2 and len(known) == num_pictures else None
+    return known if known.dtype == np.float16 and known.ndim == 2 and len(known) == count else None
 
 
 class _Nearest:

@@ -28,6 +28,18 @@ from lit_vlm.curation.contamination import find_near_pictures, search_leaks
 from lit_vlm.curation.duplicates import search_duplicates
 from lit_vlm.curation.embeddings import embed_pictures
 from lit_vlm.curation.features import FEATURES_FOLDER, Features, compute_features, hash_share, make_text_features
+from lit_vlm.curation.labels import (
+    LabelCheck,
+    check_labels,
+    collect_suspects,
+    describe_chance,
+    embed_answers,
+    find_classes,
+    get_picture_digests,
+    read_labelled_answers,
+    require_checkable,
+)
+from lit_vlm.curation.labels import require_packages as require_label_packages
 from lit_vlm.curation.mixture import CuratedMixture, CurationResult, mark_left_out, require_readable
 from lit_vlm.curation.personal_data import collect_personal_data, require_packages, search_sources
 from lit_vlm.curation.picture_hashes import HASH_VERSION
@@ -336,6 +348,40 @@ def curate_capfilt(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResu
     )
 
 
+def curate_labels(inputs: CurationInputs) -> tuple[CuratedMixture, CurationResult]:
+    """Check the answers that are classes by the features of a tower.
+
+    Raises:
+        UserError: cleanlab is missing, the model cannot be used, or no source can be checked.
+    """
+    require_label_packages()
+    settings, labels, sources = inputs.settings, inputs.settings.labels, inputs.sources
+    encoder = load_picture_encoder(Path(settings.model or ""), MODEL_KEY)
+    with show_progress("read") as on_progress:
+        answers = read_labelled_answers(sources, workers=inputs.workers, on_progress=on_progress)
+    require_checkable(*find_classes(sources, answers, labels))  # before pictures are hashed
+    mixture = inputs.hash_records()
+    features = mixture.features
+    is_unused = (features.rows["is_bad"] > 0) | mixture.is_out
+    answers = [None if unused else answer for answer, unused in zip(answers, is_unused, strict=True)]
+    pictures = get_picture_digests(features)
+    found, reasons = find_classes(sources, answers, labels, pictures)
+    checks = list[LabelCheck]()
+    with show_progress("encode") as on_progress:
+        options: dict[str, Any] = {"batch_size": settings.batch_size, "workers": inputs.workers}
+        for one in found:
+            embedded = embed_answers(
+                mixture, answers, one, encoder, inputs.index_dir, on_progress=on_progress, **options
+            )
+            check = check_labels(one, embedded, pictures[one.records], inputs.seed)
+            if check.tells_classes:
+                checks.append(check)
+            else:
+                reasons[one.name] = describe_chance(check)
+    require_checkable(checks, reasons)
+    return mixture, collect_suspects(mixture, checks, reasons, labels, settings.num_shown)
+
+
 SEARCHES: dict[CurationMethod, Callable[[CurationInputs], tuple[CuratedMixture, CurationResult]]] = {
     CurationMethod.duplicates: curate_duplicates,
     CurationMethod.contamination: curate_contamination,
@@ -343,6 +389,7 @@ SEARCHES: dict[CurationMethod, Callable[[CurationInputs], tuple[CuratedMixture, 
     CurationMethod.balance: curate_balance,
     CurationMethod.prune: curate_prune,
     CurationMethod.capfilt: curate_capfilt,
+    CurationMethod.labels: curate_labels,
 }
 
 
@@ -384,7 +431,7 @@ def make_request(inputs: CurationInputs) -> dict[str, Any]:
     request: dict[str, Any] = {"curate": flatten({name: used[name] for name in names})}
     if method is CurationMethod.contamination:
         request |= {"evaluate.files": inputs.benchmark_files, "benchmarks": list(inputs.benchmarks)}
-    if method in (CurationMethod.balance, CurationMethod.capfilt):
+    if method in (CurationMethod.balance, CurationMethod.capfilt, CurationMethod.labels):
         request["seed"] = inputs.seed
     if method is CurationMethod.balance and (concepts := inputs.settings.balance.concepts):
         request[CONCEPTS_KEY] = hash_parts(*read_concepts(Path(concepts), CONCEPTS_KEY))

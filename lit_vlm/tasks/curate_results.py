@@ -35,6 +35,7 @@ KEPT_TITLES = {
     CurationMethod.balance: "Stays",
     CurationMethod.prune: "Stays",
     CurationMethod.capfilt: "Stays",
+    CurationMethod.labels: "Suspected, and stays",
 }  # headings of the examples that stay
 
 
