@@ -1,11 +1,12 @@
 """Benchmark of task=curate: planted duplicates and leaks, beside imagededup and datasketch, and the speed of each part.
 
-    python -m benchmarks.curation [--rows 20000] [--libraries PYTHON] [--matching 100000 1000000] [--parts planted texts hashing matching]
+    python -m benchmarks.curation [--rows 20000] [--libraries PYTHON] [--matching 100000 1000000] [--parts planted texts hashing matching labels]
 
 Planted: rows with built-in pictures (large ones), parts of photographs of scikit-image and scikit-learn, and generated textures
 with shapes. 1 in 20 rows is a duplicate (JPEG quality 40, half and double size, a crop to 95 % of each side at any place), 1 in 40
 is none (flipped, hue turned by a third, the same picture with other turns), 1 in 100 is a leak of a benchmark in its published
-layout (a re-encoded or halved picture, or a question with other spacing inside another text). `--libraries` is a Python with
+layout (a re-encoded or halved picture, or a question with other spacing inside another text). Labels: handwritten digits, 5, 10 or 20 %
+of them with another label, three seeds, two small towers. `--libraries` is a Python with
 imagededup and datasketch beside this project; both are used as their documentation shows. Times are CPU seconds of the process and
 its children. The result goes to benchmarks/results/curation.json with versions.
 """
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ from lit_vlm.curation.text_hashes import (
 from lit_vlm.data.lazy_images import FileImage
 from lit_vlm.data.sources import open_source
 
+LABEL_SHARES = (0.05, 0.1, 0.2)  # of the labels that are wrong
 RESULT = Path(__file__).parent / "results" / "curation.json"
 
 
@@ -290,6 +293,22 @@ def measure_matching(count: int) -> dict[str, Any]:
     }
 
 
+def measure_labels(folder: Path) -> dict[str, Any]:
+    """Measure what is found of planted wrong labels, by share of them and tower: one result for each seed."""
+    from benchmarks.planted_labels import check_planted, make_towers, plant_labels  # torch, and a larger process
+
+    result: dict[str, Any] = {"cleanlab": version("cleanlab"), "scikit-learn": version("scikit-learn"), "towers": {}}
+    for name, tower in make_towers(folder).items():
+        result["towers"][name] = {}
+        for share in LABEL_SHARES:
+            runs = []
+            for seed in range(3):
+                place = folder / f"{tower.name}-{share}-{seed}"
+                runs.append(check_planted(place, tower, plant_labels(place, share, seed), seed))
+            result["towers"][name][f"{share:.0%}"] = runs
+    return result
+
+
 def run_child(name: str, *arguments: str, python: str = sys.executable) -> dict[str, Any]:
     """Run one measurement in a process of its own."""
     command = [python, "-W", "ignore", "-m", "benchmarks.curation", "--child", name, *arguments]
@@ -301,6 +320,8 @@ def run_child(name: str, *arguments: str, python: str = sys.executable) -> dict[
 def run_measurement(name: str, arguments: list[str]) -> dict[str, Any]:
     if name in ("measure_texts", "measure_datasketch", "measure_matching"):
         return globals()[name](int(arguments[0]))
+    if name == "measure_labels":
+        return measure_labels(Path(arguments[0]))
     if name == "measure_hashing":
         return measure_hashing(Path(arguments[0]), int(arguments[1]))
     folder = Path(arguments[0])
@@ -313,7 +334,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=2_000, help="of 640 x 480 for the hashing rate")
     parser.add_argument("--libraries", help="python with imagededup and datasketch")
     parser.add_argument("--matching", type=int, nargs="*", default=[100_000, 1_000_000])
-    parser.add_argument("--parts", nargs="*", default=["planted", "texts", "hashing", "matching"])
+    parser.add_argument("--parts", nargs="*", default=["planted", "texts", "hashing", "matching", "labels"])
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -341,6 +362,8 @@ def main() -> None:
             result["hashing"] = run_child("measure_hashing", str(folder / "hashing"), str(options.pictures))
         if "matching" in options.parts:
             result["matching"] = [run_child("measure_matching", str(count)) for count in options.matching]
+        if "labels" in options.parts:
+            result["labels"] = run_child("measure_labels", str(folder / "labels"))
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

@@ -139,7 +139,10 @@ def _find_capfilt_errors(config: RunConfig) -> Iterator[str]:
 def _find_label_errors(curate: CurateConfig) -> Iterator[str]:
     """Yield an error message for each missing or unusable setting of curate.method=labels."""
     if curate.model is None:
-        yield "curate.model is not set: curate.method=labels compares pictures by the features of a tower. Set curate.model=<folder of a vision tower>."
+        yield (
+            "curate.model is not set: curate.method=labels compares pictures by the features of a tower. Set curate.model=<folder of a "
+            "vision tower>."
+        )
     if curate.min_cosine is not None:
         yield "curate.min_cosine: is read with curate.pictures=embedding only."
 

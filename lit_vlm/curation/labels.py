@@ -80,7 +80,7 @@ class LabelCheck:
         suggested: most probable class of each record, [N].
         qualities: probability of the given label, [N].
         is_suspect: labels that confident learning holds for wrong, [N] bool.
-        accuracy: share of the records whose most probable class is the given one.
+        accuracy: share of the records whose most probable class is the given one, out of sample.
         largest: share of the largest class.
     """
 
@@ -353,8 +353,8 @@ def collect_suspects(
 def describe_chance(check: LabelCheck) -> str:
     """Say why a source is not checked whose classes the features do not tell apart."""
     return (
-        f"the features do not tell its classes apart: {check.accuracy:.1%} of the labels are found again, and {check.largest:.1%} have "
-        "the largest class"
+        f"the features do not tell its classes apart: the accuracy is {check.accuracy:.1%}, and the largest class has {check.largest:.1%} of "
+        "the records"
     )
 
 
@@ -396,8 +396,8 @@ def _make_tables(checks: Sequence[LabelCheck], suspects: Sequence[Suspect]) -> l
         )
         for check in checks
     ]
-    headings = ("source", "records", "labels", "largest label", "found again", "suspected")
-    tables = [ResultTable("Labels", headings, rows)]
+    headings = ("source", "records", "classes", "largest class", "accuracy", "suspected")
+    tables = [ResultTable("Classes", headings, rows)]
     if suspects:
         pairs = Counter((one.source, one.given, one.suggested) for one in suspects).most_common(MAX_PAIRS)
         shown = [(f"{source}: {given} → {suggested}", f"{count:,}") for (source, given, suggested), count in pairs]

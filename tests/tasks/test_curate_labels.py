@@ -70,8 +70,8 @@ def test_wrong_labels_are_suspected_and_leave_only_when_asked(tmp_path, pictures
     assert "set curate.labels.min_quality=<probability>" in said
     assert "captions was not checked: of 12 different answers 0 have curate.labels.min_pictures=10 pictures" in said
     assert "given Blue, suggested Red" in page and "<img" in page and "Suspected, and stays" in page
-    table = json.loads((output / "summary.json").read_text("utf-8"))["tables"]["Labels"]
-    assert [(row["source"], row["records"], row["labels"], row["suspected"]) for row in table] == [
+    table = json.loads((output / "summary.json").read_text("utf-8"))["tables"]["Classes"]
+    assert [(row["source"], row["records"], row["classes"], row["suspected"]) for row in table] == [
         ("colours", "60", "3", "3")
     ]
     output = run_curate(tmp_path, *overrides, "curate.labels.min_quality=1", "run_name=all")
@@ -126,7 +126,10 @@ def test_questions_count_beside_pictures_where_the_model_reads_texts(tmp_path, p
     output = run_curate(tmp_path, *overrides, f"curate.model={model}")
     assert [line["position"] for line in read_lines(output / "left_out.jsonl")] == [5]
     make_vision_tower(tmp_path / "tower", vision_use_head=True, image_size=28)
-    with pytest.raises(UserError, match="asked: the features do not tell its classes apart: .* the largest class"):
+    with pytest.raises(
+        UserError,
+        match="asked: the features do not tell its classes apart: the accuracy is .* the largest class has 51",
+    ):
         run_curate(tmp_path, *overrides, f"curate.model={tmp_path / 'tower'}", "run_name=tower")
 
 
