@@ -36,7 +36,7 @@ from lit_vlm.types import PreferencePair, Record, Role, Source, UserError
 
 FOLDS = 5  # parts of the cross-validation
 MAX_LENGTH = 40  # characters of an answer that may be a class
-MAX_PAIRS = 20  # rows of the table of given and suggested labels
+MAX_PAIRS = 10  # rows of the table of given and suggested labels
 CHANCE_ERRORS = 2  # standard errors by which the classifier must be better than always naming the largest class
 
 
