@@ -30,6 +30,10 @@ class Captions(Samples):
 
     def generate_scored_answers(self, pl_module: Any, datamodule: Any, progress: Progress) -> list[ScoredAnswer]:
         """Generate a caption of each held-out image; every rank generates all of them."""
+        with pl_module.gather_weights():
+            return self._generate_captions(pl_module, datamodule, progress)
+
+    def _generate_captions(self, pl_module: Any, datamodule: Any, progress: Progress) -> list[ScoredAnswer]:
         index = datamodule.held_out
         images: dict[int, list[int]] = {}  # samples of each image
         for sample, image in enumerate(index.group.tolist()):

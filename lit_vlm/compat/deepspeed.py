@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,15 @@ class ParameterSlice:
     length: int
     group: int
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPart:
+    """This rank's elements [start, start + n) of a flattened parameter that ZeRO-3 partitions, as a live view `values` [n]."""
+
+    shape: tuple[int, ...]
+    start: int
+    values: Tensor
 
 
 def is_stage_3(optimizer: Any) -> bool:
@@ -68,6 +77,85 @@ def get_slice_gradient(optimizer: Any, part: ParameterSlice) -> Tensor:
         gradient, _ = optimizer._get_fp32_grad_state_partition(parameter, release_swap_buffers=True)
         return gradient[: part.length]
     return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+
+
+@torch.no_grad()
+def list_held_values(parameter: Any) -> list[Tensor]:
+    """List live views of all that this rank holds of a trained parameter: weight, partition, and part of the float32 master."""
+    if hasattr(parameter, "ds_tensor"):
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        gathered = [parameter.data] if parameter.ds_status.name == "AVAILABLE" else []
+        return [*gathered, parameter.ds_tensor, safe_get_local_fp32_param(parameter)]
+    mapping = parameter._hp_mapping  # None: this rank updates nothing of it
+    return [parameter.data] if mapping is None else [parameter.data, mapping.get_hp_fragment()]
+
+
+def find_own_part(parameter: Any) -> OwnPart | None:
+    """Find this rank's part of a parameter, without padding; None: the parameter is whole on each rank."""
+    if not hasattr(parameter, "ds_tensor"):
+        return None
+    start = parameter.ds_tensor.numel() * parameter.ds_zero_partition_rank
+    length = max(0, min(parameter.ds_tensor.numel(), parameter.ds_numel - start))
+    return OwnPart(tuple(parameter.ds_shape), start, parameter.ds_tensor.detach()[:length])
+
+
+def gather_again(parameters: Iterable[Any]) -> None:
+    """Gather again what is gathered of partitioned parameters, after their partitions were changed. All ranks must call it."""
+    gathered = [one for one in parameters if hasattr(one, "ds_tensor") and one.ds_status.name == "AVAILABLE"]
+    if gathered:
+        gathered[0].partition(gathered)
+        gathered[0].all_gather(gathered)
+
+
+@torch.no_grad()
+def restore_float32(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Give frozen parameters and buffers the float32 values of before DeepSpeed rounded them to the compute dtype.
+
+    A partitioned parameter gets this rank's part of them.
+    """
+    for name, tensor in tensors.items():
+        whole: Any = tensor
+        held = getattr(whole, "ds_tensor", whole)
+        if held.dtype == values[name].dtype:
+            continue
+        if held is whole:
+            whole.data = values[name].to(whole.device)
+            continue
+        size, start = whole.ds_tensor.numel(), whole.ds_tensor.numel() * whole.ds_zero_partition_rank
+        part = values[name].flatten()[start : start + size].to(whole.ds_tensor.device)
+        whole.ds_tensor.data = nn.functional.pad(part, (0, size - len(part)))
+        whole.data = torch.empty(0, dtype=part.dtype, device=whole.device)
+
+
+class GatheredModel:
+    """A model whose partitioned weights are gathered, and stay so until `release`. All ranks must make it, and release it.
+
+    Meanwhile DeepSpeed's hooks are off: ranks may run different modules, and read weights outside of the modules that own them.
+    Only the engine's own forward pass must not run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters: list[Any] = [one for one in model.parameters() if hasattr(one, "ds_tensor")]
+        with torch.inference_mode(False):  # small parameters stay gathered, and training needs tensors that it can save
+            self.parameters[0].all_gather(self.parameters)
+        self.hooks = [
+            (hooks, dict(hooks))
+            for module in model.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
+        for hooks, _ in self.hooks:
+            for key in [key for key, hook in hooks.items() if _is_deepspeed_hook(hook)]:
+                del hooks[key]
+
+    def release(self) -> None:
+        """Free the weights, but for small ones, which stay gathered always, and let DeepSpeed gather them again."""
+        for hooks, before in self.hooks:
+            hooks.clear()
+            hooks.update(before)
+        freed = [one for one in self.parameters if not one.ds_persist]
+        if freed:
+            freed[0].partition(freed)
 
 
 @torch.no_grad()

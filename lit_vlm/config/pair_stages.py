@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
-from lit_vlm.config.choices import DebugMode, StageName, StrategyName
+from lit_vlm.config.choices import DebugMode, StageName
 from lit_vlm.config.ranges import COUNT, COUNT_OR_ZERO, SHARE_ABOVE_0, ranged
 from lit_vlm.config.schema import DataConfig, ModelConfig, PartsConfig, RunConfig, StageConfig
 from lit_vlm.config.task_settings import EvaluateConfig
@@ -139,7 +139,6 @@ RECALL_METRICS = tuple(
     for direction in ("image_to_text", "text_to_image")
     for cutoff in RECALL_CUTOFFS
 )
-ZERO = (StrategyName.deepspeed_zero2, StrategyName.deepspeed_zero3, StrategyName.deepspeed_zero3_offload)
 # Settings of a section that these stages read; all others of the section must have their defaults
 _MODEL_KEYS = ("vision_tower", "language_model")
 # The caps of a micro-batch are no mistake: files of conf/data set them for the stages that have micro-batches
@@ -165,11 +164,6 @@ def find_pair_errors(config: RunConfig) -> Iterator[str]:
     assert isinstance(stage, PairStageConfig)
     name = stage.name.value
     yield from _find_model_errors(config, stage)
-    if config.trainer.strategy in ZERO:
-        yield (
-            f"trainer.strategy: {config.trainer.strategy.value} is not there for stage={name}: DeepSpeed gathers a weight only inside the"
-            " module that owns it, and rounds momentum encoders to the compute dtype. Use fsdp2, which shards the same, or ddp."
-        )
     if "accumulate_grad_batches" in config.trainer.extra:
         yield (
             f"trainer.extra.accumulate_grad_batches: a step is never split into micro-batches with stage={name}: its losses compare all"

@@ -32,6 +32,11 @@ class StateKind(StrEnum):
 MOMENTS = (StateKind.exp_avg, StateKind.exp_avg_sq)
 
 
+def get_state_without_gradient(model: nn.Module) -> dict[str, Any]:
+    """Return what training changes without a gradient, by name: momentum encoders and queues of a model that has some."""
+    return getattr(model, "state_without_gradient", {})
+
+
 def get_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
     """Return AdamW's state of a parameter: `step`, `exp_avg`, `exp_avg_sq`.
 
@@ -102,7 +107,7 @@ class ReplicatedState:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
         self.optimizer, self.rank = optimizer, rank
-        self.buffers: dict[str, Tensor] = getattr(model, "state_without_gradient", {})
+        self.buffers = get_state_without_gradient(model)
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.has_moments = isinstance(optimizer, torch.optim.Adam)  # AdamW derives from it
         is_plain_sgd = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
@@ -175,7 +180,7 @@ class FSDPShardedState:
         yield from self._iter_buffers()
 
     def _iter_buffers(self) -> Iterator[TensorShard]:
-        for name, value in getattr(self.model, "state_without_gradient", {}).items():
+        for name, value in get_state_without_gradient(self.model).items():
             is_whole = not isinstance(value, DTensor)
             rows, start = (value.detach(), 0) if is_whole else get_local_rows(value)
             if rows.numel():
@@ -207,13 +212,16 @@ class ZeroShardedState:
     """State of a model under DeepSpeed; see `ShardedState`.
 
     Args:
+        model: see `ReplicatedState`; of its state without gradient, ZeRO-3 partitions the parameters, and the rest is whole.
         optimizer: DeepSpeed's ZeRO optimizer, stage 2 or 3.
+        rank: this rank; rank 0 writes what is whole on each rank.
     """
 
-    is_writer = True  # no two ranks hold the same element
+    is_writer = True  # no two ranks hold the same element, but for replicas
 
-    def __init__(self, model: nn.Module, optimizer: Any) -> None:
-        self.optimizer = optimizer
+    def __init__(self, model: nn.Module, optimizer: Any, rank: int = 0) -> None:
+        self.optimizer, self.rank = optimizer, rank
+        self.buffers = get_state_without_gradient(model)
         self.slices = list(deepspeed.find_slices(optimizer, model))
 
     @property
@@ -230,6 +238,12 @@ class ZeroShardedState:
             for kind in MOMENTS:
                 if kind in state:
                     yield self._make_shard(part, kind, state[kind])
+        for name, value in self.buffers.items():
+            held = deepspeed.find_own_part(value)
+            if held is None:
+                yield TensorShard(name, StateKind.buffer, tuple(value.shape), 0, _flatten(value), self.rank != 0)
+            elif held.values.numel():
+                yield TensorShard(name, StateKind.buffer, held.shape, held.start, held.values)
 
     def sync_after_load(self, step: int) -> None:
         """Set the optimizer's step count, and copy the master weights to the compute weights."""
@@ -238,6 +252,7 @@ class ZeroShardedState:
             if "step" in state:
                 state["step"].fill_(step)
         deepspeed.copy_masters_to_weights(self.optimizer)
+        deepspeed.gather_again(self.buffers.values())
 
     @torch.no_grad()
     def set_master_weights(self, get_values: Callable[[TensorShard], Tensor]) -> None:
@@ -271,7 +286,7 @@ def get_sharded_state(trainer: L.Trainer) -> ShardedState:
     module: Any = trainer.lightning_module
     model, optimizer = getattr(module, "model", module), trainer.optimizers[0]
     if isinstance(trainer.strategy, DeepSpeedStrategy):
-        return ZeroShardedState(model, optimizer)
+        return ZeroShardedState(model, optimizer, trainer.global_rank)
     if isinstance(trainer.strategy, ModelParallelStrategy):
         return FSDPShardedState(model, optimizer, trainer.global_rank)
     return ReplicatedState(model, optimizer, trainer.global_rank)

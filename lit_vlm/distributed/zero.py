@@ -13,10 +13,15 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.compat.deepspeed import BaseZeroStrategy, ParameterPartitioner
+from lit_vlm.compat.deepspeed import (
+    BaseZeroStrategy,
+    GatheredModel,
+    ParameterPartitioner,
+    restore_float32,
+)
 from lit_vlm.compat.lightning import should_accumulate
 from lit_vlm.distributed.fsdp import get_stage_models
-from lit_vlm.distributed.sharded_state import TensorShard, ZeroShardedState
+from lit_vlm.distributed.sharded_state import TensorShard, ZeroShardedState, get_state_without_gradient
 from lit_vlm.model.hub import set_deepspeed_accelerator
 from lit_vlm.model.skeleton import defer_weights, move_buffers, read_initial_values, replace_parameters
 
@@ -100,6 +105,7 @@ class ZeroStrategy(BaseZeroStrategy):
         )
         super().__init__(config=config, timeout=timeout, logging_level=logging.ERROR, **options)
         self._sharded_state: ZeroShardedState | None = None  # cached, because every step reads it
+        self._gathered: GatheredModel | None = None
         self._initialized_models: list[nn.Module] = []  # models that were initialised here and have not trained yet
 
     # ---- processes
@@ -131,9 +137,12 @@ class ZeroStrategy(BaseZeroStrategy):
         self.complete_config()
         self._use_float32_gradient_sums()
         module = trainer.lightning_module
-        masters = self._get_initial_masters(get_trained_model(module)) if trainer.training else None
+        model = get_trained_model(module)
+        masters = self._get_initial_masters(model) if trainer.training else None
+        unrounded = {name: value.detach().clone() for name, value in get_state_without_gradient(model).items()}
         self._sharded_state = None
         super().setup(trainer)
+        restore_float32(get_state_without_gradient(model), unrounded)
         for child in module.children():  # metrics: DeepSpeed does not move them if the model is partitioned
             if child not in get_stage_models(module):
                 child.to(self.root_device)
@@ -164,7 +173,27 @@ class ZeroStrategy(BaseZeroStrategy):
 
     def get_sharded_state(self, module: L.LightningModule) -> ZeroShardedState:
         """Return this rank's part of the state of `module.model`, once training is set up."""
-        return ZeroShardedState(get_trained_model(module), self.deepspeed_engine.optimizer)
+        return ZeroShardedState(get_trained_model(module), self.deepspeed_engine.optimizer, self.global_rank)
+
+    def gather_all_units(self, model: nn.Module) -> None:
+        """Gather all weights and keep them, so that ranks may run different numbers of passes without gradients.
+
+        All ranks must call it at the same point, and `shard_all_units` before the next step.
+        """
+        if self.zero_stage_3 and self._gathered is None:
+            self._gathered = GatheredModel(model)
+
+    def shard_all_units(self, model: nn.Module) -> None:
+        """Free gathered weights, and gather each module's only while it computes."""
+        if self._gathered is not None:
+            self._gathered.release()
+            self._gathered = None
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._gathered is None:
+            return super().validation_step(*args, **kwargs)
+        with self.precision_plugin.val_step_context():  # not through the engine, which compares the passes of the ranks
+            return self.lightning_module.validation_step(*args, **kwargs)
 
     def whole_weights(self, model: nn.Module) -> Callable[[str], Tensor]:
         """Return a function that gathers all values of a parameter by its name, on every rank.
@@ -175,6 +204,7 @@ class ZeroStrategy(BaseZeroStrategy):
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
+        self.shard_all_units(model)
         weights: dict[str, Any] = dict(model.named_parameters())
 
         @torch.no_grad()

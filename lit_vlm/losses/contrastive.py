@@ -10,8 +10,7 @@ gradient accumulation, features must be cached, or accumulation refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +27,11 @@ NEGATIVE_FLOOR = 1e-4  # added to the probability of each negative, so that ever
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5  # range of BLIP's temperature; BLIP-2 does not limit it
 
 
-@dataclass(frozen=True, slots=True)
-class ContrastiveLosses:
-    """Losses of a batch, [] each: image-text contrast, image-text matching, and captions given the image."""
+class ContrastiveLosses(NamedTuple):
+    """Losses of a batch, [] each: image-text contrast, image-text matching, and captions given the image.
+
+    A tuple, because DeepSpeed finds the tensors of a module's output in tuples, lists and dicts alone.
+    """
 
     itc: Tensor
     itm: Tensor
@@ -367,20 +368,38 @@ def find_queue_matches(pair_ids: Tensor, queue: FeatureQueue) -> Tensor:
 @torch.no_grad()
 def limit_temperature(temperature: Tensor) -> None:
     """Limit BLIP's temperature to MIN_TEMPERATURE to MAX_TEMPERATURE, in place, before each step."""
-    get_own_rows(temperature).clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
+    for values in list_held_values(temperature):
+        values.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
 
 
 @torch.no_grad()
 def update_momentum(momentum_model: nn.Module, model: nn.Module, momentum: float = 0.995) -> None:
     """Move the parameters of the momentum encoder towards those of the model, once per optimizer step.
 
-    Of parameters that FSDP2 shards, each rank moves its own rows, because both models are sharded alike.
+    Of parameters that FSDP2 or ZeRO-3 shards, each rank moves its own part, because both models are sharded alike. All ranks
+    must call it.
     """
-    for slow, fast in zip(momentum_model.parameters(), model.parameters(), strict=True):
-        rows = get_own_rows(slow)
-        rows.mul_(momentum).add_(get_own_rows(fast).to(rows), alpha=1 - momentum)
+    slow_parameters: list[Any] = list(momentum_model.parameters())
+    for slow, fast in zip(slow_parameters, model.parameters(), strict=True):
+        own = get_own_part(slow)
+        own.mul_(momentum).add_(get_own_part(fast).to(own), alpha=1 - momentum)
+    if any(hasattr(slow, "ds_tensor") for slow in slow_parameters):
+        from lit_vlm.compat.deepspeed import gather_again  # late: it imports Lightning
+
+        gather_again(slow_parameters)
 
 
-def get_own_rows(parameter: Tensor) -> Tensor:
-    """Return this rank's rows of a sharded parameter, or a whole parameter, as a live view."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+def get_own_part(parameter: Any) -> Tensor:
+    """Return this rank's part of a parameter that FSDP2 or ZeRO-3 shards, or a whole parameter, as a live view."""
+    if hasattr(parameter, "to_local"):
+        return parameter.to_local()  # type: ignore[no-any-return]
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def list_held_values(parameter: Any) -> list[Tensor]:
+    """List live views of all that this rank holds of a parameter: its part, and under ZeRO its float32 master, too."""
+    if hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping"):
+        from lit_vlm.compat import deepspeed  # late: it imports Lightning
+
+        return deepspeed.list_held_values(parameter)
+    return [get_own_part(parameter)]

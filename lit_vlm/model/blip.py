@@ -157,7 +157,7 @@ class BlipForPretraining(nn.Module):
     def prepare_step(self) -> None:
         """Limit the temperature and move all momentum encoders by one step.
 
-        Not a part of `forward`: under FSDP2 that sees gathered copies of the weights, in which a change would be lost.
+        Not a part of `forward`: under FSDP2 and ZeRO-3 that sees gathered copies of the weights, in which a change would be lost.
         """
         limit_temperature(self.temperature)
         for name, module in self.momentum.items():

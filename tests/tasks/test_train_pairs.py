@@ -315,7 +315,6 @@ WRONG_SETTINGS = {
     ): "stage.text_encoder is not set: give a BERT-like model",
     ("experiment=tiny_blip2/1_represent", "data.global_batch_size=1"): "matching needs a negative for each pair",
     ("experiment=tiny_blip2/1_represent", "trainer.devices=3"): "64 pairs cannot be divided among 3 devices",
-    ("experiment=tiny_blip2/1_represent", "trainer=deepspeed_zero3"): "trainer.strategy: deepspeed_zero3 is not there",
     (
         "experiment=tiny_blip2/1_represent",
         "trainer.extra.accumulate_grad_batches=2",
