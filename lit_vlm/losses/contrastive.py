@@ -398,7 +398,9 @@ def get_own_part(parameter: Any) -> Tensor:
 
 def list_held_values(parameter: Any) -> list[Tensor]:
     """List live views of all that this rank holds of a parameter: its part, and under ZeRO its float32 master, too."""
-    if hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping"):
+    if hasattr(parameter, "ds_tensor") or hasattr(
+        parameter, "get_full_hp_param"
+    ):  # partitioned by ZeRO-3, or of ZeRO-2
         from lit_vlm.compat import deepspeed  # late: it imports Lightning
 
         return deepspeed.list_held_values(parameter)

@@ -83,7 +83,7 @@ NAMES_IN_SOURCE = {
         ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", ["grad_position", "persistent_parameters"]),
         ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", ["single_partition_of_fp32_groups"]),
         ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer", ["averaged_gradients"]),
-        ("deepspeed.utils.mixed_precision_linkage", ["_hp_mapping", "_index_in_param_group"]),
+        ("deepspeed.utils.mixed_precision_linkage", ["_hp_mapping", "_index_in_param_group", "get_full_hp_param"]),
         ("deepspeed.runtime.zero.partition_parameters.Init", ["ds_tensor", "ds_status", "ds_persist"]),
         ("lightning.pytorch.plugins.DeepSpeedPrecision", ["_desired_dtype"]),
         ("torch.nn.Module", ["_forward_hooks", "_forward_pre_hooks"]),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from float64 import Float64
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support import blueprint_of
 from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
@@ -27,6 +28,8 @@ from lit_vlm.data.caption_pairs import CaptionDataModule, CaptionPairs, Distinct
 from lit_vlm.data.synthetic import BuiltinSource
 from lit_vlm.evaluation.retrieval import compute_recalls, evaluate_retrieval
 from lit_vlm.model.blip import build_blip
+from lit_vlm.model.build import build_model
+from lit_vlm.model.export import export_model
 from lit_vlm.model.qformer.build import build_blip2, load_blip2, load_caption_tokenizer, save_blip2, tokenize_captions
 from lit_vlm.model.qformer.generation import (
     build_blip2_generator,
@@ -37,7 +40,7 @@ from lit_vlm.model.qformer.generation import (
     tokenize_start,
 )
 from lit_vlm.model.qformer.pretraining import Blip2ForPretraining
-from lit_vlm.model.tiny import make_language_model, make_text_encoder
+from lit_vlm.model.tiny import make_language_model, make_text_encoder, make_vision_tower
 from lit_vlm.stages.caption_pairs import BlipStage, GenerateStage, RepresentStage
 from lit_vlm.types import Language, RecordError, UserError
 
@@ -388,3 +391,23 @@ def test_blips_learning_rate_falls_with_each_epoch(text_encoder):
     stage, _ = build_blip_stage(text_encoder)
     rates = [stage.compute_learning_rate_factor(step) for step in range(6)]
     assert rates == pytest.approx([1e-3, 1.0, 0.9, 0.9, 0.81, 0.81])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_language_model_of_a_llava_writes_its_logits_behind_soft_prompts(text_encoder, tmp_path, tied):
+    make_vision_tower(tmp_path / "tower", hidden_size=32, intermediate_size=48, num_attention_heads=2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "tie_word_embeddings": tied}
+    make_language_model(tmp_path / "language", **sizes)
+    spec = blueprint_of((str(tmp_path / "tower"), str(tmp_path / "language")))
+    llava = build_model(spec).eval()
+    with torch.no_grad():  # as after training: other weights than those of its parts
+        for parameter in llava.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    export_model(llava, spec.tokenizer, spec.images, tmp_path / "llava")
+    first_stage, _ = build(text_encoder)
+    model, tokenizer = build_blip2_generator(first_stage, str(tmp_path / "llava"))
+    ids = tokenizer("a red circle\n", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours = model.language_model(input_ids=ids).logits
+        torch.testing.assert_close(ours, llava.eval()(input_ids=ids).logits[..., : ours.shape[-1]], rtol=0, atol=1e-5)
+    assert not any(one.requires_grad for one in model.language_model.parameters())

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -40,7 +41,7 @@ def build_blip2_generator(
     new. All but the tower's layers and the language model trains.
 
     Args:
-        language_model: folder or hub id.
+        language_model: folder or hub id of a language model, or of a LLaVA-like model, whose language model is taken.
         seed: for new parameters.
 
     Raises:
@@ -48,7 +49,7 @@ def build_blip2_generator(
     """
     tokenizer = load_prompt_tokenizer(language_model)
     with disable_transformers_logging(), raise_folder_errors(language_model, "no language model can be read"):
-        decoder = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.float32)
+        decoder = load_decoder(language_model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if len(tokenizer) > decoder.config.vocab_size:
@@ -61,6 +62,22 @@ def build_blip2_generator(
     _copy_first_stage(model, first_stage)
     _freeze(model)
     return model, tokenizer
+
+
+def load_decoder(folder: str) -> Any:
+    """Load a decoder-only language model in float32, alone or as the language model of a LLaVA-like model."""
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "text_config"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    embeddings, head = whole.get_input_embeddings(), whole.get_output_embeddings()
+    text_config = whole.config.text_config
+    text_config.tie_word_embeddings = embeddings.weight is head.weight
+    decoder = AutoModelForCausalLM.from_config(text_config, dtype=torch.float32)
+    decoder.base_model.load_state_dict(whole.base_model.language_model.state_dict())
+    decoder.get_output_embeddings().load_state_dict(head.state_dict())
+    decoder.generation_config = whole.generation_config
+    return decoder
 
 
 def _freeze(model: Blip2ForConditionalGeneration) -> None:
