@@ -287,7 +287,8 @@ class PictureHasher:
         if picture is not None:
             reduced = reduce_picture(picture)
             self._numbers[content] = len(self._numbers)
-            self._digests.append(np.stack([np.frombuffer(content, np.uint64), digest_reduction(reduced, picture.size)]))
+            digest = np.frombuffer(content.ljust(16, b"\0"), np.uint64)  # that of a zip member is shorter
+            self._digests.append(np.stack([digest, digest_reduction(reduced, picture.size)]))
             self._reduced.append(reduced)
             if len(self._reduced) == _PENDING_PICTURES:
                 self._hash_pending()
@@ -318,7 +319,7 @@ def load_unknown(image: LazyImage, known: Container[bytes]) -> tuple[bytes, Imag
 
 
 def hash_content(image: LazyImage) -> bytes:
-    """Hash the encoded bytes of a picture, or its pixels if it has no file: 16 bytes."""
+    """Hash the encoded bytes of a picture, or its pixels if it has no file: at most 16 bytes."""
     content = getattr(image, "content", None)
     return content() if content else hash_pixels(np.asarray(image.load()))
 

@@ -55,7 +55,7 @@ class TokenSequence:
     @property
     def num_supervised(self) -> int:
         """Number of supervised tokens; the first token of a sequence is not predicted, so it does not count."""
-        return int(self.supervised[1:].sum())
+        return int(np.count_nonzero(self.supervised[1:]))
 
     def slice(self, start: int, stop: int | None = None) -> TokenSequence:
         """Slice the sequence: tokens `start` to `stop - 1`."""

@@ -108,10 +108,10 @@ def get_orientation(image: Image.Image) -> int:
     return found if found in _TRANSPOSES else 1
 
 
-def get_upright_size(image: Image.Image) -> tuple[int, int]:
-    """Get (height, width) in pixels after EXIF rotation, from the header alone."""
+def get_upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
+    """Get (height, width) in pixels after the rotation of `get_orientation`, from the header alone."""
     width, height = image.size
-    return (width, height) if get_orientation(image) in _SWAPPED_ORIENTATIONS else (height, width)
+    return (width, height) if orientation in _SWAPPED_ORIENTATIONS else (height, width)
 
 
 def decode_upright(image: Image.Image, stream: BinaryIO, min_size: tuple[int, int] | None = None) -> Image.Image:
@@ -143,7 +143,7 @@ def verify_upright(image: Image.Image, stream: BinaryIO) -> tuple[int, int]:
     """
     # at 1/8 scale all data are read, but few pixels are computed
     if _decode_sound_jpeg(image, stream, "GRAY", min_height=1, min_width=1) is not None:
-        return get_upright_size(image)
+        return get_upright_size(image, get_orientation(image))
     decoded = decode_upright(image, stream)
     return decoded.height, decoded.width
 

@@ -10,7 +10,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -117,8 +117,13 @@ class EncodedImage:
 
     @cached_property
     def _header(self) -> tuple[tuple[int, int], int]:
-        with self._open_image() as (image, _):
-            return get_upright_size(image), get_orientation(image)
+        with self._open() as stream:
+            return self._read_header(stream)
+
+    def _read_header(self, stream: BinaryIO) -> tuple[tuple[int, int], int]:
+        with self._read_image(stream) as image:
+            orientation = get_orientation(image)
+            return get_upright_size(image, orientation), orientation
 
     def load(self) -> Image.Image:
         """Load the image as upright RGB. Raises RecordError if it cannot be decoded completely."""
@@ -142,9 +147,17 @@ class EncodedImage:
             return stream.read(), str(image.format).lower()
 
     def content(self) -> bytes:
-        """Hash the encoded bytes, for `content.py`. Raises RecordError if they cannot be read."""
+        """Hash the encoded bytes, and keep the header, so that an index opens the file once.
+
+        Raises:
+            RecordError: the bytes cannot be read. A damaged header raises where it is needed, in `size`.
+        """
         with self._open() as stream:
-            return self._hash(stream)
+            content = self._hash(stream)
+            if "_header" not in self.__dict__:
+                with suppress(RecordError):
+                    self.__dict__["_header"] = self._read_header(stream)
+            return content
 
     def load_unless(self, known: Container[bytes]) -> tuple[bytes, Image.Image | None]:
         """Hash as `content`, and load as `load` unless the hash is known; the file is opened once. Raises RecordError."""
@@ -152,7 +165,7 @@ class EncodedImage:
             content = self._hash(stream)
             if content in known:
                 return content, None
-            with open_image(stream, self._description, self.origin, self.max_pixels) as image:
+            with self._read_image(stream) as image:
                 return content, decode_upright(image, stream)
 
     def _hash(self, stream: BinaryIO) -> bytes:
@@ -164,8 +177,11 @@ class EncodedImage:
 
     @contextmanager
     def _open_image(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
-        with self._open() as stream, open_image(stream, self._description, self.origin, self.max_pixels) as image:
+        with self._open() as stream, self._read_image(stream) as image:
             yield image, stream
+
+    def _read_image(self, stream: BinaryIO) -> AbstractContextManager[Image.Image]:
+        return open_image(stream, self._description, self.origin, self.max_pixels)
 
     def _open(self) -> BinaryIO:
         """Open the encoded bytes. Raises RecordError."""
@@ -265,6 +281,8 @@ def resolve_image_path(path: str, root: Path, origin: str, more_roots: Sequence[
             content below two roots.
     """
     validate_image_path(path, origin)
+    if not more_roots and (plain := _find_plain_file(path, root)):
+        return plain
     try:
         roots = [_resolve_root(folder) for folder in (root, *more_roots)]
         # Checked before any lookup, so that the error does not reveal whether a file outside of the roots exists.
@@ -294,6 +312,35 @@ def resolve_image_path(path: str, root: Path, origin: str, more_roots: Sequence[
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would block for ever
         raise RecordError(origin, f"image {format_untrusted(path)} is not a regular file", REMEDY, Fault.unreadable)
     return found[0]
+
+
+def _find_plain_file(path: str, root: Path) -> Path | None:
+    """Find a regular file that is no link itself, in a folder that was resolved before: nearly every image of a source.
+
+    None for anything else, which takes the long way; so does each path that could lead upwards.
+    """
+    head, name = os.path.split(path)
+    folder = None if ".." in path else _resolve_folder(root, head)
+    if folder is None:
+        return None
+    found = os.path.join(folder, name)
+    try:
+        return Path(found) if stat.S_ISREG(os.lstat(found).st_mode) else None
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _resolve_folder(root: Path, head: str) -> str | None:
+    """Resolve a folder below a root once in a process: its links cost a system call for each folder above them.
+
+    None if it leads out of the root, or does not exist yet: it could become a link.
+    """
+    try:
+        resolved = os.path.realpath(root / head, strict=True)
+    except OSError:
+        return None
+    return resolved if Path(resolved).is_relative_to(_resolve_root(root)) else None
 
 
 @lru_cache(maxsize=64)

@@ -149,7 +149,9 @@ class Processor:
             max_context_tokens=max(map(sum, zip(lengths, prefix_lengths, strict=True))),
             num_tiles=sum(layout.num_tiles for layout in layouts),
             num_images=len(layouts),
-            num_image_tokens=sum(int((segment.input_ids == self.image_token_id).sum()) for segment in segments),
+            num_image_tokens=sum(
+                int(np.count_nonzero(segment.input_ids == self.image_token_id)) for segment in segments
+            ),
             num_chosen=answers[0].num_supervised if isinstance(record, PreferencePair) else 0,
             size=sizes[0] if sizes else (0, 0),
         )

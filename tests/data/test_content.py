@@ -15,8 +15,9 @@ from pyarrow import parquet
 from source_cases import GPT, HUMAN, make_llava, open_path, write
 from support import builtin
 
+from lit_vlm.curation.features import PictureHasher
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.lazy_images import HASHED_BLOCK_BYTES, NUM_HASHED_BLOCKS, compute_image_hash
+from lit_vlm.data.lazy_images import HASHED_BLOCK_BYTES, NUM_HASHED_BLOCKS, BytesImage, compute_image_hash
 from lit_vlm.data.synthetic import scenes
 from lit_vlm.types import RecordError
 
@@ -80,6 +81,18 @@ def test_a_copy_with_another_path_and_other_times_has_the_same_hash(tmp_path, ma
         os.utime(file, ns=(7, 7))
     source = make(tmp_path / "two", pictures)
     assert [compute_image_hash(record) for record in source] == before
+
+
+@pytest.mark.parametrize("make", READERS)
+def test_pictures_of_each_form_are_hashed_for_the_curation(tmp_path, make):
+    seeds = [0, 1, 0]
+    hasher = PictureHasher()
+    numbers = [hasher.add(record.images[0]) for record in make(tmp_path, [encode_bmp(seed) for seed in seeds])]
+    assert numbers == [0, 1, 0]
+    alone = PictureHasher()
+    for seed in seeds[:2]:
+        alone.add(BytesImage(encode_bmp(seed), "x", 10**6))
+    assert hasher.get_hashes()["thumbnail"].tolist() == alone.get_hashes()["thumbnail"].tolist()
 
 
 def test_long_files_are_distinguished_by_their_blocks(tmp_path):

@@ -1,6 +1,7 @@
 """Images: valid files are read correctly, faults are reported, and nothing outside the root is opened."""
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -17,9 +18,12 @@ import simplejpeg
 from PIL import Image, ImageFile, ImageOps
 
 from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
+from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data import decoding
 from lit_vlm.data.collate import collate
+from lit_vlm.data.index.build import build_index
 from lit_vlm.data.lazy_images import FORMATS, ArrayImage, BytesImage, FileImage
+from lit_vlm.data.sources import open_source
 from lit_vlm.data.tiling import compute_decode_size, load_tiles, split_into_tiles
 from lit_vlm.types import Fault, ImagePlaceholder, Language, LazyImage, Message, RecordError, Role, Sample, SampleKind
 
@@ -499,6 +503,37 @@ def test_a_micro_batch_opens_each_image_twice(root, processor, audit):
     opened = [args[0] for _, args in audit if str(args[0]).startswith(str(root))]
     assert sorted(opened) == [str(root / "a.png")] * 2 + [str(root / "b.png")] * 2
     assert np.array_equal(batch.tiles.numpy(), np.concatenate(processor.load_tiles(record)))
+
+
+def test_an_index_opens_each_image_once(root, processor, audit, tmp_path):
+    (root / "more").mkdir()
+    (root / "linked").symlink_to("more")
+    names = ["a.png", "more/b.png", "linked/c.png"]
+    rows = []
+    for number, name in enumerate(names):
+        make_large_photo(90 + number, 70).save(root / name)
+        turns = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "x"}]
+        rows.append({"id": str(number), "image": name, "conversations": turns})
+    (tmp_path / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    settings = SourceConfig(path=str(tmp_path / "train.json"), image_root=str(root))
+    source = open_source("mine", settings, max_image_pixels=MAX_PIXELS)
+    audit.clear()
+    index = build_index([source], processor)
+    opened = [args[0] for _, args in audit if str(args[0]).startswith(str(root))]
+    assert sorted(opened) == [str(root / name) for name in ("a.png", "more/b.png", "more/c.png")]
+    assert [image.size for image in (index.get_record(0).images[0], index.get_record(2).images[0])] == [
+        (70, 90),
+        (70, 92),
+    ]
+
+
+def test_a_folder_that_turns_into_a_link_out_of_the_root_is_refused(root, photos):
+    for name in ("early", "late"):
+        assert_fails(open_image(root, f"{name}/a.png"), "not found")
+        (root.parent / name).mkdir()
+        photos[0].save(root.parent / name / "a.png")
+        (root / name).symlink_to(root.parent / name)
+        assert_fails(open_image(root, f"{name}/a.png"), "leads out of")
 
 
 def test_an_image_that_changes_between_header_and_pixels_is_reported(processor):

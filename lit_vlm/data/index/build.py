@@ -228,6 +228,7 @@ def _read_shard(source: Source, processor: Processor, shard_range: ShardRange) -
 def _build_row(position: int, record: Record, processor: Processor) -> tuple[int, ...]:
     """Build the row of one record, in the order of COLUMNS."""
     files_stamp = compute_stamp(record)  # taken first: a file that changes during reading is then detected as changed
+    content = compute_image_hash(record) if files_stamp else 0  # keeps the headers, so each file is opened once
     cost = processor.compute_cost(record)
     return (
         position,
@@ -244,7 +245,7 @@ def _build_row(position: int, record: Record, processor: Processor) -> tuple[int
         LANGUAGES.index(record.language),
         record.nfc_changed,
         *compute_digests(record),
-        compute_image_hash(record) if files_stamp else 0,
+        content,
         files_stamp,
     )
 

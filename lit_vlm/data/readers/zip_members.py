@@ -22,7 +22,7 @@ from typing import BinaryIO, cast
 
 from PIL import Image
 
-from lit_vlm.data.decoding import MAX_FILE_BYTES, REMEDY, describe_error, open_image
+from lit_vlm.data.decoding import MAX_FILE_BYTES, REMEDY, describe_error
 from lit_vlm.data.lazy_images import EncodedImage, format_untrusted
 from lit_vlm.types import Fault, RecordError, UserError
 
@@ -235,15 +235,19 @@ class ZipImage(EncodedImage):
         """Return size and checksum from the archive's directory as the content digest. Reading verifies them."""
         return struct.pack("<QL", self.member.size, self.member.crc)
 
+    def _hash(self, stream: BinaryIO) -> bytes:
+        return self.content()
+
+    def _open(self) -> BinaryIO:
+        return cast(BinaryIO, self.member.open(self.origin))
+
     @contextmanager
-    def _open_image(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
-        with self.member.open(self.origin) as stream:
-            binary = cast(BinaryIO, stream)
-            try:
-                with open_image(binary, self._description, self.origin, self.max_pixels) as image:
-                    yield image, binary
-            except RecordError as error:
-                raise stream.error or error from None
+    def _read_image(self, stream: BinaryIO) -> Iterator[Image.Image]:
+        try:
+            with super()._read_image(stream) as image:
+                yield image
+        except RecordError as error:
+            raise cast(ZipMemberStream, stream).error or error from None
 
 
 def decode_name(raw: bytes, flags: int) -> str:
