@@ -57,8 +57,10 @@ _FOREIGN_SIGNATURES = {  # first bytes of files that are often found instead
     b"8bps": "a Photoshop picture",
     b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`",
 }
-# A JPEG marker with its fill bytes. In pixel data FF is followed by 00 or by a restart marker (D0 to D7).
-_JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
+# Bytes that make a JPEG marker of an FF before them. In pixel data FF is followed by 00 or by a restart marker (D0 to D7).
+_JPEG_MARKERS = frozenset({*range(0x02, 0xD0), *range(0xD8, 0xFF)})
+_IS_JPEG_MARKER = np.isin(np.arange(256), list(_JPEG_MARKERS))
+_SEARCHED_BYTES = 1 << 16  # of pixel data at a time
 _JPEG_SCAN = 0xDA
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JPEG_IGNORED_MARKERS = {*range(0xE0, 0xF0), 0xFE} - {
@@ -283,16 +285,17 @@ def _scan_jpeg(data: bytes) -> tuple[bytes, str | None]:
     # Only the first warning is reported. So segments that the pixels do not need, which may cause a harmless one, are left out.
     needed_bytes = bytearray(b"\xff\xd8")
     position = 2
-    while found := _JPEG_MARKER.search(data, position):
-        marker, position = found[1][0], found.end()
+    while found := _find_jpeg_marker(data, position):
+        position = found[1] + 1
+        marker = data[found[1]]
         if marker == 0xD9:  # end of image; the one of a thumbnail lies within a segment
             break
         end = position + max(2, int.from_bytes(data[position : position + 2]))
         if marker == _JPEG_SCAN:
             first_scan = min(first_scan, position)
             scanned.update(data[position + 3 : position + 3 + 2 * data[position + 2] : 2])
-            following = _JPEG_MARKER.search(data, end)
-            end = following.start() if following else len(data)
+            following = _find_jpeg_marker(data, end)
+            end = following[0] if following else len(data)
         elif marker in _JPEG_FRAMES:
             components.update(data[position + 8 : position + 8 + 3 * data[position + 7] : 3])
         if marker not in _JPEG_IGNORED_MARKERS:
@@ -304,6 +307,21 @@ def _scan_jpeg(data: bytes) -> tuple[bytes, str | None]:
     elif missing := components - scanned:
         damage = f"{len(missing)} of its {len(components)} colour components have no data"
     return bytes(needed_bytes) + b"\xff\xd9", damage
+
+
+def _find_jpeg_marker(data: bytes, start: int) -> tuple[int, int] | None:
+    """Find the first marker from `start` on: the positions of its first FF and of its code, which fill bytes may precede."""
+    if data[start : start + 1] == b"\xff" and data[start + 1 : start + 2] and data[start + 1] in _JPEG_MARKERS:
+        return start, start + 1  # nearly every segment follows the one before it
+    view = np.frombuffer(data, np.uint8)
+    for first in range(start, len(data) - 1, _SEARCHED_BYTES):
+        window = view[first : first + _SEARCHED_BYTES + 1]
+        places = np.flatnonzero(window[:-1] == 0xFF) + 1
+        places = places[_IS_JPEG_MARKER[window[places]]]
+        if len(places):
+            code = first + int(places[0])
+            return start + len(data[start:code].rstrip(b"\xff")), code
+    return None
 
 
 def _find_png_damage(data: bytes, image: Image.Image) -> str | None:

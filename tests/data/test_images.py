@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import random
+import re
 import struct
 import sys
 import time
@@ -134,6 +136,32 @@ def test_a_jpeg_is_decoded_by_pillow_if_another_libjpeg_gives_other_pixels(root,
         assert np.array_equal(np.asarray(open_image(root, "a.jpg").load()), np.asarray(Image.open(io.BytesIO(data))))
     finally:
         decoding._has_pixels_of_pillow.cache_clear()
+
+
+def test_a_marker_of_a_jpeg_is_found_where_the_definition_says():
+    """FF, any number of times, then a code that is neither 00, 01 nor a restart marker."""
+    definition = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
+    draw = random.Random(0)
+    for _ in range(5000):
+        data = bytes(draw.choices((0xFF, 0xFF, 0, 1, 2, 7, 0xD0, 0xD9, 0xDA), k=draw.randint(0, 40)))
+        start = draw.randint(0, len(data) + 2)
+        expected = definition.search(data, start)
+        assert decoding._find_jpeg_marker(data, start) == (expected and (expected.start(), expected.end() - 1))
+    padding = bytes(
+        3 * decoding._SEARCHED_BYTES - 2
+    )  # a marker on each side of the borders of what is searched at a time
+    for number in range(6):
+        data = padding + bytes(number) + b"\xff\xff\xda"
+        assert decoding._find_jpeg_marker(data, 0) == (len(data) - 3, len(data) - 1)
+
+
+def test_a_jpeg_with_a_megabyte_of_fill_bytes_is_read(photos):
+    """A search that starts anew at each of them would take hours."""
+    data = encode(photos[0], "JPEG", quality=90)
+    padded = data[:-2] + b"\xff" * 1_000_000 + b"\xd9"
+    sound, image = (BytesImage(each, "x", MAX_PIXELS) for each in (data, padded))
+    assert image.verify() == sound.size
+    assert np.array_equal(np.asarray(image.load()), np.asarray(sound.load()))
 
 
 def test_images_can_be_sent_to_other_processes(root, photos):
