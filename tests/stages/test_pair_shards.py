@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -27,6 +28,9 @@ EXPORTED = {
     "blip_caption": (BlipForConditionalGeneration, ""),
     "blip_retrieval": (BlipForImageTextRetrieval, ""),
 }
+
+# (strategy, stage); with offloading the stage with momentum encoders
+ZERO = [*itertools.product(("zero2", "zero3"), EXPORTED), ("zero3_offload", "blip_pretrain")]
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +60,7 @@ def results(out, parts) -> list[dict[str, dict]]:
 
 @pytest.fixture(scope="module")
 def zero_results(out, parts) -> list[dict[str, dict]]:
-    return run_worker(out / "zero", parts, "zero2", "zero3")
+    return run_worker(out / "zero", parts, "zero2", "zero3", "zero3_offload")
 
 
 @pytest.mark.parametrize("stage", EXPORTED)
@@ -66,8 +70,7 @@ def test_sharded_pair_stages_have_the_weights_figures_and_captions_of_ddp(result
     require_results_of_ddp(results, stage, strategy, atol=1e-9, rel=1e-9)
 
 
-@pytest.mark.parametrize("stage", EXPORTED)
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize(("strategy", "stage"), ZERO)
 def test_pair_stages_under_zero_have_the_weights_figures_and_captions_of_ddp(zero_results, stage, strategy):
     """In float32, as DeepSpeed's master weights are."""
     require_results_of_ddp(zero_results, stage, strategy, atol=1e-6, rel=1e-5)
@@ -97,8 +100,7 @@ def test_shards_of_a_pair_stage_resume_bit_for_bit(results, stage, strategy):
     require_equal_resumption(results, stage, strategy)
 
 
-@pytest.mark.parametrize("stage", EXPORTED)
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize(("strategy", "stage"), ZERO)
 def test_a_pair_stage_under_zero_resumes_bit_for_bit(zero_results, stage, strategy):
     require_equal_resumption(zero_results, stage, strategy)
 
