@@ -1,12 +1,13 @@
 """Benchmark of the index: samples/s per core over LLaVA records with JPEG files, and memory by number of records.
 
     python -m benchmarks.index [--records 100000] [--photos 300] [--workers 1] [--memory 100000 1000000 10000000]
+    python -m benchmarks.index --other WORKTREE [--records 10000] [--repeats 5]    speed beside another build, in turn
 
 Speed is measured on a LLaVA JSONL file in Korean and English with one 640 x 480 JPEG per record: `--photos` different
 files, hard-linked under one name per record. The tokenizer is the tiny one: byte-level BPE with few merges, so the same text
 has about three times the tokens of Qwen's tokenizer. Memory is that of a process that builds the index of text-only
-records, generated as they are read, and then loads it. Each number of records has a separate process. The result goes to
-benchmarks/results/index.json with versions.
+records, generated as they are read, and then loads it. Each number of records has a separate process. `--memory` without a
+number leaves the memory's figures as they are. The result goes to benchmarks/results/index.json with versions.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import json
 import os
 import platform
 import random
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -57,6 +60,10 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=300)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--memory", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument(
+        "--other", type=Path, help="root of another build; its figures are printed, and no file is written here"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="with --other")
     # child process: measure the memory of one size in this folder
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -64,17 +71,57 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure_memory(arguments.memory[0], arguments.child)))
         return
+    if arguments.other:
+        print(compare_builds(arguments.other, arguments.records, arguments.photos, arguments.repeats))
+        return
+    out = Path(__file__).parent / "results" / "index.json"
     with tempfile.TemporaryDirectory() as folder:
         result = {
             "speed": measure_speed(Path(folder), arguments.records, arguments.photos, arguments.workers),
-            "memory": [measure_memory_in_subprocess(number) for number in arguments.memory],
+            "memory": [measure_memory_in_subprocess(number) for number in arguments.memory]
+            or json.loads(out.read_text())["memory"],
             "machine": describe_machine(),
             "versions": get_package_versions(),
         }
-    out = Path(__file__).parent / "results" / "index.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print_result(result)
+
+
+def compare_builds(other: Path, records: int, photos: int, repeats: int) -> str:
+    """Measure the speed of this build and of another one in turn; return a Markdown table of medians and ratios.
+
+    Each build measures itself, in copies of both trees, because this module writes its result beside itself.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"here": [], "other": []}
+    with tempfile.TemporaryDirectory() as folder:
+        roots = {"here": Path(folder) / "here", "other": Path(folder) / "other"}
+        for name, root in (("here", Path(__file__).resolve().parents[1]), ("other", other.resolve())):
+            for part in ("lit_vlm", "benchmarks", "conf"):
+                shutil.copytree(root / part, roots[name] / part)
+        for number in range(2 * repeats):
+            name = list(roots)[number % 2]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.index",
+                "--records",
+                str(records),
+                "--photos",
+                str(photos),
+                "--memory",
+            ]
+            environment = {**os.environ, "PYTHONPATH": str(roots[name])}
+            subprocess.run(command, check=True, cwd=roots[name], env=environment, capture_output=True)
+            result = json.loads((roots[name] / "benchmarks/results/index.json").read_text())["speed"]
+            found[name].append({key: value for key, value in result.items() if key.endswith("per_second_and_core")})
+    lines = ["| samples or images/s per core | here | other | ratio |", "|---|---|---|---|"]
+    for key in found["here"][0]:
+        here, there = (statistics.median(one[key] for one in found[name]) for name in ("here", "other"))
+        lines.append(
+            f"| {key.removesuffix('_per_second_and_core')} | {here:,.0f} | {there:,.0f} | {here / there:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def measure_speed(folder: Path, records: int, photos: int, workers: int) -> dict[str, Any]:
@@ -93,7 +140,7 @@ def measure_speed(folder: Path, records: int, photos: int, workers: int) -> dict
     recheck_seconds, _ = measure_seconds(
         lambda: build_index([source], processor, store=store, workers=workers, recheck=True)
     )
-    assert len(index) == records and index.compute_digest() == same_index.digest() and not index.errors
+    assert len(index) == records and index.compute_digest() == same_index.compute_digest() and not index.errors
     few_source = open_by_name("few")
     decode_seconds, errors = measure_seconds(lambda: verify_images([few_source], store, workers=workers))
     assert not errors

@@ -1,11 +1,12 @@
 """What each stage of the quickstart gains and loses in the exam, over several seeds.
 
-    python -m benchmarks.stage_gains FOLDER [--seeds 0,1,2] [--items 150]
+    python -m benchmarks.stage_gains FOLDER [--seeds 0,1,2] [--items 150] [--equal-steps]
 
 FOLDER becomes the run folder. For each seed the four stages train as in the quickstart. `sft` trains twice more from an
-unaligned model: with the same steps, and with as many more as `align` costs in CPU seconds. Each model takes the exam with `--items` questions
-of each cell, and is compared in pairs with the one that it started from, `sft` with its unaligned twins. A step that is there is
-only read, so the same command resumes. The result goes to benchmarks/results/stage_gains.json, its tables are printed.
+unaligned model: with the same steps, and with as many more as `align` costs in CPU seconds (not with `--equal-steps`). Each
+model takes the exam with `--items` questions of each cell, and is compared in pairs with the one that it started from, `sft` with
+its unaligned twins. A step that is there is only read, so the same command resumes. The result goes to
+benchmarks/results/stage_gains.json, its tables are printed.
 """
 
 from __future__ import annotations
@@ -42,9 +43,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--items", type=int, default=NUM_ITEMS)
+    parser.add_argument("--equal-steps", action="store_true")
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    measured = {seed: measure_seed(arguments.folder / str(seed), seed, arguments.items) for seed in seeds}
+    measured = {
+        seed: measure_seed(arguments.folder / str(seed), seed, arguments.items, arguments.equal_steps) for seed in seeds
+    }
     manifest = json.loads((arguments.folder / str(seeds[0]) / "2_sft/manifest.json").read_text(encoding="utf-8"))
     result = {"versions": manifest["versions"], "items": arguments.items, "seeds": measured}
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -52,25 +56,27 @@ def main() -> None:
     print(render_comparisons(result), render_cells(result), sep="\n\n")
 
 
-def measure_seed(folder: Path, seed: int, num_items: int) -> dict[str, Any]:
-    """Train the stages of one seed and the two unaligned twins of `sft`, and compare their exams."""
+def measure_seed(folder: Path, seed: int, num_items: int, equal_steps: bool) -> dict[str, Any]:
+    """Train the stages of one seed and the unaligned twins of `sft`, and compare their exams."""
     parent: Path | None = None
     for stage in STAGES:
         train(folder, seed, stage, stage, parent)
         parent = folder / stage / "hf"
     train(folder, seed, "2_sft", UNALIGNED, None)
-    recipe = yaml.safe_load((ROOT / "conf/experiment/tiny/2_sft.yaml").read_text(encoding="utf-8"))
-    seconds, steps = {name: read_seconds(folder, name) for name in ("1_align", "2_sft")}, recipe["trainer"]["max_steps"]
-    longer = round(steps * (1 + seconds["1_align"] / seconds["2_sft"]))
-    train(folder, seed, "2_sft", UNALIGNED_LONGER, None, f"trainer.max_steps={longer}")
-    names = (*STAGES, UNALIGNED, UNALIGNED_LONGER)
+    names = [*STAGES, UNALIGNED]
+    if not equal_steps:
+        recipe = yaml.safe_load((ROOT / "conf/experiment/tiny/2_sft.yaml").read_text(encoding="utf-8"))
+        extra = read_seconds(folder, "1_align") / read_seconds(folder, "2_sft")
+        longer = round(recipe["trainer"]["max_steps"] * (1 + extra))
+        train(folder, seed, "2_sft", UNALIGNED_LONGER, None, f"trainer.max_steps={longer}")
+        names.append(UNALIGNED_LONGER)
     exams = {name: take_exam(folder, seed, name, num_items) for name in names}
     return {
         "cpu_seconds": {name: read_seconds(folder, name) for name in names},
-        "steps": {UNALIGNED: steps, UNALIGNED_LONGER: longer},
         "comparisons": {
             title: [describe(difference) for difference in compare_exams(exams[before], exams[after])]
             for title, (before, after) in COMPARISONS.items()
+            if before in exams
         },
     }
 
@@ -121,10 +127,15 @@ def describe(difference: CellDifference) -> dict[str, Any]:
     return {"cell": difference.cell, "verdict": difference.verdict.value, **numbers}
 
 
+def list_titles(result: dict[str, Any]) -> list[str]:
+    """List the comparisons that were made."""
+    return list(next(iter(result["seeds"].values()))["comparisons"])
+
+
 def render_comparisons(result: dict[str, Any]) -> str:
     """Render the number of cells that gained and lost, and the mean of all, per comparison and seed, as Markdown."""
     lines = ["| | seed | gained | lost | mean of all |", "|---|---|---|---|---|"]
-    for title in COMPARISONS:
+    for title in list_titles(result):
         for seed, measured in result["seeds"].items():
             cells = measured["comparisons"][title]
             overall = next(cell for cell in cells if cell["cell"] == ALL_CELL)
@@ -138,7 +149,7 @@ def render_cells(result: dict[str, Any]) -> str:
     """Render each cell that gained or lost with any seed, its change with each seed, as Markdown."""
     seeds: Sequence[str] = list(result["seeds"])
     lines = ["| | cell | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---|---|" + "---|" * len(seeds)]
-    for title in COMPARISONS:
+    for title in list_titles(result):
         rows = [{cell["cell"]: cell for cell in result["seeds"][seed]["comparisons"][title]} for seed in seeds]
         for name in rows[0]:
             cells = [row[name] for row in rows]
