@@ -70,6 +70,7 @@ def test_sharded_pair_stages_have_the_weights_figures_and_captions_of_ddp(result
     require_results_of_ddp(results, stage, strategy, atol=1e-9, rel=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "stage"), ZERO)
 def test_pair_stages_under_zero_have_the_weights_figures_and_captions_of_ddp(zero_results, stage, strategy):
     """In float32, as DeepSpeed's master weights are."""
@@ -100,6 +101,7 @@ def test_shards_of_a_pair_stage_resume_bit_for_bit(results, stage, strategy):
     require_equal_resumption(results, stage, strategy)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "stage"), ZERO)
 def test_a_pair_stage_under_zero_resumes_bit_for_bit(zero_results, stage, strategy):
     require_equal_resumption(zero_results, stage, strategy)
@@ -114,6 +116,7 @@ def require_equal_resumption(results: list[dict[str, dict]], stage: str, strateg
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_momentum_encoders_and_queue_stay_float32_under_zero_in_bfloat16(zero_results, strategy):
     """A step moves a momentum encoder by less than a bfloat16 can hold, so rounded ones would not move."""
@@ -127,17 +130,26 @@ def test_momentum_encoders_and_queue_stay_float32_under_zero_in_bfloat16(zero_re
 
 
 @pytest.mark.parametrize("stage", EXPORTED)
-def test_a_sharded_pair_stage_exports_the_folder_of_ddp(results, zero_results, out, stage):
+def test_a_sharded_pair_stage_exports_the_folder_of_ddp(results, out, stage):
+    require_folder_of_ddp(out / "fsdp", stage, "fsdp2")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", EXPORTED)
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_pair_stage_under_zero_exports_the_folder_of_ddp(zero_results, out, stage, strategy):
+    require_folder_of_ddp(out / "zero", stage, strategy)
+
+
+def require_folder_of_ddp(folder: Path, stage: str, strategy: str) -> None:
     kind, part = EXPORTED[stage]
-    for folder, strategy in (("fsdp", "fsdp2"), ("zero", "zero2"), ("zero", "zero3")):
-        models = []
-        for name in ("ddp", strategy):
-            path = out / folder / f"{stage}-{name}" / "hf" / part
-            model, report = kind.from_pretrained(path, output_loading_info=True)
-            assert not report["missing_keys"] and type(model) is kind
-            assert model.config.architectures == [kind.__name__]
-            models.append(model.state_dict())
-        assert models[0].keys() == models[1].keys()
-        for name, value in models[0].items():
-            limit = 1e-4 if name.endswith("key.bias") else 1e-6
-            torch.testing.assert_close(models[1][name], value, rtol=0, atol=limit)
+    models = []
+    for name in ("ddp", strategy):
+        model, report = kind.from_pretrained(folder / f"{stage}-{name}" / "hf" / part, output_loading_info=True)
+        assert not report["missing_keys"] and type(model) is kind
+        assert model.config.architectures == [kind.__name__]
+        models.append(model.state_dict())
+    assert models[0].keys() == models[1].keys()
+    for name, value in models[0].items():
+        limit = 1e-4 if name.endswith("key.bias") else 1e-6
+        torch.testing.assert_close(models[1][name], value, rtol=0, atol=limit)
