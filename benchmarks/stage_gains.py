@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from benchmarks.learning_curve import run_command
 from lit_vlm.evaluation.exam import ALL_CELL, EXAM_FILE, ExamAnswers, read_answers
 from lit_vlm.evaluation.exam_comparison import CellDifference, Verdict, compare_exams
 
@@ -36,6 +35,7 @@ COMPARISONS = {  # title: before, after
     "`dpo`": ("3_highres", "4_dpo"),
 }
 NUM_ITEMS = 150
+ONE_THREAD = "trainer.num_threads=1"
 
 
 def main() -> None:
@@ -88,17 +88,18 @@ def train(folder: Path, seed: int, stage: str, name: str, parent: Path | None, *
     start = f"init_from={parent}" if parent else "init_from=null"
     before = os.times()
     run_command(
-        folder, seed, f"experiment=tiny/{stage}", f"run_name={name}", start, "evaluate.exam_items=0", *overrides
+        folder,
+        f"seed={seed}",
+        ONE_THREAD,
+        f"experiment=tiny/{stage}",
+        f"run_name={name}",
+        start,
+        "evaluate.exam_items=0",
+        *overrides,
     )
     after = os.times()
     seconds = after.children_user - before.children_user + after.children_system - before.children_system
     (folder / f"{name}.seconds").write_text(f"{seconds:.1f}\n", encoding="utf-8")
-
-
-def run_command(folder: Path, seed: int, *overrides: str) -> None:
-    """Run `python run.py` with one thread."""
-    command = [sys.executable, str(ROOT / "run.py"), f"run_dir={folder}", f"seed={seed}", "trainer.num_threads=1"]
-    subprocess.run([*command, *overrides], check=True)
 
 
 def read_seconds(folder: Path, name: str) -> float:

@@ -15,6 +15,7 @@ import os
 import re
 import warnings
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -58,9 +59,8 @@ _FOREIGN_SIGNATURES = {  # first bytes of files that are often found instead
     b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`",
 }
 # Bytes that make a JPEG marker of an FF before them. In pixel data FF is followed by 00 or by a restart marker (D0 to D7).
-_JPEG_MARKERS = frozenset({*range(0x02, 0xD0), *range(0xD8, 0xFF)})
-_IS_JPEG_MARKER = np.isin(np.arange(256), list(_JPEG_MARKERS))
-_SEARCHED_BYTES = 1 << 16  # of pixel data at a time
+_IS_JPEG_MARKER = np.isin(np.arange(256), [*range(0x02, 0xD0), *range(0xD8, 0xFF)])
+_SEARCHED_BYTES = 1 << 16  # at a time
 _JPEG_SCAN = 0xDA
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JPEG_IGNORED_MARKERS = {*range(0xE0, 0xF0), 0xFE} - {
@@ -284,17 +284,16 @@ def _scan_jpeg(data: bytes) -> tuple[bytes, str | None]:
     scanned, components, first_scan = set[int](), set[int](), len(data)
     # Only the first warning is reported. So segments that the pixels do not need, which may cause a harmless one, are left out.
     needed_bytes = bytearray(b"\xff\xd8")
-    position = 2
-    while found := _find_jpeg_marker(data, position):
-        position = found[1] + 1
-        marker = data[found[1]]
+    position, markers = 2, _JpegMarkers(data)
+    while found := markers.find(position):
+        marker, position = data[found[1]], found[1] + 1
         if marker == 0xD9:  # end of image; the one of a thumbnail lies within a segment
             break
         end = position + max(2, int.from_bytes(data[position : position + 2]))
         if marker == _JPEG_SCAN:
             first_scan = min(first_scan, position)
             scanned.update(data[position + 3 : position + 3 + 2 * data[position + 2] : 2])
-            following = _find_jpeg_marker(data, end)
+            following = markers.find(end)
             end = following[0] if following else len(data)
         elif marker in _JPEG_FRAMES:
             components.update(data[position + 8 : position + 8 + 3 * data[position + 7] : 3])
@@ -309,19 +308,31 @@ def _scan_jpeg(data: bytes) -> tuple[bytes, str | None]:
     return bytes(needed_bytes) + b"\xff\xd9", damage
 
 
-def _find_jpeg_marker(data: bytes, start: int) -> tuple[int, int] | None:
-    """Find the first marker from `start` on: the positions of its first FF and of its code, which fill bytes may precede."""
-    if data[start : start + 1] == b"\xff" and data[start + 1 : start + 2] and data[start + 1] in _JPEG_MARKERS:
-        return start, start + 1  # nearly every segment follows the one before it
-    view = np.frombuffer(data, np.uint8)
-    for first in range(start, len(data) - 1, _SEARCHED_BYTES):
-        window = view[first : first + _SEARCHED_BYTES + 1]
+class _JpegMarkers:
+    """Search for the markers of a JPEG. Each window of the file is looked through once, so many searches take linear time."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._view = data, np.frombuffer(data, np.uint8)
+        self._first, self._stop, self._codes = 0, 0, list[int]()  # of the window: its FFs, and the codes behind them
+
+    def find(self, start: int) -> tuple[int, int] | None:
+        """Find the first marker from `start` on: the positions of its first FF and of its code, which fill bytes may precede."""
+        position = start
+        while position < len(self._data) - 1:
+            if not self._first <= position < self._stop:
+                self._read_window(position)
+            number = bisect_right(self._codes, position)
+            if number < len(self._codes):
+                code = self._codes[number]
+                return start + len(self._data[start:code].rstrip(b"\xff")), code
+            position = self._stop
+        return None
+
+    def _read_window(self, first: int) -> None:
+        window = self._view[first : first + _SEARCHED_BYTES + 1]
         places = np.flatnonzero(window[:-1] == 0xFF) + 1
-        places = places[_IS_JPEG_MARKER[window[places]]]
-        if len(places):
-            code = first + int(places[0])
-            return start + len(data[start:code].rstrip(b"\xff")), code
-    return None
+        self._first, self._stop = first, first + _SEARCHED_BYTES
+        self._codes = (first + places[_IS_JPEG_MARKER[window[places]]]).tolist()
 
 
 def _find_png_damage(data: bytes, image: Image.Image) -> str | None:

@@ -320,27 +320,37 @@ def _find_plain_file(path: str, root: Path) -> Path | None:
     None for anything else, which takes the long way; so does each path that could lead upwards.
     """
     head, name = os.path.split(path)
-    folder = None if ".." in path else _resolve_folder(root, head)
-    if folder is None:
+    known = None if ".." in path else _resolve_folder(root, head)
+    if known is None:
         return None
+    folder, inode = known
     found = os.path.join(folder, name)
     try:
-        return Path(found) if stat.S_ISREG(os.lstat(found).st_mode) else None
+        is_plain = _get_inode(folder) == inode and stat.S_ISREG(os.lstat(found).st_mode)
     except OSError:
         return None
+    return Path(found) if is_plain else None
 
 
 @lru_cache(maxsize=4096)
-def _resolve_folder(root: Path, head: str) -> str | None:
+def _resolve_folder(root: Path, head: str) -> tuple[str, tuple[int, int]] | None:
     """Resolve a folder below a root once in a process: its links cost a system call for each folder above them.
 
-    None if it leads out of the root, or does not exist yet: it could become a link.
+    Returns:
+        The folder, and its inode, by which a later link in its place is noticed. None if it leads out of the root, or does not
+        exist yet.
     """
     try:
         resolved = os.path.realpath(root / head, strict=True)
+        inode = _get_inode(resolved)
     except OSError:
         return None
-    return resolved if Path(resolved).is_relative_to(_resolve_root(root)) else None
+    return (resolved, inode) if Path(resolved).is_relative_to(_resolve_root(root)) else None
+
+
+def _get_inode(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 @lru_cache(maxsize=64)

@@ -144,15 +144,16 @@ def test_a_marker_of_a_jpeg_is_found_where_the_definition_says():
     draw = random.Random(0)
     for _ in range(5000):
         data = bytes(draw.choices((0xFF, 0xFF, 0, 1, 2, 7, 0xD0, 0xD9, 0xDA), k=draw.randint(0, 40)))
-        start = draw.randint(0, len(data) + 2)
-        expected = definition.search(data, start)
-        assert decoding._find_jpeg_marker(data, start) == (expected and (expected.start(), expected.end() - 1))
+        markers = decoding._JpegMarkers(data)
+        for start in sorted(draw.choices(range(len(data) + 3), k=3)):
+            expected = definition.search(data, start)
+            assert markers.find(start) == (expected and (expected.start(), expected.end() - 1))
     padding = bytes(
         3 * decoding._SEARCHED_BYTES - 2
     )  # a marker on each side of the borders of what is searched at a time
     for number in range(6):
         data = padding + bytes(number) + b"\xff\xff\xda"
-        assert decoding._find_jpeg_marker(data, 0) == (len(data) - 3, len(data) - 1)
+        assert decoding._JpegMarkers(data).find(0) == (len(data) - 3, len(data) - 1)
 
 
 def test_a_jpeg_with_a_megabyte_of_fill_bytes_is_read(photos):
@@ -562,6 +563,12 @@ def test_a_folder_that_turns_into_a_link_out_of_the_root_is_refused(root, photos
         photos[0].save(root.parent / name / "a.png")
         (root / name).symlink_to(root.parent / name)
         assert_fails(open_image(root, f"{name}/a.png"), "leads out of")
+    (root / "read").mkdir()
+    photos[0].save(root / "read" / "a.png")
+    assert open_image(root, "read/a.png").size == (80, 120)
+    (root / "read").rename(root / "moved")
+    (root / "read").symlink_to(root.parent / "early")
+    assert_fails(open_image(root, "read/a.png"), "leads out of")
 
 
 def test_an_image_that_changes_between_header_and_pixels_is_reported(processor):
