@@ -111,7 +111,7 @@ def take_exam(folder: Path, seed: int, name: str, num_items: int) -> ExamAnswers
     """Let a run's model take the exam, and read its answers; an exam that is there asks nothing."""
     run_command(
         folder,
-        seed,
+        f"seed={seed}",
         "task=exam",
         f"init_from={folder / name / 'hf'}",
         "trainer=tiny",
