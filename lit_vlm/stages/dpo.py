@@ -217,13 +217,7 @@ class DPOStage(Stage):
             token_share=num_chosen_tokens / max(1, batch.step_chosen_tokens),
             training=training,
         )
-        policy_log_probs = scores[0].detach()
-        metrics.update(
-            batch,
-            lengths,
-            output,
-            (policy_log_probs - reference_log_probs)[:num_chosen_tokens].sum(),
-        )
+        metrics.update(batch, lengths, output, scores[0], reference_log_probs)
         return output.loss, output
 
     @torch.no_grad()

@@ -22,11 +22,12 @@ PAIR_METRICS = (
 CHOSEN_TOKEN_METRICS = ("logits/chosen", "mean_token_accuracy")
 REJECTED_TOKEN_METRICS = ("logits/rejected",)
 TOKEN_METRICS = ("entropy", "kl")
+RANKING_METRICS = ("ranking_accuracy", "reference_ranking_accuracy")
 GROUPS = (
     *(language.value for language in Language if language is not Language.auto),
     *(kind.value for kind in SampleKind),
 )
-GROUP_METRICS = ("rewards/accuracies", "rewards/margins")
+GROUP_METRICS = ("rewards/accuracies", "rewards/margins", *RANKING_METRICS)
 METRIC_NAMES = dict.fromkeys(
     (
         "loss",
@@ -34,6 +35,7 @@ METRIC_NAMES = dict.fromkeys(
         *CHOSEN_TOKEN_METRICS,
         *REJECTED_TOKEN_METRICS,
         *TOKEN_METRICS,
+        *RANKING_METRICS,
         "drift",
         *(f"{name}_{group}" for group in GROUPS for name in GROUP_METRICS),
     )
@@ -45,18 +47,26 @@ class PreferenceMetrics:
 
     `kl` is the mean KL divergence of policy from reference model at the answers' positions, in nats, over the whole
     vocabulary. It is computed in validation only. `drift` is the mean increase of the log-probability of the chosen answers'
-    tokens, in nats per token.
+    tokens, in nats per token. `ranking_accuracy` is the share of pairs whose chosen answer has the higher log-probability under the
+    policy (arXiv 2405.19534), and `reference_ranking_accuracy` under the reference model, so what the stage started from.
     """
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys(METRIC_NAMES, (0.0, 0.0))
 
-    def update(self, batch: Batch, lengths: Sequence[int], output: PreferenceOutput, drift: Tensor) -> None:
+    def update(
+        self,
+        batch: Batch,
+        lengths: Sequence[int],
+        output: PreferenceOutput,
+        log_probs: Tensor,
+        reference_log_probs: Tensor,
+    ) -> None:
         """Update the sums with one micro-batch.
 
         Args:
             lengths: supervised tokens of each of the 2P answers.
-            drift: [], summed over the chosen answers' tokens.
+            log_probs, reference_log_probs: [R] of the answers' tokens, under the policy and under the reference model.
         """
         pairs = batch.num_pairs
         chosen, rejected = sum(lengths[:pairs]), sum(lengths[pairs:])
@@ -69,13 +79,19 @@ class PreferenceMetrics:
         for names, weight in weights.items():
             for name in names:
                 self._add(name, output.metrics[name] * weight, weight)
-        summed_drift, *rewards = torch.stack([drift, *output.rewards]).tolist()
-        self._add("drift", summed_drift, chosen)
+        answers = [scores.detach().float().split(list(lengths)) for scores in (log_probs, reference_log_probs)]
+        sums = torch.stack([torch.stack([answer.sum() for answer in model]) for model in answers])  # [2, 2P]
+        *rankings, rewards = (torch.stack([*sums, output.rewards.float()]).unflatten(1, (2, pairs))).tolist()
+        self._add("drift", sum(rankings[0][0]) - sum(rankings[1][0]), chosen)
         for number, groups in enumerate(zip(batch.languages, batch.kinds, strict=True)):
-            margin = rewards[number] - rewards[pairs + number]
+            margin = rewards[0][number] - rewards[1][number]
+            ranked = [float(model[0][number] > model[1][number]) for model in rankings]
+            for name, is_ranked in zip(RANKING_METRICS, ranked, strict=True):
+                self._add(name, is_ranked, 1)
+            values = (float(margin > 0), margin, *ranked)
             for group in groups:
-                self._add(f"rewards/accuracies_{group}", float(margin > 0), 1)
-                self._add(f"rewards/margins_{group}", margin, 1)
+                for name, value in zip(GROUP_METRICS, values, strict=True):
+                    self._add(f"{name}_{group}", value, 1)
 
     def update_kl(self, kl: Tensor, num_tokens: int) -> None:
         """Update the mean KL divergence with its sum over the positions of `num_tokens` tokens."""

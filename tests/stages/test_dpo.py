@@ -229,7 +229,8 @@ def test_a_changed_trl_is_reported(monkeypatch, policy_and_reference, processor)
 def test_dpo_on_text_only_pairs_equals_the_formula(policy_and_reference, processor):
     policy, reference = policy_and_reference
     stage = make_stage(policy, reference, beta=0.3)
-    ours, _ = compute_preference(stage, make_batch(processor, BATCHES["text"]))
+    metrics = PreferenceMetrics()
+    ours, _ = stage._compute_preference(make_batch(processor, BATCHES["text"]), metrics, True)
     logps = []
     for model in (policy, reference):
         per_answer = []
@@ -244,6 +245,9 @@ def test_dpo_on_text_only_pairs_equals_the_formula(policy_and_reference, process
     margins = [(logps[0][i] - logps[1][i]) - (logps[0][i + 2] - logps[1][i + 2]) for i in range(2)]
     expected = sum(-torch.nn.functional.logsigmoid(0.3 * margin) for margin in margins) / 2
     assert float(ours.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
+    means = metrics.compute(lambda numbers: numbers, torch.device("cpu"))
+    for name, sums in zip(("ranking_accuracy", "reference_ranking_accuracy"), logps, strict=True):
+        assert means[name] == sum(float(sums[i] > sums[i + 2]) for i in range(2)) / 2
 
 
 @pytest.mark.parametrize("options", [{}, {"parts": {"language_model": {"lora": {"rank": 2}}}}])

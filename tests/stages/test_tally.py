@@ -23,14 +23,17 @@ NAMES = (
 
 
 def add_pairs(metrics_sum: PreferenceMetrics, processor, pairs, rewards: list[float]) -> None:
-    """Add pairs with these rewards, chosen ones first; a metric of a micro-batch is the mean of its pairs' chosen rewards."""
+    """Add pairs with these rewards, chosen ones first; a metric of a micro-batch is the mean of its pairs' chosen rewards.
+
+    The policy's log-probabilities are the rewards less 10, the reference model gives every answer half a nat per token more.
+    """
     batch = collate(processor, pairs)
     lengths = batch.segment_supervised_tokens[-2 * len(pairs) :]
     mean = sum(rewards[: len(pairs)]) / len(pairs)
-    tokens = sum(lengths[: len(pairs)])
     metrics = dict.fromkeys((*NAMES, "logits/chosen", "mean_token_accuracy", "logits/rejected", "entropy"), mean)
     output = PreferenceOutput(torch.zeros(()), None, torch.tensor(rewards), metrics)
-    metrics_sum.update(batch, lengths, output, torch.tensor(-0.5 * tokens))
+    log_probs = torch.cat([torch.full((n,), (reward - 10) / n) for n, reward in zip(lengths, rewards, strict=True)])
+    metrics_sum.update(batch, lengths, output, log_probs, log_probs + 0.5)
     metrics_sum.update_kl(torch.tensor(2.0 * sum(lengths)), sum(lengths))
 
 
@@ -54,6 +57,8 @@ def test_metrics_of_two_ranks_and_several_micro_batches_are_averaged_by_one_redu
     assert means["rewards/accuracies_ko"] == pytest.approx(2 / 3) and means["rewards/accuracies_en"] == 1.0
     assert means["rewards/margins_ko"] == pytest.approx((1 - 3 + 3) / 3)
     assert means["rewards/margins_caption"] == pytest.approx(6.0)
+    # of pairs with rewards (1, 0), (2, 5), (4, 1), (9, 3), the second one's rejected answer is the likelier one
+    assert means["ranking_accuracy"] == 0.75 and means["ranking_accuracy_ko"] == pytest.approx(2 / 3)
     assert means["kl"] == pytest.approx(2.0) and means["drift"] == pytest.approx(-0.5)
     assert "rewards/margins_ocr" not in means and "loss" not in means
     assert not first.compute(lambda numbers: numbers, CPU)  # it starts again from zero
