@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterator, Set
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, cast, get_args, get_origin
@@ -74,9 +75,9 @@ def _format_unknown_key(key: str, value: Any, stage: type[StageConfig] | None) -
     known_settings = list_settings(
         cast(Hashable, stage)
     )  # a class is hashable; mypy checks its instances, which are not
-    nearest_name = find_nearest_key(
-        key, [*get_field_types(RunConfig), *(setting.key.replace("<name>", name) for setting in known_settings)]
-    )
+    keys = [setting.key.replace("<name>", name) for setting in known_settings]
+    tables = sorted({table for known in keys for table in accumulate(known.split(".")[:-1], "{}.{}".format)})
+    nearest_name = find_nearest_key(key, [*get_field_types(RunConfig), *keys, *tables])
     return f"unknown setting {key}.{format_suggestion(nearest_name)}" + (
         "" if nearest_name else " See python run.py --help settings."
     )

@@ -64,8 +64,10 @@ def parse(arguments: list[str]) -> Run:
         overrides = get_sweep_overrides(overrides)
     override_errors = collect_override_errors(overrides)
     if is_pipeline(overrides):
+        # What to do with a setting of one stage is of no use for a setting that does not exist.
+        valid = [text for text in given if not override_errors.get(text)]
         override_errors |= {
-            f"pipeline {position}": [error] for position, error in enumerate(find_pipeline_errors(given))
+            f"pipeline {position}": [error] for position, error in enumerate(find_pipeline_errors(valid))
         }
     if override_errors:
         raise ConfigError(
