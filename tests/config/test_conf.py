@@ -46,6 +46,7 @@ NEEDS = {
     "experiment/blip/2_retrieval": ["data.sources.mine.path=x"],
     "stage/blip_pretrain": ["stage.text_encoder=tiny", "stage.queue_size=1280"],
     "stage/mpo": ["data=builtin_preference"],
+    "stage/rpo": ["data=builtin_preference"],
     "experiment/lora/1_sft": ["data.sources.mine.path=x"],
     "experiment/varco_vision_14b/4_dpo": ["data.sources.mine.path=x"],
 }
@@ -82,6 +83,7 @@ def test_the_groups_and_choices_are_those_of_the_command_line():
         "highres",
         "mpo",
         "represent",
+        "rpo",
         "sft",
     ]
 

@@ -182,7 +182,7 @@ def test_an_unknown_choice_lists_the_choices():
     assert (
         message
         == "stage=algin: there is no such choice; there are align, blip_caption, blip_pretrain, blip_retrieval, dpo, generate, highres, mpo, "
-        "represent, sft. Did you mean align?"
+        "represent, rpo, sft. Did you mean align?"
     )
     assert (
         "a recipe" in collect_errors("experiment=tiny")[0]
