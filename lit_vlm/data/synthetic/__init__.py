@@ -98,8 +98,7 @@ class BuiltinSource:
     @property
     def digest(self) -> str:
         """Digest of the settings and the generator version."""
-        version = preference.PAIRS_VERSION if self.path is SampleKind.preference else GENERATOR_VERSION
-        settings = (version, self.path, self.language, self.num_samples, self.hard, self.seed, self.held_out)
+        settings = (GENERATOR_VERSION, self.path, self.language, self.num_samples, self.hard, self.seed, self.held_out)
         return hashlib.blake2b("|".join(map(str, settings)).encode(), digest_size=16).hexdigest()
 
     def _build_sample(self, index: int, rng: SceneRng) -> Sample:

@@ -10,8 +10,6 @@ from lit_vlm.data.synthetic.scenes import Scene, SceneRng, Thing
 from lit_vlm.data.synthetic.vocabulary import COLOURS, NUM_WORDS, SHAPES, format_caption, get_words
 from lit_vlm.types import Box, ContentPart, SampleKind
 
-PAIRS_VERSION = 3  # as GENERATOR_VERSION, for pairs alone: the exam has none, and its questions keep their version
-
 
 def make_pair(rng: SceneRng) -> tuple[SampleKind, Scene, tuple[ContentPart, ...]]:
     """Make a pair: the kind, the scene with the right answer, and the wrong answer."""
@@ -53,11 +51,6 @@ def _make_wrong_grounding(rng: SceneRng, scene: Scene) -> tuple[ContentPart, ...
     return (name,) if rng.random() < 0.5 else build_object_mention(name, _move_box(rng, thing.box))
 
 
-def _make_wrong_ocr(rng: SceneRng, scene: Scene) -> tuple[ContentPart, ...]:
-    """Make an answer with the text alone, although <ocr> asks for its boxes."""
-    return ("\n".join(line.text for line in scene.facts),)
-
-
 def _make_wrong_text(rng: SceneRng, scene: Scene) -> tuple[ContentPart, ...]:
     return tuple(scene.facts)
 
@@ -83,6 +76,5 @@ _KINDS: tuple[
     (SampleKind.word, text_tasks.make_word, _make_wrong_word),
     (SampleKind.number, text_tasks.make_number, _make_wrong_number),
     (SampleKind.grounding, image_tasks.make_grounding, _make_wrong_grounding),
-    (SampleKind.ocr, text_tasks.make_ocr, _make_wrong_ocr),
     (SampleKind.text, text_tasks.make_text, _make_wrong_text),
 )
