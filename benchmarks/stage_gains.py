@@ -12,6 +12,7 @@ benchmarks/results/stage_gains.json, its tables are printed.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 from collections.abc import Sequence
@@ -28,12 +29,27 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/stage_gains.json"
 STAGES = ("1_align", "2_sft", "3_highres", "4_dpo")
 UNALIGNED, UNALIGNED_LONGER = "sft_unaligned", "sft_unaligned_longer"
+SFT, HIGHRES, DPO = "`sft`", "`highres`", "`dpo`"
 COMPARISONS = {  # title: before, after
+    SFT: ("1_align", "2_sft"),
     "`sft`, unaligned → aligned, equal steps": (UNALIGNED, "2_sft"),
     "`sft`, unaligned → aligned, equal CPU seconds": (UNALIGNED_LONGER, "2_sft"),
-    "`highres`": ("2_sft", "3_highres"),
-    "`dpo`": ("3_highres", "4_dpo"),
+    HIGHRES: ("2_sft", "3_highres"),
+    DPO: ("3_highres", "4_dpo"),
 }
+OBEDIENCE_TITLES = {
+    "obeys_gro": "`<gro>` gives boxes",
+    "obeys_ocr": "`<ocr>` gives lines",
+    "obeys_plain": "no boxes unasked",
+}
+PREFERENCE_METRICS = {
+    "reward accuracy": "rewards/accuracies",
+    "ranking accuracy before": "reference_ranking_accuracy",
+    "after": "ranking_accuracy",
+    "KL": "kl",
+    "drift": "drift",
+}
+MARKS = {Verdict.gained: "▲", Verdict.lost: "▼", Verdict.unchanged: ""}
 NUM_ITEMS = 150
 ONE_THREAD = "trainer.num_threads=1"
 
@@ -53,7 +69,7 @@ def main() -> None:
     result = {"versions": manifest["versions"], "items": arguments.items, "seeds": measured}
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     result = json.loads(RESULT.read_text(encoding="utf-8"))
-    print(render_comparisons(result), render_cells(result), sep="\n\n")
+    print(*(render(result) for render in RENDERERS.values()), sep="\n\n")
 
 
 def measure_seed(folder: Path, seed: int, num_items: int, equal_steps: bool) -> dict[str, Any]:
@@ -78,6 +94,7 @@ def measure_seed(folder: Path, seed: int, num_items: int, equal_steps: bool) -> 
             for title, (before, after) in COMPARISONS.items()
             if before in exams
         },
+        "preferences": read_preference_metrics(folder / "4_dpo"),
     }
 
 
@@ -122,6 +139,14 @@ def take_exam(folder: Path, seed: int, name: str, num_items: int) -> ExamAnswers
     return answers
 
 
+def read_preference_metrics(run_dir: Path) -> dict[str, float]:
+    """Read the last metrics over the held-out pairs of a preference stage."""
+    with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = {key: value for row in rows for key, value in row.items() if value}
+    return {title: round(float(last[f"val/{name}"]), 4) for title, name in PREFERENCE_METRICS.items()}
+
+
 def describe(difference: CellDifference) -> dict[str, Any]:
     """Turn the difference in one cell into an entry of the result file."""
     numbers = {field: round(getattr(difference, field), 4) for field in ("before", "after", "low", "high")}
@@ -151,16 +176,57 @@ def render_cells(result: dict[str, Any]) -> str:
     seeds: Sequence[str] = list(result["seeds"])
     lines = ["| | cell | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---|---|" + "---|" * len(seeds)]
     for title in list_titles(result):
+        if title == SFT:  # it gains nearly everywhere: see render_scores
+            continue
         rows = [{cell["cell"]: cell for cell in result["seeds"][seed]["comparisons"][title]} for seed in seeds]
         for name in rows[0]:
             cells = [row[name] for row in rows]
             if any(cell["verdict"] != Verdict.unchanged for cell in cells):
-                marks = {Verdict.gained: "▲", Verdict.lost: "▼", Verdict.unchanged: ""}
                 changes = [
-                    f"{cell['before']:.2f} → {cell['after']:.2f}{marks[Verdict(cell['verdict'])]}" for cell in cells
+                    f"{cell['before']:.2f} → {cell['after']:.2f}{MARKS[Verdict(cell['verdict'])]}" for cell in cells
                 ]
                 lines.append(f"| {title} | {name.replace('_', ' ')} | " + " | ".join(changes) + " |")
     return "\n".join(lines)
+
+
+def render_scores(result: dict[str, Any]) -> str:
+    """Render the scores of the first seed's stages in each cell as Markdown, marked where a stage gained or lost."""
+    comparisons = next(iter(result["seeds"].values()))["comparisons"]
+    steps = [{cell["cell"]: cell for cell in comparisons[title]} for title in (SFT, HIGHRES, DPO)]
+    names = [name.removesuffix("_ko_easy") for name in steps[0] if name.endswith("_ko_easy")]
+
+    def list_stages(name: str) -> list[str]:
+        scores = [f"{step[name]['after']:.2f}{MARKS[Verdict(step[name]['verdict'])]}" for step in steps]
+        return [f"{steps[0][name]['before']:.2f}", *scores]
+
+    lines = [
+        "| kind | | align easy | hard | sft easy | hard | highres easy | hard | dpo easy | hard |",
+        "|---" * 10 + "|",
+    ]
+    for name in names:
+        for language in ("ko", "en"):
+            easy, hard = (list_stages(f"{name}_{language}_{level}") for level in ("easy", "hard"))
+            title = OBEDIENCE_TITLES.get(name, name.replace("_", " ")) if language == "ko" else ""
+            cells = [cell for pair in zip(easy, hard, strict=True) for cell in pair]
+            lines.append(f"| {title} | {language} | {' | '.join(cells)} |")
+    lines.append(f"| mean |  | {' |  | '.join(list_stages(ALL_CELL))} |  |")
+    return "\n".join(lines)
+
+
+def render_preferences(result: dict[str, Any]) -> str:
+    """Render the metrics of `dpo` over its held-out pairs as Markdown."""
+    lines = [f"| seed | {' | '.join(PREFERENCE_METRICS)} |", "|---" * (1 + len(PREFERENCE_METRICS)) + "|"]
+    for seed, measured in result["seeds"].items():
+        lines.append(f"| {seed} | {' | '.join(f'{value:.3f}' for value in measured['preferences'].values())} |")
+    return "\n".join(lines)
+
+
+RENDERERS = {  # name of the block in docs/exam.md: its table
+    "stage-gains-scores": render_scores,
+    "stage-gains": render_comparisons,
+    "stage-gains-cells": render_cells,
+    "stage-gains-preferences": render_preferences,
+}
 
 
 if __name__ == "__main__":
