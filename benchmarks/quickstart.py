@@ -97,7 +97,13 @@ def compute_threshold(figures: dict[str, Any], kind: str) -> float:
 
     The deviation is over seeds and both languages, because a few seeds alone estimate it poorly.
     """
-    values = [value for language in ("ko", "en") for value in figures["scores"]["after"][f"{kind}_{language}"]]
+    return compute_lower_limit(
+        [value for language in ("ko", "en") for value in figures["scores"]["after"][f"{kind}_{language}"]]
+    )
+
+
+def compute_lower_limit(values: Sequence[float]) -> float:
+    """Compute the value three standard deviations below the mean."""
     return statistics.mean(values) - 3 * statistics.stdev(values)
 
 

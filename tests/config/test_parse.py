@@ -412,3 +412,10 @@ def test_a_pipeline_is_checked_to_its_last_stage_before_it_starts():
     ]
     assert parse(["recipe=varco_vision_14b", "data.sources.mine.path=pairs.jsonl"]).name == "varco_vision_14b"
     assert "no stage of this recipe" in collect_errors("data.sources.mne.weight=1")[0]
+
+
+def test_a_mistake_in_a_setting_of_a_pipeline_is_named_once_and_a_table_is_suggested():
+    assert collect_errors("stage.learnin_rate=1e-4") == [
+        "unknown setting stage.learnin_rate. Did you mean stage.learning_rate?"
+    ]
+    assert collect_errors("data.sourcs=3") == ["unknown setting data.sourcs. Did you mean data.sources?"]
