@@ -83,7 +83,7 @@ def make_summary_row(record: RunRecord) -> list[list[str]]:
         [format_change(figures.get("loss_first"), figures.get("loss_last"))],
         [
             format_change(record.compute_mean_score("before"), record.compute_mean_score("after")),
-            *_format_reward_accuracy(record),
+            *_format_preference_accuracies(record),
             *format_best_recalls(record),
         ],
     ]
@@ -104,10 +104,13 @@ def make_scores_table(runs: list[Path]) -> Table:
     return table
 
 
-def _format_reward_accuracy(record: RunRecord) -> list[str]:
-    """Format the reward accuracy of a preference stage: the share of held-out pairs with the higher reward for the chosen answer."""
-    accuracy = record.figures.get("val/rewards/accuracies")
-    return [] if accuracy is None else [f"reward accuracy {accuracy:.2f}"]
+def _format_preference_accuracies(record: RunRecord) -> list[str]:
+    """Format two shares of a preference stage's held-out pairs: those whose chosen answer has the higher reward, and those whose chosen answer is
+    likelier, before and after the stage."""
+    names = ("val/rewards/accuracies", "val/reference_ranking_accuracy", "val/ranking_accuracy")
+    reward, before, after = (record.figures.get(name) for name in names)
+    lines = [] if reward is None else [f"reward accuracy {reward:.2f}"]
+    return lines if after is None else [*lines, f"ranking accuracy {format_change(before, after)}"]
 
 
 def _format_totals(records: list[RunRecord]) -> str:

@@ -12,7 +12,7 @@ from support import list_english
 from lit_vlm.formatting import format_duration, format_short
 from lit_vlm.messages import set_language
 from lit_vlm.reports.charts import ChartLine, compute_log_ticks, compute_ticks, draw_line_chart, reduce_points, smooth
-from lit_vlm.reports.report import make_summary_table, write_report
+from lit_vlm.reports.report import make_summary_row, make_summary_table, write_report
 from lit_vlm.reports.run_record import read_run, split_group
 
 INJECTION = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -226,3 +226,16 @@ def test_the_page_is_korean_but_for_what_models_and_data_say(folder, tmp_path):
     page = render_page(folder)
     assert '<html lang="ko">' in page and "검증 샘플의 답변" in page and "학습 손실" in page
     assert list_english(page, INJECTION) == []
+
+
+def test_the_summary_of_a_preference_stage_has_reward_and_ranking_accuracy(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["figures"] |= {
+        "val/rewards/accuracies": 0.845,
+        "val/reference_ranking_accuracy": 0.9,
+        "val/ranking_accuracy": 0.94,
+    }
+    path.write_text(json.dumps(manifest))
+    scores = make_summary_row(read_run(folder))[-1]
+    assert scores[1:3] == ["reward accuracy 0.84", "ranking accuracy 0.90 → 0.94"]
