@@ -97,13 +97,7 @@ def compute_threshold(figures: dict[str, Any], kind: str) -> float:
 
     The deviation is over seeds and both languages, because a few seeds alone estimate it poorly.
     """
-    return compute_lower_limit(
-        [value for language in ("ko", "en") for value in figures["scores"]["after"][f"{kind}_{language}"]]
-    )
-
-
-def compute_lower_limit(values: Sequence[float]) -> float:
-    """Compute the value three standard deviations below the mean."""
+    values = [value for language in ("ko", "en") for value in figures["scores"]["after"][f"{kind}_{language}"]]
     return statistics.mean(values) - 3 * statistics.stdev(values)
 
 

@@ -127,6 +127,8 @@ TEXTS = {
     "reward accuracy of {name} by step": "{name}의 스텝별 보상 정확도",
     "exam of {name} by step": "{name}의 스텝별 시험 점수",
     "{metric} of {name} by step": "{name}의 스텝별 {metric}",
+    "reward accuracy {value}": "보상 정확도 {value}",
+    "ranking accuracy {change}": "순위 정확도 {change}",
     "margin of the rewards {change}": "보상 마진 {change}",
     "{share} of the training time": "학습 시간의 {share}",
     "score of {name}": "{name} 점수",

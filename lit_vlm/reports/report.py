@@ -105,12 +105,12 @@ def make_scores_table(runs: list[Path]) -> Table:
 
 
 def _format_preference_accuracies(record: RunRecord) -> list[str]:
-    """Format two shares of a preference stage's held-out pairs: those whose chosen answer has the higher reward, and those whose chosen answer is
-    likelier, before and after the stage."""
+    """Format two shares of a preference stage's held-out pairs: with the higher reward for the chosen answer, and with the likelier chosen answer."""
     names = ("val/rewards/accuracies", "val/reference_ranking_accuracy", "val/ranking_accuracy")
     reward, before, after = (record.figures.get(name) for name in names)
-    lines = [] if reward is None else [f"reward accuracy {reward:.2f}"]
-    return lines if after is None else [*lines, f"ranking accuracy {format_change(before, after)}"]
+    lines = [] if reward is None else [tell("reward accuracy {value}", value=f"{reward:.2f}")]
+    ranking = tell("ranking accuracy {change}", change=format_change(before, after))
+    return lines if after is None else [*lines, ranking]
 
 
 def _format_totals(records: list[RunRecord]) -> str:

@@ -80,15 +80,15 @@ class PreferenceMetrics:
             for name in names:
                 self._add(name, output.metrics[name] * weight, weight)
         answers = [scores.detach().float().split(list(lengths)) for scores in (log_probs, reference_log_probs)]
-        sums = torch.stack([torch.stack([answer.sum() for answer in model]) for model in answers])  # [2, 2P]
-        *rankings, rewards = (torch.stack([*sums, output.rewards.float()]).unflatten(1, (2, pairs))).tolist()
-        self._add("drift", sum(rankings[0][0]) - sum(rankings[1][0]), chosen)
-        for number, groups in enumerate(zip(batch.languages, batch.kinds, strict=True)):
-            margin = rewards[0][number] - rewards[1][number]
-            ranked = [float(model[0][number] > model[1][number]) for model in rankings]
-            for name, is_ranked in zip(RANKING_METRICS, ranked, strict=True):
-                self._add(name, is_ranked, 1)
-            values = (float(margin > 0), margin, *ranked)
+        sums = [torch.stack([answer.sum() for answer in scores]) for scores in answers]  # [2P] each
+        numbers = torch.stack([*sums, output.rewards.float()]).unflatten(1, (2, pairs))  # [3, 2, P]
+        (policy_chosen, _), (reference_chosen, _), _ = numbers.sum(dim=2).tolist()
+        self._add("drift", policy_chosen - reference_chosen, chosen)
+        margins = (numbers[:, 0] - numbers[:, 1]).T.tolist()  # of each pair
+        for (policy, reference, reward), *groups in zip(margins, batch.languages, batch.kinds, strict=True):
+            values = (float(reward > 0), reward, float(policy > 0), float(reference > 0))
+            for name, value in zip(RANKING_METRICS, values[2:], strict=True):
+                self._add(name, value, 1)
             for group in groups:
                 for name, value in zip(GROUP_METRICS, values, strict=True):
                     self._add(f"{name}_{group}", value, 1)

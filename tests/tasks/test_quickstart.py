@@ -7,7 +7,7 @@ import sys
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.quickstart import KIND_TITLES, RESULT, STAGES, compute_lower_limit, compute_threshold
+from benchmarks.quickstart import KIND_TITLES, RESULT, STAGES, compute_threshold
 from lit_vlm.evaluation.exam import ALL_CELL, EXAM_FILE, read_answers
 from lit_vlm.evaluation.exam_comparison import Verdict, compare_exams, format_verdicts
 
@@ -39,7 +39,7 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
         for language in ("ko", "en"):
             name = f"{kind}_{language}"
             assert sft["scores"]["before"][name] < 0.1 < threshold <= sft["scores"]["after"][name], name
-    assert dpo["val/rewards/accuracies"] >= compute_lower_limit(known["4_dpo"]["val/rewards/accuracies"])
+    assert dpo["val/rewards/accuracies"] >= 0.8
     for stage, figures in zip(known, (align, sft, highres, dpo), strict=True):
         assert figures["samples"] == known[stage]["samples"][0], stage
         assert figures["tokens"] == pytest.approx(known[stage]["tokens"][0], rel=0.01), stage
